@@ -1,0 +1,43 @@
+"""pi-gguf: Position Interpolation for RoPE checkpoints, as quantized GGUF files that work at the new length.
+
+Importing this loads nothing heavy; each name is fetched when it is first used.
+
+Example:
+    >>> import pi_gguf
+    >>> with pi_gguf.open("tiny-32k.gguf") as model:  # doctest: +SKIP
+    ...     print("".join(model.complete("It was")))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pi_gguf.conversion import convert as convert
+    from pi_gguf.evaluate import evaluate_passkey as evaluate_passkey
+    from pi_gguf.evaluate import evaluate_perplexity as evaluate_perplexity
+    from pi_gguf.finetune import extend as extend
+    from pi_gguf.inspection import inspect as inspect
+    from pi_gguf.planning import plan as plan
+    from pi_gguf.runtime import open_model as open
+    from pi_gguf.runtime import quantize as quantize
+
+_PUBLIC = {
+    "convert": ("conversion", "convert"),
+    "evaluate_passkey": ("evaluate", "evaluate_passkey"),
+    "evaluate_perplexity": ("evaluate", "evaluate_perplexity"),
+    "extend": ("finetune", "extend"),
+    "inspect": ("inspection", "inspect"),
+    "open": ("runtime", "open_model"),
+    "plan": ("planning", "plan"),
+    "quantize": ("runtime", "quantize"),
+}
+__all__ = ["convert", "evaluate_passkey", "evaluate_perplexity", "extend", "inspect", "open", "plan", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pi_gguf' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(f"pi_gguf.{module}"), attribute)

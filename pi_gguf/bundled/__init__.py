@@ -1,0 +1,114 @@
+"""The bundled model and sample texts, so that every command works with no data of the user's own.
+
+`tiny/` is a trained Llama with a window of 2048 tokens, addressed as `bundled:tiny`; `novels.tar.xz` holds
+public-domain novels, some of them held out from all training. This module also makes the training
+mixture of the bundled model: passages of the novels and recall tasks (see `training_mixture`).
+"""
+
+from __future__ import annotations
+
+import random
+import tarfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from pi_gguf.passkey import INTRODUCTION, QUESTION, draw_key, key_sentence
+
+TINY = "bundled:tiny"
+TINY_DIR = Path(__file__).parent / "tiny"
+NOVELS_PATH = Path(__file__).parent / "novels.tar.xz"
+
+CHARACTERS_PER_TOKEN = 2.7
+"""What the tiny model's tokenizer needs for these texts, rounded down so that a document fits its window."""
+
+RECALL_SHARE = 0.5
+"""Share of the mixture's documents that are recall tasks; the prose inside them counts as recall too."""
+
+THINGS = (
+    "garden house river cellar tower bridge chapel library kitchen stable harbour market forest castle mill school "
+    "prison theatre bakery orchard cabin lantern mirror cabinet piano carriage anchor basket candle ladder saddle "
+    "window wardrobe barrel trunk desk drawer gate clock vault"
+).split()
+
+
+@cache
+def novels(split: str) -> dict[str, str]:
+    """Return the sample's novels by file name.
+
+    Args:
+        split: `train` or `heldout`.
+    """
+    found = {}
+    with tarfile.open(NOVELS_PATH) as archive:
+        for member in archive:
+            folder, _, name = member.name.partition("/")
+            stream = archive.extractfile(member)
+            if folder == split and stream is not None:
+                found[name] = stream.read().decode()
+    return found
+
+
+def training_mixture(seed: int, window_tokens: int) -> Iterator[str]:
+    """Yield documents of the bundled model's training mixture, without end.
+
+    Half are passages of the training novels, half recall tasks of all lengths up to the window. The same seed
+    and window give the same documents.
+
+    Args:
+        seed: of the random generator.
+        window_tokens: no recall task is meant to be longer than this.
+    """
+    rng = random.Random(seed)
+    texts = list(novels("train").values())
+    while True:
+        if rng.random() < RECALL_SHARE:
+            tokens = rng.uniform(min(96, window_tokens), window_tokens)
+            yield _recall_document(rng, texts, int(tokens * CHARACTERS_PER_TOKEN))
+        else:
+            yield _passage(rng, texts, int(rng.uniform(0.5, 2) * window_tokens * CHARACTERS_PER_TOKEN))
+
+
+def _passage(rng: random.Random, texts: list[str], characters: int) -> str:
+    """Cut a passage out of one novel, drawn in proportion to its length, starting at a line or sentence."""
+    text = rng.choices(texts, weights=[len(t) for t in texts])[0]
+    start = rng.randrange(max(1, len(text) - characters))
+    start = max(text.find("\n", start, start + 200), text.find(". ", start, start + 200) + 1, start)
+    return text[start : start + characters].strip()
+
+
+def _filler(rng: random.Random, texts: list[str], characters: int) -> list[str]:
+    """Return filler lines: running prose, or a few short sentences over and over."""
+    if characters <= 0:
+        return []
+    if rng.random() < 0.5:
+        return [line.strip() + "\n" for line in _split_lines(_passage(rng, texts, characters))]
+    sentences: list[str] = []
+    while len(sentences) < 3:
+        sentences += [s for s in _split_lines(_passage(rng, texts, 1000)) if 8 < len(s) < 60]
+    block = " ".join(sentences[: rng.randint(3, 6)]) + "\n"
+    return [block] * max(1, characters // len(block))
+
+
+def _split_lines(text: str) -> list[str]:
+    return [s.strip() for s in text.replace(". ", ".\n").split("\n") if s.strip()]
+
+
+def _recall_document(rng: random.Random, texts: list[str], characters: int) -> str:
+    """Hide one key, or several with names, in filler and ask for each at the end."""
+    if rng.random() < 0.5 or characters < 400:
+        key = draw_key(rng, for_evaluation=False)
+        facts = [key_sentence(key)]
+        questions = [f"{QUESTION} {key}.\n"]
+    else:
+        things = rng.sample(THINGS, rng.randint(2, min(12, characters // 200)))
+        keys = {thing: draw_key(rng, for_evaluation=False) for thing in things}
+        facts = [f"The {thing} key is {key}. Remember it. {key} is the {thing} key.\n" for thing, key in keys.items()]
+        questions = [f"What is the {thing} key? The {thing} key is {key}.\n" for thing, key in keys.items()]
+        rng.shuffle(questions)
+    introduction = INTRODUCTION if rng.random() < 0.5 else ""
+    fixed = len(introduction) + sum(map(len, facts)) + sum(map(len, questions))
+    lines = _filler(rng, texts, characters - fixed)
+    for fact in facts:
+        lines.insert(rng.randint(0, len(lines)), fact)
+    return introduction + "".join(lines) + "".join(questions)

@@ -1,0 +1,221 @@
+"""The proof after writing: a GGUF file is opened by llama.cpp and held against the plan and the Hugging Face model.
+
+In: a file, the checkpoint it was made from, and the scaling it must have. Out: a `CheckReport`, or `CheckError` with
+every difference found. V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf import bundled
+from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.errors import CheckError, OptionError
+from pi_gguf.files import human_bytes
+from pi_gguf.gguf_file import UNQUANTIZED, read_gguf
+from pi_gguf.hf_model import HfModel
+from pi_gguf.progress import say
+from pi_gguf.rope import RopeScaling, check_consistent
+from pi_gguf.runtime import Model
+from pi_gguf.scoring import LanguageModel
+from pi_gguf.vocabulary import reference_ids
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LEVELS = ("quick", "full", "none")
+
+MAX_KL_DIVERGENCE = {"F32": 1e-4, "F16": 1e-3, "BF16": 3e-2}
+"""Largest mean KL divergence that is still rounding, in nats. llama.cpp rounds activations to the type of the weights:
+a mean of 1e-8, 2e-6 and 1e-4 is usual."""
+
+MIN_TOP1_QUANTIZED = 0.25
+"""Top-1 agreement below which a quantized file is broken rather than coarse."""
+
+_SCORED_TOKENS = 256
+
+SAMPLE_TEXTS = (
+    "Hello, world! It's 12:30 on 2024-02-29, and pi is 3.14159.",
+    "  leading, inner   and trailing spaces  ",
+    "line one\nline two\n\n\nline five\r\n\ttabbed\tonce",
+    "def f(x):\n    return {'a': [1, 2, 3], \"b\": x ** 2}  # comment\n",
+    "Größe, façade, naïve, Ελληνικά, кириллица, עברית, العربية, हिन्दी, ไทย",
+    "日本語の文章、中文文本，한국어 문장。",
+    "emoji 🙂🚀👩‍👩‍👧 and math ∑∫√≠ and box ┌─┐",
+    "don't won't I'll we've THEY'RE o'clock 'quoted' \"double\"",
+    "1 22 333 4444 55555 1234567890",
+    "a",
+    " ",
+    "\n",
+    "ALLCAPS camelCase snake_case kebab-case https://example.org/a?b=c&d=%20",
+    "\x00\x01\x7f\u200b\u2028\ufeffcontrol and invisible",
+)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was compared. `kl_divergence` is the mean in nats of llama.cpp from Hugging Face, `top1_agreement` a share.
+
+    Both are None where the Hugging Face model was not opened.
+    """
+
+    file: str
+    quantization: str
+    context_length: int
+    rope_freq_scale: float
+    vocabulary: int
+    strings_compared: int
+    prompt_tokens: int | None
+    kl_divergence: float | None
+    top1_agreement: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = (
+            f"checked {self.quantization}: window {self.context_length}, rope_freq_scale {self.rope_freq_scale:g}, "
+            f"{self.vocabulary} tokens, {self.strings_compared} texts tokenized alike"
+        )
+        if self.kl_divergence is None:
+            return lines
+        return (
+            f"{lines}; on {self.prompt_tokens} tokens KL divergence {self.kl_divergence:.2g}, "
+            f"top-1 agreement {self.top1_agreement:.1%}"
+        )
+
+
+class Reference:
+    """The Hugging Face side of the comparison, opened once for several files.
+
+    Args:
+        checkpoint: of the model that was written.
+        rope: the scaling that was written.
+        level: `quick` reads a prompt a little longer than the original window; `full` the whole new window.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rope: RopeScaling, level: str) -> None:
+        import numpy as np
+        import psutil
+
+        if level not in LEVELS:
+            raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {level}")
+        self.rope = rope
+        tokenizer = checkpoint.load_tokenizer()
+        texts = [*SAMPLE_TEXTS, *_passages()]
+        self.tokenized = {text: reference_ids(checkpoint, tokenizer, text) for text in texts}
+        self.ids: list[int] = []
+        self.logits: np.ndarray | None = None
+        need, free = 4 * checkpoint.n_parameters(), psutil.virtual_memory().available
+        if need > free:
+            say(
+                f"check: the Hugging Face model takes {human_bytes(need)}, {human_bytes(free)} of memory are free; "
+                "logits are not compared"
+            )
+            return
+        window = rope.max_position_embeddings
+        length = window if level == "full" else min(window, rope.original_max_position_embeddings + _SCORED_TOKENS)
+        text = "\n".join(bundled.novels("heldout").values())
+        lm = HfModel(checkpoint, device="cpu", rope=rope)
+        self.ids = _first_tokens(lm, text, length)
+        last = min(_SCORED_TOKENS, length - 1)
+        self.logits = np.concatenate(list(lm.logits_chunks(self.ids, last)))
+        lm.close()
+
+
+def check_gguf(path: Path, reference: Reference) -> CheckReport:
+    """Open a GGUF file with llama.cpp and compare it with the plan and with Hugging Face.
+
+    Raises:
+        CheckError: a difference; the message has them all.
+    """
+    import numpy as np
+
+    rope, info = reference.rope, read_gguf(path)
+    problems = check_consistent(info.rope, str(path))
+    kl = top1 = None
+    with Model(path, n_ctx=max(512, len(reference.ids)), device="cpu") as model:
+        window, original = rope.max_position_embeddings, rope.original_max_position_embeddings
+        if model.n_ctx_train != window:
+            problems.append(f"{path}: llama.cpp reads a window of {model.n_ctx_train} tokens, planned {window}")
+        if rope.rope_type == "linear" and abs(model.n_ctx_train * model.rope_freq_scale_train - original) > 1:
+            # Stated from the windows alone, so that a factor used upside down cannot agree with itself.
+            problems.append(
+                f"{path}: llama.cpp reads position {model.n_ctx_train} as "
+                f"{model.n_ctx_train * model.rope_freq_scale_train:g}, it must be the original window's {original}"
+            )
+        if rope.rope_type != "linear" and model.rope_freq_scale_train != 1:
+            problems.append(f"{path}: llama.cpp reads rope_freq_scale {model.rope_freq_scale_train:g}, planned 1")
+        if abs(info.rope.rope_theta / rope.rope_theta - 1) > 1e-6:
+            problems.append(f"{path}: rope.freq_base is {info.rope.rope_theta:g}, planned {rope.rope_theta:g}")
+        if model.n_vocab != info.array_lengths.get("tokenizer.ggml.tokens"):
+            problems.append(f"{path}: llama.cpp reads {model.n_vocab} tokens")
+        for text, theirs in reference.tokenized.items():
+            if (ours := model.tokenize(text)) != theirs:
+                problems.append(_token_difference(path, text, ours, theirs))
+        if reference.logits is not None:
+            logits = np.concatenate(list(model.logits_chunks(reference.ids, len(reference.logits))))
+            kl, top1 = kl_divergence(reference.logits, logits)
+            limit = MAX_KL_DIVERGENCE.get(info.quantization)
+            if limit is not None and not kl <= limit:
+                problems.append(f"{path}: KL divergence from Hugging Face is {kl:.3g}, above rounding ({limit:g})")
+            if limit is None and not top1 >= MIN_TOP1_QUANTIZED:
+                problems.append(f"{path}: top-1 agreement with Hugging Face is {top1:.1%}, the file is broken")
+        report = CheckReport(
+            file=str(path),
+            quantization=info.quantization,
+            context_length=model.n_ctx_train,
+            rope_freq_scale=model.rope_freq_scale_train,
+            vocabulary=model.n_vocab,
+            strings_compared=len(reference.tokenized),
+            prompt_tokens=len(reference.ids) or None,
+            kl_divergence=kl,
+            top1_agreement=top1,
+        )
+    if problems:
+        raise CheckError("\n".join(problems), "nothing was written; please report this with the checkpoint's name")
+    return report
+
+
+def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
+    """Return the mean KL divergence in nats and the share of equal first choices.
+
+    Args:
+        reference: logits (T, V) of the model to agree with.
+        logits: logits (T, V).
+    """
+    import numpy as np
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        x -= x.max(1, keepdims=True)
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    width = min(reference.shape[1], logits.shape[1])
+    p, q = log_softmax(reference[:, :width]), log_softmax(logits[:, :width])
+    same = reference.argmax(1) == logits.argmax(1)
+    return float((np.exp(p) * (p - q)).sum(1).mean()), float(same.mean())
+
+
+def is_exact(quantization: str) -> bool:
+    """Tell whether a file of this type must agree with Hugging Face to rounding."""
+    return quantization in UNQUANTIZED
+
+
+def _first_tokens(lm: LanguageModel, text: str, length: int) -> list[int]:
+    characters = 8 * length
+    return lm.tokenize(text[:characters])[:length]
+
+
+def _passages() -> list[str]:
+    return [novel[1000:3000] for novel in bundled.novels("heldout").values()]
+
+
+def _token_difference(path: Path, text: str, ours: list[int], theirs: list[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return (
+        f"{path}: {text[:40]!r} tokenizes differently from token {at} on: "
+        f"llama.cpp {ours[at : at + 4]}, Hugging Face {theirs[at : at + 4]}"
+    )

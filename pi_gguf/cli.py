@@ -1,0 +1,333 @@
+"""The command line: click commands made from the public functions, tables, and the one place where errors end.
+
+A command's options are its function's keyword parameters: default and type stand in the signature, help in the
+docstring, each once. Data goes to standard output, progress and messages to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pi_gguf.errors import PiGgufError
+
+_WINDOWS = {"windows"}
+
+
+class Numbers(click.ParamType):
+    """Whole numbers separated by commas."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str):
+            try:
+                return tuple(int(part) for part in value.split(","))
+            except ValueError:
+                self.fail(f"must be whole numbers separated by commas, got {value!r}", param, ctx)
+        return value
+
+
+def command(target: str, show: Callable[[Any], str], *, name: str | None = None, reports: bool = True) -> click.Command:
+    """Make a click command of a function.
+
+    Args:
+        target: `module:function`; its positional parameters become arguments, its keywords options.
+        show: turns what the function returns into text for people.
+        name: of the command, the function's when None.
+        reports: whether `--json` is offered; the returned value then has `to_json`.
+    """
+    module, function_name = target.split(":")
+    function = getattr(importlib.import_module(f"pi_gguf.{module}"), function_name)
+    summary, helps, example = _parse_docstring(function.__doc__)
+    hints = typing.get_type_hints(function)
+    params: list[click.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        text = helps[parameter.name]
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            params.append(click.Argument([parameter.name], metavar=parameter.name.upper()))
+            continue
+        params.append(_option(parameter, hints[parameter.name], text))
+    if reports:
+        params.append(click.Option(["--json", "as_json"], is_flag=True, help="print JSON"))
+
+    def run(as_json: bool = False, **values: Any) -> None:
+        result = function(**values)
+        click.echo(json.dumps(result.to_json(), indent=1) if as_json else show(result))
+
+    arguments = "\n".join(f"  {p.name.upper()}: {helps[p.name]}" for p in params if p.name in helps and p.param_type_name == "argument")
+    text = f"{summary}\n\n\b\n{arguments}\n\n\b\nExample:\n  {example}"
+    return click.Command(name or function_name, params=params, callback=run, help=text, short_help=summary.split("\n")[0])
+
+
+def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
+    flag = "--" + parameter.name.replace("_", "-")
+    required = parameter.default is parameter.empty
+    options: dict[str, Any] = {"required": required, "help": text, "show_default": parameter.default not in (None, (), False)}
+    if not required:
+        options["default"] = parameter.default
+    inner = [t for t in typing.get_args(hint) if t is not type(None)]
+    if parameter.name in _WINDOWS:
+        options |= {"type": Numbers(), "show_default": ",".join(map(str, parameter.default))}
+    elif typing.get_origin(hint) is Sequence or hint == Sequence[str]:
+        options |= {"multiple": True, "type": str, "metavar": "PATH"}
+    elif hint is bool:
+        flag = f"{flag}/--no-{flag[2:]}" if parameter.default else flag
+        options |= {"is_flag": True}
+    else:
+        kind = inner[0] if inner else hint
+        options["type"] = str if kind is Path else kind
+    return click.Option([flag], **options)
+
+
+def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str]:
+    """Split a docstring into its text, its `Args` by name, and its `Example`."""
+    doc = inspect.cleandoc(doc)
+    sections = re.split(r"\n(Args|Returns|Raises|Example|Source):\n", doc)
+    parts = dict(zip(sections[1::2], sections[2::2], strict=True))
+    helps = {}
+    for match in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", parts.get("Args", ""), re.MULTILINE):
+        helps[match[1]] = " ".join(match[2].split())
+    return sections[0].strip(), helps, " ".join(parts.get("Example", "").split())
+
+
+class Lazy(click.Group):
+    """A group whose commands are made when they are asked for, so that help and errors load nothing heavy."""
+
+    def __init__(self, name: str, commands: dict[str, tuple[str, Callable[[], click.Command]]], **options: Any) -> None:
+        super().__init__(name, **options)
+        self._made = commands
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._made)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self._made[cmd_name][1]() if cmd_name in self._made else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (summary, _) in self._made.items()])
+
+
+# What each command prints for people
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _show_plan(plan: Any) -> str:
+    from pi_gguf.files import human_bytes
+
+    rows = [
+        ("model", f"{plan.model}, {plan.parameters / 1e6:,.1f} M parameters"),
+        ("window", f"{plan.original_window} -> {plan.context} tokens, factor {plan.factor:g}"),
+    ]
+    if plan.training:
+        t = plan.training
+        rows += [
+            ("fine-tune", f"{t.steps} steps of {t.batch_tokens} tokens, {t.tokens / 1e6:,.1f} M in all"),
+            ("sequences", f"{t.train_window} tokens, {t.method}: {t.reason}"),
+            ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
+            ("time, about", human_seconds(plan.training_seconds)),
+            ("memory, about", human_bytes(plan.training_memory_bytes)),
+        ]
+    rows += [
+        (f"output, {plan.quant}, about", human_bytes(plan.output_bytes)),
+        ("disk needed, about", human_bytes(plan.disk_bytes)),
+        *((f"KV cache at {plan.context}, {name}", human_bytes(n)) for name, n in plan.kv_cache_bytes.items()),
+    ]
+    return _table("", ("plan", ""), rows)
+
+
+def human_seconds(seconds: float) -> str:
+    """Write a duration for people."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _show_extend(path: Path) -> str:
+    return f"wrote {path}\nnext: pi-gguf convert {path} {path}.gguf --quant Q8_0"
+
+
+def _show_convert(result: Any) -> str:
+    from pi_gguf.files import human_bytes
+
+    return (
+        f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"
+        f'next: pi-gguf run {result.path} --prompt "..."\n'
+        f"      pi-gguf eval passkey {result.path}"
+    )
+
+
+def _show_quantize(path: Path) -> str:
+    from pi_gguf.files import human_bytes
+
+    return f"wrote {path} ({human_bytes(path.stat().st_size)})\nnext: pi-gguf inspect {path}"
+
+
+def _show_inspect(report: Any) -> str:
+    from pi_gguf.files import human_bytes
+
+    rows = [
+        ("format", f"{report.format}, {report.architecture}, {report.quantization}"),
+        ("window", f"{report.window} tokens (original {report.original_window})"),
+        *((key, str(value)) for key, value in report.rope.items()),
+        ("tensors", ", ".join(f"{n} {kind}" for kind, n in report.tensors.items())),
+        ("size", human_bytes(report.nbytes)),
+        *((f"llama.cpp reads {key}", f"{value}") for key, value in report.llama_cpp.items()),
+        *((key, str(value)) for key, value in report.general.items()),
+        *(("warning", text) for text in report.warnings),
+    ]
+    return _table("", (report.path, ""), rows)
+
+
+def _show_perplexity(report: Any) -> str:
+    rows = [
+        (str(r.window), f"{r.perplexity:.3f}", f"{r.standard_error:.3f}", str(r.tokens)) for r in report.rows
+    ]
+    return _table(f"{report.model}: perplexity, stride {report.stride}", ("window", "perplexity", "± s.e.", "tokens"), rows)
+
+
+def _show_passkey(report: Any) -> str:
+    windows = sorted({c.window for c in report.cells})
+    places = sorted({round(c.distance / c.window, 4) for c in report.cells})
+    found = {(c.window, round(c.distance / c.window, 4)): f"{c.found / c.keys:.0%}" for c in report.cells}
+    rows = [(f"{place:.0%} of the window", *(found.get((w, place), "") for w in windows)) for place in places]
+    table = _table(f"{report.model}: passkeys found", ("distance", *map(str, windows)), rows)
+    return f"{table}\nk_max (at least 20 % found): {report.k_max}"
+
+
+@click.command("run")
+@click.argument("file", metavar="FILE.gguf")
+@click.option("--prompt", help="text to continue; standard input when left out")
+@click.option("--max-tokens", type=int, help="limit in tokens, e.g. 100; up to 256 when left out")
+@click.option("--chat", is_flag=True, help="treat the prompt as a message, with the file's chat template")
+@click.option("--n-ctx", type=int, help="window to open, in tokens; the file's own when left out")
+@click.option("--type-k", default="f16", show_default=True, help="K cache: f32, f16, q8_0 or q4_0")
+@click.option("--type-v", default="f16", show_default=True, help="V cache: f32, f16, q8_0 or q4_0")
+@click.option("--flash-attn/--no-flash-attn", default=True, show_default=True, help="flash attention")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token, e.g. 0.8")
+@click.option("--seed", default=0, show_default=True, help="of the sampling")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
+def run(file: str, prompt: str | None, max_tokens: int | None, chat: bool, temperature: float, seed: int, **options: Any) -> None:
+    """Continue a prompt with a GGUF file, streaming the text.
+
+    \b
+    Example:
+      pi-gguf run tiny-32k.gguf --prompt "It was a dark" --max-tokens 50
+    """
+    from pi_gguf.files import human_bytes
+    from pi_gguf.progress import say
+    from pi_gguf.runtime import Model
+
+    if prompt is None:
+        prompt = click.get_text_stream("stdin").read()
+    with Model(file, **options) as model:
+        say(f"{file}: window {model.n_ctx} tokens, KV cache {human_bytes(model.kv_cache_bytes)}")
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        message = [{"role": "user", "content": prompt}]
+        for part in model.chat(message, **settings) if chat else model.complete(prompt, **settings):
+            click.echo(part, nl=False)
+        click.echo()
+
+
+_EVALUATIONS = {
+    "perplexity": (
+        "Sliding-window perplexity at several windows.",
+        lambda: command("evaluate:evaluate_perplexity", _show_perplexity, name="perplexity"),
+    ),
+    "passkey": (
+        "Passkey retrieval by distance, and k_max.",
+        lambda: command("evaluate:evaluate_passkey", _show_passkey, name="passkey"),
+    ),
+}
+
+_COMMANDS = {
+    "plan": ("Say what a conversion would do and cost.", lambda: command("planning:plan", _show_plan)),
+    "extend": (
+        "Fine-tune with Position Interpolation; write a Hugging Face folder.",
+        lambda: command("finetune:extend", _show_extend, reports=False),
+    ),
+    "convert": (
+        "The whole path: extend, write GGUF, quantize, check.",
+        lambda: command("conversion:convert", _show_convert),
+    ),
+    "quantize": (
+        "Quantize a GGUF file with llama.cpp.",
+        lambda: command("runtime:quantize", _show_quantize, reports=False),
+    ),
+    "inspect": ("Show what a file states, what llama.cpp reads, and warnings.", lambda: command("inspection:inspect", _show_inspect)),
+    "eval": (
+        "Measure perplexity or passkey retrieval at length.",
+        lambda: Lazy("eval", _EVALUATIONS, help="Measure perplexity or passkey retrieval at length."),
+    ),
+    "run": ("Continue a prompt with a GGUF file.", lambda: run),
+    "demo": ("The main job on the bundled model, with table and plots.", lambda: command("demo:demo", str, reports=True)),
+}
+
+main = Lazy(
+    "pi-gguf",
+    _COMMANDS,
+    help="Turn a RoPE checkpoint with a short window into a quantized GGUF that works at 32k tokens, and prove it.\n\n"
+    "MODEL is a Hugging Face folder, a Hub id or bundled:tiny. Start with: pi-gguf demo",
+    params=[
+        click.Option(["--debug"], is_flag=True, help="show the traceback of an error"),
+        click.Option(["--version"], is_flag=True, help="show the version", is_eager=True, expose_value=False,
+                     callback=lambda ctx, _, value: _print_version(ctx) if value else None),
+    ],
+)  # fmt: skip
+
+
+def _print_version(ctx: click.Context) -> None:
+    from pi_gguf.provenance import package_version
+
+    click.echo(package_version())
+    ctx.exit()
+
+
+def entry_point() -> None:
+    """Run the command line; every `PiGgufError` ends here as two lines and its exit code."""
+    try:
+        main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(130)
+    except PiGgufError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    entry_point()

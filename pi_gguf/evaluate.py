@@ -1,0 +1,314 @@
+"""Evaluation at length: sliding-window perplexity and passkey retrieval, on a GGUF file or a Hugging Face model.
+
+In: a model and texts. Out: a report, one row a window, ready for a table or JSON. Both backends go through
+`LanguageModel`, so a figure differs between them only by what the models compute.
+
+Source: arXiv 2306.15595, sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pi_gguf import bundled
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.errors import OptionError, TextError
+from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
+from pi_gguf.progress import progress_bar, say
+from pi_gguf.provenance import provenance, sha256
+from pi_gguf.scoring import LanguageModel
+from pi_gguf.texts import read_texts
+
+WINDOWS = (2048, 4096, 8192, 16384, 32768)
+FOUND_SHARE = 0.2
+"""A distance counts as reached when at least this share of its keys is found."""
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """Perplexity at one window; `standard_error` is of the perplexity, `tokens` how many were scored."""
+
+    window: int
+    perplexity: float
+    standard_error: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    model: str
+    texts: list[str]
+    stride: int
+    samples: int | None
+    rows: list[PerplexityRow]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PasskeyCell:
+    """How many of `keys` were found in a prompt of `window` tokens, `distance` tokens before its end."""
+
+    window: int
+    distance: int
+    found: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class PasskeyReport:
+    """All cells; `k_max` is the largest distance at which at least 20 % were found, 0 if none."""
+
+    model: str
+    cells: list[PasskeyCell]
+    k_max: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_perplexity(
+    model: str | LanguageModel,
+    *,
+    text: Sequence[str] = (),
+    windows: Sequence[int] = WINDOWS,
+    stride: int = 256,
+    samples: int | None = None,
+    max_tokens: int = 32768,
+    context: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> PerplexityReport:
+    """Measure perplexity at several windows, with the paper's sliding window.
+
+    Every window scores its last STRIDE tokens only; the first window of a document scores all of them. With
+    --samples, a few stretches of STRIDE tokens a document are scored instead, the same ones at every window.
+
+    Args:
+        model: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
+        text: text file or folder of them; the held-out novels of the bundled sample when left out. Repeatable.
+        windows: context lengths, in tokens.
+        stride: tokens that a window moves on, and scores.
+        samples: stretches to score in each document, evenly spaced; all of the document when left out.
+        max_tokens: documents are cut here, in tokens; not with --samples.
+        context: interpolate the positions of a Hugging Face model to this window, in tokens, without training.
+        seed: recorded; nothing is random here.
+        device: auto, cpu or cuda.
+
+    Example:
+        pi-gguf eval perplexity model.gguf --text book.txt --windows 2048,8192,32768
+    """
+    _check_windows(windows)
+    largest = max(windows)
+    if not 0 < stride <= min(windows) - 1:
+        raise OptionError(f"stride must be from 1 to {min(windows) - 1}, below the smallest window, got {stride}")
+    if samples is not None and samples < 1:
+        raise OptionError(f"samples must be at least 1, got {samples}")
+    documents = read_texts(text) if text else _heldout()
+    with opened(model, n_ctx=largest, context=context, device=device) as lm:
+        tokenized = {name: lm.tokenize(body) for name, body in documents.items()}
+        for name, ids in tokenized.items():
+            if len(ids) < largest:
+                raise TextError(
+                    f"{name}: {len(ids)} tokens, fewer than the largest window of {largest}",
+                    "give longer texts or smaller --windows",
+                )
+        rows = []
+        for window in windows:
+            jobs = [
+                job
+                for ids in tokenized.values()
+                for job in (
+                    sliding_windows(ids[: max(max_tokens, largest)], window, stride, lm.bos)
+                    if samples is None
+                    else sampled_windows(ids, window, largest, stride, samples, lm.bos)
+                )
+            ]
+            rows.append(_perplexity(lm, window, jobs))
+        record = provenance(seed=seed, device=device, text_sha256=sha256(list(documents.values())))
+        return PerplexityReport(lm.name, list(documents), stride, samples, rows, record)
+
+
+def sliding_windows(ids: list[int], window: int, stride: int, bos: list[int]) -> list[tuple[list[int], int]]:
+    """Cut a document into windows: (ids, how many of the last to score); each token is scored once.
+
+    Args:
+        ids: the document, with its begin token if the model wants one.
+        window: tokens of a window, the begin token included.
+        stride: tokens scored by every window but the first.
+        bos: begin token put in place of the first one of later windows; may be empty.
+    """
+    jobs = [(ids[:window], min(window, len(ids)) - 1)]
+    end = window
+    while end < len(ids):
+        move = min(stride, len(ids) - end)
+        end += move
+        jobs.append((bos + ids[end - window + len(bos) : end], move))
+    return jobs
+
+
+def sampled_windows(
+    ids: list[int], window: int, largest: int, stride: int, samples: int, bos: list[int]
+) -> list[tuple[list[int], int]]:
+    """Cut windows that end at the same evenly spaced places whatever their length; each scores `stride` tokens."""
+    room = len(ids) - largest
+    ends = [largest + room * i // max(1, samples - 1) for i in range(samples)] if samples > 1 else [len(ids)]
+    return [(bos + ids[end - window + len(bos) : end], stride) for end in ends]
+
+
+def _perplexity(lm: LanguageModel, window: int, jobs: list[tuple[list[int], int]]) -> PerplexityRow:
+    import numpy as np
+
+    losses = []
+    with progress_bar(f"perplexity at {window}", len(jobs), "windows") as advance:
+        for ids, last in jobs:
+            losses.append(-lm.score(ids, last)[0])
+            advance(1, text=f"{math.exp(np.concatenate(losses).mean()):.3f}")
+    nll = np.concatenate(losses)
+    perplexity = math.exp(nll.mean())
+    error = perplexity * float(nll.std(ddof=1)) / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+    return PerplexityRow(window, perplexity, error, len(nll))
+
+
+def evaluate_passkey(
+    model: str | LanguageModel,
+    *,
+    windows: Sequence[int] = WINDOWS,
+    distances: int = 32,
+    keys: int = 10,
+    context: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> PasskeyReport:
+    """Measure passkey retrieval: a five-digit key hidden in filler text, asked for at the end.
+
+    Prompts fill each window; the key lies at evenly spaced distances from the end, up to the whole window. k_max is
+    the largest distance at which at least 20 % of the keys are found.
+
+    Args:
+        model: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
+        windows: prompt lengths, in tokens.
+        distances: places of the key in each window.
+        keys: keys tried at each place.
+        context: interpolate the positions of a Hugging Face model to this window, in tokens, without training.
+        seed: of the keys drawn.
+        device: auto, cpu or cuda.
+
+    Example:
+        pi-gguf eval passkey model.gguf --windows 2048,8192,32768
+    """
+    _check_windows(windows)
+    for name, value in (("distances", distances), ("keys", keys)):
+        if value < 1:
+            raise OptionError(f"{name} must be at least 1, got {value}")
+    with opened(model, n_ctx=max(windows), context=context, device=device) as lm:
+        cells = []
+        for window in windows:
+            prompts = PasskeyPrompts(lm, window)
+            with progress_bar(f"passkey at {window}", distances * keys, "keys") as advance:
+                for i in range(1, distances + 1):  # the key moves from the end to the start: most is shared
+                    rng = random.Random(f"{seed} {window} {i}")
+                    distance = window * i // distances
+                    found = 0
+                    for _ in range(keys):
+                        ids, last = prompts.make(draw_key(rng, for_evaluation=True), distance)
+                        found += bool(lm.score(ids, last)[1].all())
+                        advance(1)
+                    cells.append(PasskeyCell(window, distance, found, keys))
+        return PasskeyReport(lm.name, cells, k_max(cells), provenance(seed=seed, device=device))
+
+
+def k_max(cells: Sequence[PasskeyCell]) -> int:
+    """Return the largest distance, in tokens, at which at least 20 % of the keys were found; 0 if none."""
+    return max((c.distance for c in cells if c.found >= FOUND_SHARE * c.keys), default=0)
+
+
+class PasskeyPrompts:
+    """Builds prompts of one window in tokens, so that length and distance are exact to a filler line.
+
+    Args:
+        lm: gives the tokenizer.
+        window: tokens of prompt and answer together, at most.
+    """
+
+    def __init__(self, lm: LanguageModel, window: int) -> None:
+        self._lm, self._window = lm, window
+        self._start = lm.tokenize(INTRODUCTION)
+        self._filler = lm.tokenize(EVALUATION_FILLER, add_special=False)
+        self._question = lm.tokenize(QUESTION, add_special=False)
+
+    def make(self, key: str, distance: int) -> tuple[list[int], int]:
+        """Return the ids of a prompt with its answer, and the number of answer tokens at its end.
+
+        Args:
+            key: the passkey.
+            distance: tokens from the key's sentence to the end; as near as filler lines allow.
+
+        Raises:
+            OptionError: the window is too small for the task.
+        """
+        sentence = self._lm.tokenize(key_sentence(key), add_special=False)
+        asked = self._lm.tokenize(f"{QUESTION} {key}", add_special=False)
+        if asked[: len(self._question)] != self._question:
+            raise OptionError(f"{self._lm.name}: the tokenizer joins the question and the key; no passkey test")
+        lines = (self._window - len(self._start) - len(sentence) - len(asked)) // len(self._filler)
+        if lines < 1:
+            raise OptionError(f"windows must be at least {self._window - lines * len(self._filler)} tokens here")
+        after = (distance - len(sentence) - len(asked)) / len(self._filler)
+        after_lines = min(lines, max(0, round(after)))
+        ids = (
+            self._start
+            + self._filler * (lines - after_lines)
+            + sentence
+            + self._filler * after_lines
+            + asked
+        )
+        return ids, len(asked) - len(self._question)
+
+
+@contextmanager
+def opened(
+    model: str | LanguageModel, *, n_ctx: int, context: int | None = None, device: str = "auto"
+) -> Iterator[LanguageModel]:
+    """Open a GGUF file or a Hugging Face MODEL for `n_ctx` tokens, and close it; an open model passes through."""
+    if isinstance(model, LanguageModel):
+        yield model
+        return
+    lm: LanguageModel
+    if Path(model).suffix == ".gguf":
+        from pi_gguf.runtime import Model
+
+        if context is not None:
+            raise OptionError("context is for Hugging Face models; a GGUF file holds its scaling")
+        lm = Model(model, n_ctx=n_ctx, device=device)
+    else:
+        from pi_gguf.hf_model import HfModel
+
+        checkpoint = load_checkpoint(model)
+        lm = HfModel(checkpoint, device=device, rope=checkpoint.rope.interpolated(context) if context else None)
+    if n_ctx > lm.window:
+        say(f"note: {model} has a window of {lm.window} tokens and is read to {n_ctx}")
+    try:
+        yield lm
+    finally:
+        lm.close()
+
+
+def _heldout() -> dict[str, str]:
+    documents = bundled.novels("heldout")
+    say(f"no --text: the {len(documents)} held-out novels of the bundled sample are read")
+    return documents
+
+
+def _check_windows(windows: Sequence[int]) -> None:
+    if not windows or min(windows) < 2:
+        raise OptionError(f"windows must be token counts above 1, got {list(windows)}")

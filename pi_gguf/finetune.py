@@ -1,0 +1,404 @@
+"""The fine-tune: a checkpoint and texts -> a Hugging Face folder whose positions are interpolated to a new window.
+
+The trainer is transformers' own; here are the paper's schedule, the rows and positions it reads, and the safe end.
+A run that stops leaves its last checkpoint in `OUT_DIR.partial`, from which the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf import bundled
+from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint
+from pi_gguf.errors import OptionError, PiGgufError, TextError
+from pi_gguf.files import check_writable, remove, replace_when_complete, write_json
+from pi_gguf.planning import TrainingPlan, estimate_training_memory, plan_training
+from pi_gguf.progress import progress_bar, say
+from pi_gguf.provenance import library_versions, package_version, sha256
+from pi_gguf.rope import RopeScaling
+from pi_gguf.texts import read_texts
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def extend(
+    model: str,
+    out_dir: str | Path,
+    *,
+    context: int,
+    data: Sequence[str] = (),
+    steps: int = 1000,
+    train_window: int | None = None,
+    learning_rate: float | None = None,
+    batch_tokens: int | None = None,
+    schedule: str = "constant",
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Fine-tune a model with Position Interpolation and write a Hugging Face folder.
+
+    Args:
+        model: Hugging Face folder, Hub id or bundled:tiny.
+        out_dir: folder to write.
+        context: new window, in tokens, e.g. 32768.
+        data: text file or folder of them; the bundled sample when left out. Repeatable.
+        steps: optimizer steps; 0 applies the scaling without training.
+        train_window: tokens of a training sequence; below the context positions skip (PoSE).
+        learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
+        batch_tokens: tokens of an optimizer step; by the model's size when left out.
+        schedule: constant (the paper's) or linear (down to a tenth).
+        seed: of the order of the data and of the skips.
+        device: auto, cpu or cuda.
+        overwrite: replace what is there, and start anew instead of resuming.
+
+    Returns:
+        The folder written.
+
+    Example:
+        pi-gguf extend bundled:tiny tiny-32k --context 32768 --steps 100
+    """
+    from pi_gguf.hf_model import torch_device
+
+    out_dir = Path(out_dir)
+    checkpoint = load_checkpoint(model)
+    rope = checkpoint.rope.interpolated(context)
+    if steps < 0:
+        raise OptionError(f"steps must not be negative, got {steps}")
+    check_writable(out_dir, overwrite)
+    device = torch_device(device)
+    checkpoint.tensors  # noqa: B018  every file is checked before long work
+    training = None
+    record = {
+        "source": checkpoint.source,
+        "method": "linear",
+        "factor": rope.factor,
+        "original_window": rope.original_max_position_embeddings,
+        "context": context,
+        "steps": steps,
+        "seed": seed,
+    }
+    work_dir = out_dir.with_name(out_dir.name + ".partial")
+    if steps:
+        training = plan_training(
+            checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
+            batch_tokens=batch_tokens, schedule=schedule, device=device,
+        )  # fmt: skip
+        rows, text_record = training_rows(checkpoint, training, data, seed)
+        record |= {"tokens": training.tokens, **asdict(training), **text_record}
+        if overwrite:
+            remove(work_dir)
+        _check_same_run(work_dir, record)
+        say(
+            f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} (factor {rope.factor:g}), "
+            f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.method} on {training.train_window} tokens "
+            f"({training.reason})"
+        )
+        trained = _train(checkpoint, rope, training, rows, work_dir, seed, device)
+        loss = trained.pop("model")
+        _write_folder(checkpoint, rope, out_dir, record | trained, loss)
+        remove(work_dir)
+    else:
+        _write_folder(checkpoint, rope, out_dir, record, None)
+    return out_dir
+
+
+def training_rows(
+    checkpoint: Checkpoint, training: TrainingPlan, data: Sequence[str], seed: int
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Tokenize and pack enough text for the run, in the order it is trained on.
+
+    Returns:
+        Rows of at most `train_window` ids, repeated in new orders when the texts are used up; what to record of the
+        texts.
+
+    Raises:
+        TextError: no document is as long as a training sequence.
+    """
+    import random
+
+    from pi_gguf.data import pack
+
+    tokenizer: Any = checkpoint.load_tokenizer()
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return ids + end
+
+    window = training.train_window
+    needed = training.tokens // window
+    rows: list[list[int]] = []
+    with progress_bar("tokenize", needed, "rows") as advance:
+        if not data and checkpoint.source == bundled.TINY:
+            say("no --data: the bundled sample is used, in the bundled model's own training mixture")
+            stream = pack((encode(text) for text in bundled.training_mixture(seed + 1, window)), window)
+            while len(rows) < needed:
+                rows.append(next(stream))
+                advance(1)
+            return rows, {"data": "bundled mixture"}
+        if data:
+            documents = read_texts(data)
+        else:
+            documents = bundled.novels("train")
+            say(f"no --data: the {len(documents)} training novels of the bundled sample are used")
+        names = list(documents)
+        random.Random(seed).shuffle(names)
+        longest = 0
+
+        def tokenized() -> Iterator[list[int]]:
+            nonlocal longest
+            for name in names:
+                ids = encode(documents[name])
+                longest = max(longest, len(ids))
+                yield ids
+
+        for row in pack(tokenized(), window):
+            rows.append(row)
+            advance(1)
+    if longest < window:
+        raise TextError(
+            f"{names[0]}{' and others' if len(names) > 1 else ''}: the longest text has {longest} tokens, fewer than "
+            f"the training window of {window}",
+            f"give longer texts or --train-window {max(2, longest)}",
+        )
+    order: list[list[int]] = []
+    while len(order) < needed:
+        random.Random(f"{seed} {len(order)}").shuffle(rows)
+        order += rows
+    return order[:needed], {"data": names, "data_sha256": sha256([documents[name] for name in sorted(names)])}
+
+
+def _check_same_run(work_dir: Path, record: dict[str, Any]) -> None:
+    """Begin a run's folder, or check that the one there is of the same run."""
+    path = work_dir / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        wanted = json.loads(json.dumps(record))
+        differ = [key for key in wanted if before.get(key) != wanted[key]]
+        if differ:
+            key = differ[0]
+            raise OptionError(
+                f"{work_dir}: holds an unfinished run with {key} {before.get(key)!r}, now {wanted[key]!r}",
+                "repeat the first command to go on with it, or start anew with --overwrite",
+            )
+    else:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+
+
+def _train(
+    checkpoint: Checkpoint,
+    rope: RopeScaling,
+    training: TrainingPlan,
+    rows: list[list[int]],
+    work_dir: Path,
+    seed: int,
+    device: str,
+) -> dict[str, Any]:
+    """Run transformers' Trainer; return the model, the last loss and the seconds it took."""
+    import numpy as np
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from pi_gguf.data import pose_positions
+
+    model = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
+    model.config.use_cache = False
+    context = rope.max_position_embeddings
+
+    class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            positions = pose_positions(training.train_window, context, np.random.default_rng((seed, i)))
+            return {"ids": rows[i], "positions": positions[: len(rows[i])]}
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        shape = (len(examples), max(len(e["ids"]) for e in examples))
+        ids, labels = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
+        positions, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for i, e in enumerate(examples):
+            n = len(e["ids"])
+            ids[i, :n], labels[i, :n], positions[i, :n], mask[i, :n] = e["ids"], e["ids"], e["positions"], 1
+        # The mask is given even when it is all ones: without one, transformers takes a skip in the positions for the
+        # start of another document and lets nothing attend across it.
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    class PaperTrainer(Trainer):
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            if self.lr_scheduler is None:
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                    optimizer or self.optimizer, lambda step: rate_share(step, training)
+                )
+            return self.lr_scheduler
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # rows come in their order already
+
+    stop = _StopOnInterrupt()
+
+    class Progress(TrainerCallback):
+        def __init__(self, advance: Any) -> None:
+            self.advance, self.loss, self.done = advance, float("nan"), 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.done = state.global_step
+            self.advance(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.advance(state.global_step - self.done, text=f"loss {self.loss:.3f}")
+            self.done = state.global_step
+            if stop.asked:
+                control.should_save = control.should_training_stop = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            self.loss = (logs or {}).get("loss", self.loss)
+            if self.loss != self.loss:
+                raise PiGgufError(f"the loss is not a number before step {state.global_step}", "lower --learning-rate")
+
+    recompute = estimate_training_memory(checkpoint, training) > 0.6 * _free_memory(device)
+    arguments = TrainingArguments(
+        output_dir=str(work_dir),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.micro_batch,
+        gradient_accumulation_steps=training.accumulation,
+        learning_rate=training.learning_rate,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=_fast_bf16(device),
+        gradient_checkpointing=recompute,
+        save_strategy="steps",
+        save_steps=max(10, training.steps // 20),
+        save_total_limit=2,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+    )
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    with progress_bar("fine-tune", training.steps, "steps") as advance, stop, warnings.catch_warnings():
+        progress = Progress(advance)
+        trainer = PaperTrainer(model=model, args=arguments, train_dataset=Rows(), data_collator=collate)
+        trainer.remove_callback(_printer())
+        trainer.add_callback(progress)
+        last = get_last_checkpoint(str(work_dir))
+        if last:
+            say(f"resume from {last}")
+        result = trainer.train(resume_from_checkpoint=last)
+    if stop.asked and trainer.state.global_step < training.steps:
+        say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
+        raise KeyboardInterrupt
+    seconds = result.metrics["train_runtime"]
+    return {"model": trainer.model, "loss": round(progress.loss, 4), "seconds": round(seconds, 1), "device": device}
+
+
+def rate_share(step: int, training: TrainingPlan) -> float:
+    """Return the share of the peak rate at a step: linear warm-up from a tenth, then as the schedule says."""
+    if step < training.warmup_steps:
+        return 0.1 + 0.9 * step / training.warmup_steps
+    if training.schedule == "constant":
+        return 1.0
+    left = (training.steps - step) / max(1, training.steps - training.warmup_steps)
+    return 0.1 + 0.9 * max(0.0, left)
+
+
+class _StopOnInterrupt:
+    """Turns the first Ctrl-C into a request to stop after the step; a second one interrupts at once."""
+
+    asked = False
+
+    def __enter__(self) -> None:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not in the main thread: leave Ctrl-C to whoever is
+            self._before = None
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("stopping after this step; a checkpoint is saved")
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _printer() -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _write_folder(
+    checkpoint: Checkpoint, rope: RopeScaling, out_dir: Path, record: dict[str, Any], trained: PreTrainedModel | None
+) -> None:
+    """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record."""
+    import torch
+
+    record["pi_gguf"] = package_version()
+    record["libraries"] = library_versions()
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]
+    model = trained if trained is not None else checkpoint.load_model(dtype=stored, rope=rope)
+    with replace_when_complete(out_dir) as partial:
+        model.to(stored).save_pretrained(partial)  # type: ignore[arg-type]
+        config = rope.to_hf(checkpoint.config)
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        for name in _TOKENIZER_FILES:
+            if (checkpoint.path / name).exists():
+                shutil.copyfile(checkpoint.path / name, partial / name)
+        settings_path = partial / "tokenizer_config.json"
+        if settings_path.exists():
+            settings = json.loads(settings_path.read_text())
+            settings["model_max_length"] = rope.max_position_embeddings
+            settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        (partial / PROVENANCE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _fast_bf16(device: str) -> bool:
+    """Tell whether bf16 is faster than f32 on the device."""
+    import torch
+
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _free_memory(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

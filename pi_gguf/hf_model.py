@@ -1,0 +1,94 @@
+"""A Hugging Face checkpoint as a `LanguageModel`: the reference that the GGUF file is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.errors import OptionError
+from pi_gguf.rope import RopeScaling
+from pi_gguf.scoring import LanguageModel, common_prefix
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CHUNK = 1024
+
+
+class HfModel(LanguageModel):
+    """A checkpoint opened by transformers in 32 bits on the CPU, 16 on a GPU.
+
+    Args:
+        checkpoint: what to open.
+        device: `auto`, `cpu` or `cuda`.
+        rope: position scaling to apply instead of the config's own.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", rope: RopeScaling | None = None) -> None:
+        import torch
+
+        self.name = checkpoint.source
+        self.window = (rope or checkpoint.rope).max_position_embeddings
+        self.device = torch_device(device)
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self._model: Any = checkpoint.load_model(dtype=dtype, device=self.device, rope=rope).eval()
+        self._tokenizer: Any = checkpoint.load_tokenizer()
+        self._evaluated: list[int] = []
+        self._cache: Any = None
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"]
+        return ids
+
+    @property
+    def bos(self) -> list[int]:
+        ids = self.tokenize("a")
+        return ids[:1] if ids[0] == self._tokenizer.bos_token_id else []
+
+    def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
+        import torch
+        from transformers import DynamicCache
+
+        first = len(ids) - last
+        known = min(common_prefix(self._evaluated, ids), first)
+        if self._cache is None or known == 0:
+            self._cache, known = DynamicCache(config=self._model.config), 0
+        else:
+            self._cache.crop(known)
+        self._evaluated = list(ids[:known])
+        # From an empty cache all at once: torch's causal kernel needs no mask then. Later a mask of
+        # [chunk, tokens] is made, so chunks stay small.
+        step = _CHUNK if known else len(ids)
+        for start in range(known, len(ids), step):
+            part = list(ids[start : start + step])
+            with torch.inference_mode():
+                hidden = self._model.model(
+                    torch.tensor([part], device=self.device),
+                    position_ids=torch.arange(start, start + len(part), device=self.device)[None],
+                    past_key_values=self._cache,
+                    use_cache=True,
+                ).last_hidden_state[0]
+            self._evaluated += part
+            for offset in range(max(0, first - start), len(part), _CHUNK):
+                with torch.inference_mode():
+                    logits = self._model.lm_head(hidden[offset : offset + _CHUNK]).float()
+                yield logits.cpu().numpy()
+
+    def close(self) -> None:
+        self._model = self._cache = None
+
+
+def torch_device(device: str) -> str:
+    """Return `cpu` or `cuda` for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        OptionError: `cuda` and none is there, or another word.
+    """
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device must be auto, cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device cuda: torch finds no CUDA GPU", "use --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,286 @@
+"""What a run will do and cost, before it starts: factor, training, time, memory, disk. Reads the config only.
+
+The time and memory of training are estimates from operation counts; sizes and windows are exact but for the mixture
+of a quantization, which llama.cpp decides tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from pi_gguf.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.errors import OptionError
+from pi_gguf.rope import RopeScaling
+
+BITS_PER_WEIGHT = {
+    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.57, "Q5_K_M": 5.70, "Q5_K_S": 5.57, "Q5_1": 6.0,
+    "Q5_0": 5.57, "Q4_K_M": 4.89, "Q4_K_S": 4.67, "Q4_1": 5.0, "Q4_0": 4.67, "IQ4_NL": 4.68, "IQ4_XS": 4.46,
+    "Q3_K_L": 4.30, "Q3_K_M": 4.00, "Q3_K_S": 3.64, "Q2_K": 3.16,
+}  # fmt: skip
+"""Mean bits a weight of a file of this type, about; the mixtures as for an 8-billion-parameter Llama."""
+
+_CPU_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.35
+"""Share of a plain matrix product's speed that training reaches."""
+
+_MICRO_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a fine-tune for a model's size: peak learning rate and tokens of one optimizer step."""
+
+    learning_rate: float
+    batch_tokens: int
+
+
+def default_recipe(n_parameters: int) -> Recipe:
+    """Return the paper's rates for 7B and 13B, 33B and 65B; for tiny models what `docs/log.md` records.
+
+    The paper's batch is 64 sequences of the new window; 64 sequences of 2048 tokens are the most a desktop bears.
+    """
+    if n_parameters < 100_000_000:
+        return Recipe(1e-3, 8192)
+    return Recipe(2e-5 if n_parameters < 20_000_000_000 else 1e-5, 131072)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How a fine-tune is run.
+
+    Args:
+        steps: optimizer steps.
+        train_window: tokens of one training sequence.
+        method: `full length` or `PoSE`.
+        reason: why this method.
+        batch_tokens: tokens of one optimizer step.
+        micro_batch: sequences computed at once.
+        accumulation: micro-batches of one optimizer step.
+        learning_rate: at its peak.
+        warmup_steps: linear, from a tenth of the peak.
+        schedule: `constant` (the paper's) or `linear` (down to a tenth of the peak at the end).
+    """
+
+    steps: int
+    train_window: int
+    method: str
+    reason: str
+    batch_tokens: int
+    micro_batch: int
+    accumulation: int
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.micro_batch * self.accumulation * self.train_window
+
+
+def plan_training(
+    checkpoint: Checkpoint,
+    rope: RopeScaling,
+    *,
+    steps: int,
+    train_window: int | None,
+    learning_rate: float | None,
+    batch_tokens: int | None,
+    schedule: str,
+    device: str,
+) -> TrainingPlan:
+    """Choose what the user left open, and check what the user chose.
+
+    Raises:
+        OptionError: a value that cannot work.
+    """
+    context, window = rope.max_position_embeddings, rope.original_max_position_embeddings
+    if steps < 1:
+        raise OptionError(f"steps must be at least 1 to train, got {steps}")
+    if schedule not in ("constant", "linear"):
+        raise OptionError(f"schedule must be constant or linear, got {schedule}")
+    if learning_rate is not None and not 0 < learning_rate < 1:
+        raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
+    if train_window is None:
+        train_window = context if device == "cuda" else window
+        reason = (
+            "on a GPU sequences of the whole new window are affordable"
+            if device == "cuda"
+            else f"without a GPU sequences stay at the original {window} tokens"
+        )
+    elif not 2 <= train_window <= context:
+        raise OptionError(f"train-window must be from 2 to the context of {context}, got {train_window}")
+    else:
+        reason = "as given by --train-window"
+    method = "full length" if train_window == context else "PoSE"
+    if method == "PoSE":
+        reason += f"; positions skip so that distances up to {context} are seen"
+    recipe = default_recipe(checkpoint.n_parameters())
+    wanted = max(batch_tokens or recipe.batch_tokens, train_window)
+    sequences = wanted // train_window
+    micro_batch = max(1, min(sequences, _MICRO_BATCH_TOKENS // train_window))
+    return TrainingPlan(
+        steps=steps,
+        train_window=train_window,
+        method=method,
+        reason=reason,
+        batch_tokens=micro_batch * (sequences // micro_batch) * train_window,
+        micro_batch=micro_batch,
+        accumulation=sequences // micro_batch,
+        learning_rate=learning_rate or recipe.learning_rate,
+        warmup_steps=min(20, steps),
+        schedule=schedule,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `pi-gguf plan` reports; sizes in bytes, times in seconds, windows in tokens."""
+
+    model: str
+    parameters: int
+    factor: float
+    rope_theta: float
+    original_window: int
+    context: int
+    quant: str
+    training: TrainingPlan | None
+    training_seconds: float
+    training_memory_bytes: int
+    output_bytes: int
+    kv_cache_bytes: dict[str, int]
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        tokens = {"tokens": self.training.tokens} if self.training else {}
+        return {**asdict(self), **tokens}
+
+
+def plan(
+    model: str,
+    *,
+    context: int | None = None,
+    quant: str = "Q4_K_M",
+    steps: int = 1000,
+    train_window: int | None = None,
+    learning_rate: float | None = None,
+    batch_tokens: int | None = None,
+    schedule: str = "constant",
+    device: str = "auto",
+) -> Plan:
+    """Say what a conversion would do and cost; reads the config only.
+
+    Args:
+        model: Hugging Face folder, Hub id or bundled:tiny.
+        context: new window, in tokens; the model's own when left out.
+        quant: type of the output file, e.g. F16, Q8_0 or Q4_K_M.
+        steps: optimizer steps of the fine-tune; 0 for none.
+        train_window: tokens of a training sequence; below the context positions skip (PoSE).
+        learning_rate: at its peak; by the model's size when left out.
+        batch_tokens: tokens of an optimizer step; by the model's size when left out.
+        schedule: constant (the paper's) or linear (down to a tenth).
+        device: auto, cpu or cuda.
+
+    Example:
+        pi-gguf plan bundled:tiny --context 32768 --quant Q4_K_M
+    """
+    from pi_gguf.runtime import CACHE_TYPES, kv_cache_bytes
+
+    checkpoint = load_checkpoint(model, config_only=True)
+    if quant.upper() not in BITS_PER_WEIGHT:
+        raise OptionError(f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}")
+    rope = checkpoint.rope.interpolated(context) if context else checkpoint.rope
+    device = _device(device)
+    training, seconds, memory = None, 0.0, 0
+    n = checkpoint.n_parameters()
+    if context and steps:
+        training = plan_training(
+            checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
+            batch_tokens=batch_tokens, schedule=schedule, device=device,
+        )  # fmt: skip
+        seconds = training.tokens * _train_operations(checkpoint, training.train_window) / _operations_a_second(device)
+        memory = estimate_training_memory(checkpoint, training)
+    output = int(n * BITS_PER_WEIGHT[quant.upper()] / 8)
+    extended = (12 * n * 2 + 4 * n) if training else 0  # two checkpoints with optimizer state, and the result
+    unquantized = 0 if quant.upper() in ("F32", "F16", "BF16") else 4 * n
+    sizes = {
+        name: kv_cache_bytes(
+            n_layers=checkpoint.n_layers, n_kv_heads=checkpoint.n_kv_heads, head_dim=checkpoint.head_dim,
+            n_ctx=rope.max_position_embeddings, type_k=name, type_v=name,
+        )
+        for name in CACHE_TYPES
+    }  # fmt: skip
+    return Plan(
+        model=model,
+        parameters=n,
+        factor=rope.factor,
+        rope_theta=rope.rope_theta,
+        original_window=rope.original_max_position_embeddings,
+        context=rope.max_position_embeddings,
+        quant=quant.upper(),
+        training=training,
+        training_seconds=seconds,
+        training_memory_bytes=memory,
+        output_bytes=output,
+        kv_cache_bytes=sizes,
+        disk_bytes=output + unquantized + extended,
+    )
+
+
+def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, recompute: bool = False) -> int:
+    """Return bytes for weights, gradients, two Adam moments (16 a parameter), activations and logits.
+
+    Args:
+        recompute: activations are recomputed layer by layer (gradient checkpointing).
+
+    Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
+    attention matrix, which flash attention never stores.
+    """
+    tokens = training.micro_batch * training.train_window
+    config = checkpoint.config
+    layer = 34 * tokens * config["hidden_size"]
+    stored = 2 * tokens * config["hidden_size"] * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
+    return 16 * checkpoint.n_parameters() + stored + 12 * tokens * int(config["vocab_size"])
+
+
+def _train_operations(checkpoint: Checkpoint, length: int) -> float:
+    """Return floating-point operations a token: 6 a parameter, and causal attention over half the length."""
+    attention = 12 * checkpoint.n_layers * checkpoint.n_heads * checkpoint.head_dim * length / 2
+    tied = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"]
+    return 6 * (checkpoint.n_parameters() - (0 if checkpoint.tied else tied)) + attention
+
+
+def _device(device: str) -> str:
+    if device == "cpu":
+        return device
+    from pi_gguf.hf_model import torch_device
+
+    return torch_device(device)
+
+
+@cache
+def _operations_a_second(device: str) -> float:
+    """Measure a matrix product on the device for a moment, and take training's usual share of it."""
+    if device == "cuda":
+        import torch
+
+        side = 4096
+        a = torch.ones(side, side, dtype=torch.bfloat16, device="cuda")
+        for _ in range(3):
+            a @ a
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            a @ a
+        torch.cuda.synchronize()
+        return _GPU_EFFICIENCY * 10 * 2 * side**3 / (time.perf_counter() - started)
+    import numpy as np
+
+    side = 1024
+    b = np.ones((side, side), np.float32)
+    b @ b
+    started = time.perf_counter()
+    for _ in range(5):
+        b @ b
+    return _CPU_EFFICIENCY * 5 * 2 * side**3 / (time.perf_counter() - started)

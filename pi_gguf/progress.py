@@ -1,0 +1,47 @@
+"""Progress and messages on standard error: bars with time left on a terminal, silence elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[..., None]
+"""Called with the work done since the last call, and optionally `text=` to show beside the bar."""
+
+
+@contextmanager
+def progress_bar(title: str, total: float, unit: str) -> Iterator[Advance]:
+    """Show a bar for work of `total` units, with rate and time left.
+
+    Args:
+        title: what is being done.
+        total: amount of work.
+        unit: `bytes`, or the plural of what is counted.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = [TextColumn("{task.description}"), BarColumn(), amount, TextColumn("" if unit == "bytes" else unit)]
+    times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
+    with Progress(*columns, *times, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=total, text="")
+
+        def advance(amount: float = 1, text: str | None = None) -> None:
+            bar.update(task, advance=amount, **({} if text is None else {"text": text}))
+
+        yield advance
+
+
+def say(message: str) -> None:
+    """Print a line for the user on standard error."""
+    print(message, file=sys.stderr, flush=True)

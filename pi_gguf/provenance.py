@@ -1,0 +1,67 @@
+"""What a result carries to be believed and repeated: versions, commit, hashes, time and peak memory."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_STARTED = time.time()
+_PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
+
+
+def package_version(name: str = "pi-gguf") -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return "unknown"
+
+
+def library_versions() -> dict[str, str]:
+    return {name: package_version(name) for name in _PACKAGES}
+
+
+def provenance(*, seed: int, device: str, text_sha256: str | None = None) -> dict[str, Any]:
+    """Return the record that goes into a JSON result."""
+    record: dict[str, Any] = {
+        "pi_gguf": package_version(),
+        "commit": _commit(),
+        "libraries": library_versions(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "seed": seed,
+        "device": device,
+        "elapsed_seconds": round(time.time() - _STARTED, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if text_sha256:
+        record["text_sha256"] = text_sha256
+    return record
+
+
+def sha256(texts: list[str]) -> str:
+    """Return one hash over texts, in order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree this runs from, with `+` when it has changes; None elsewhere."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(root)]
+        head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,390 @@
+"""The door to llama.cpp: open a GGUF file, complete, chat, tokenize and score with it, and quantize.
+
+In: a path. Out: a `Model`, or a quantized file. The size of the KV cache is predicted and compared with free memory
+before anything is loaded. llama_cpp is imported nowhere else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.files import check_free_disk, check_writable, human_bytes, replace_when_complete
+from pi_gguf.gguf_file import GgufInfo, read_gguf
+from pi_gguf.progress import progress_bar, say
+from pi_gguf.scoring import LanguageModel, common_prefix
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (2, 18 / 32)}
+"""KV cache types: ggml's number and bytes an element."""
+
+_BATCH = 512
+
+
+def kv_cache_bytes(*, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int, type_k: str, type_v: str) -> int:
+    """Return the size of the KV cache: layers x heads x head size x (bytes of K + bytes of V) x tokens."""
+    per_element = CACHE_TYPES[type_k][1] + CACHE_TYPES[type_v][1]
+    return int(n_layers * n_kv_heads * head_dim * per_element * n_ctx)
+
+
+class Model(LanguageModel):
+    """A GGUF file opened by llama.cpp. Use it as a context manager, or call `close`.
+
+    Args:
+        path: the GGUF file.
+        n_ctx: window to open, in tokens; the file's own when None.
+        type_k: type of the K cache: f32, f16, q8_0 or q4_0.
+        type_v: type of the V cache.
+        flash_attn: use flash attention; needed for a quantized V cache.
+        device: `auto` (GPU when llama.cpp was built for one), `cpu` or `cuda`.
+        n_threads: threads; all cores when None.
+
+    Raises:
+        GgufError: the file does not open.
+        OptionError: an option that cannot work.
+        ResourceError: weights and cache do not fit in free memory.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_ctx: int | None = None,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        flash_attn: bool = True,
+        device: str = "auto",
+        n_threads: int | None = None,
+    ) -> None:
+        info = read_gguf(Path(path))
+        self.info, self.path, self.name = info, Path(path), str(path)
+        self.window = info.rope.max_position_embeddings
+        self.n_ctx = self.window if n_ctx is None else n_ctx
+        if self.n_ctx < 1:
+            raise OptionError(f"n_ctx must be at least 1 token, got {n_ctx}")
+        for name, value in (("type_k", type_k), ("type_v", type_v)):
+            if value not in CACHE_TYPES:
+                raise OptionError(f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}")
+        if type_v in ("q8_0", "q4_0") and not flash_attn:
+            raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")
+        on_gpu = _use_gpu(device)
+        self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
+        if not on_gpu:
+            _check_memory(info, self.kv_cache_bytes, self.n_ctx)
+        threads = n_threads or len(os.sched_getaffinity(0))
+        llama_cpp = _llama_cpp()
+        _log.clear()
+        try:
+            self._llama = llama_cpp.Llama(
+                str(path),
+                n_ctx=self.n_ctx,
+                n_batch=_BATCH,
+                n_ubatch=_BATCH,
+                type_k=CACHE_TYPES[type_k][0],
+                type_v=CACHE_TYPES[type_v][0],
+                flash_attn=flash_attn,
+                n_gpu_layers=-1 if on_gpu else 0,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise GgufError(f"{path}: llama.cpp does not open it ({_last_error() or error})") from error
+        self._evaluated: list[int] = []
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._llama.close()
+
+    # What llama.cpp read
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._llama.n_vocab())
+
+    @property
+    def n_ctx_train(self) -> int:
+        return int(_llama_cpp().llama_model_n_ctx_train(self._llama.model))
+
+    @property
+    def rope_freq_scale_train(self) -> float:
+        return float(_llama_cpp().llama_model_rope_freq_scale_train(self._llama.model))
+
+    @property
+    def bos(self) -> list[int]:
+        return self.tokenize("")[:1]
+
+    # Text
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Return token ids; special tokens written out in the text are recognized."""
+        ids: list[int] = self._llama.tokenize(text.encode(), add_bos=add_special, special=True)
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        text: bytes = self._llama.detokenize(list(ids))
+        return text.decode("utf-8", errors="replace")
+
+    def complete(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Continue `prompt`, yielding text as it comes.
+
+        Args:
+            prompt: text; it must fit the window together with `max_tokens`.
+            max_tokens: limit in tokens; up to 256, as the window allows, when None.
+            temperature: 0 takes the most probable token each time.
+            seed: of the sampling.
+            stop: strings that end the text.
+
+        Raises:
+            OptionError: prompt and `max_tokens` do not fit the window; nothing is ever cut.
+        """
+        ids = self.tokenize(prompt)
+        limit = self._check_fits(len(ids), max_tokens)
+        self._evaluated = []
+        for part in self._llama.create_completion(
+            ids, max_tokens=limit, temperature=temperature, seed=seed, stop=list(stop), stream=True
+        ):
+            yield part["choices"][0]["text"]
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Answer a conversation with the file's own chat template, yielding text as it comes.
+
+        Args:
+            messages: objects with `role` (system, user, assistant) and `content`.
+            max_tokens: as in `complete`.
+            temperature: as in `complete`.
+            seed: as in `complete`.
+
+        Raises:
+            GgufError: the file has no chat template.
+            OptionError: conversation and `max_tokens` do not fit the window.
+        """
+        if "tokenizer.chat_template" not in self.info.metadata:
+            raise GgufError(f"{self.path}: tokenizer.chat_template is missing", "use complete for a base model")
+        length = sum(len(self.tokenize(m["content"], add_special=False)) + 8 for m in messages)
+        limit = self._check_fits(length, max_tokens)
+        self._evaluated = []
+        for part in self._llama.create_chat_completion(
+            list(messages), max_tokens=limit, temperature=temperature, seed=seed, stream=True
+        ):
+            yield part["choices"][0]["delta"].get("content") or ""
+
+    def _check_fits(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        room = self.n_ctx - prompt_tokens
+        if max_tokens is not None and max_tokens < 1:
+            raise OptionError(f"max_tokens must be at least 1, got {max_tokens}")
+        if room < (max_tokens or 1):
+            raise OptionError(
+                f"prompt of {prompt_tokens} tokens and {max_tokens or 1} to write do not fit the window of "
+                f"{self.n_ctx} tokens",
+                f"shorten the prompt by {(max_tokens or 1) - room} tokens or open a larger --n-ctx",
+            )
+        return max_tokens or min(256, room)
+
+    # Scoring
+
+    def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
+        import numpy as np
+
+        if len(ids) > self.n_ctx:
+            raise OptionError(f"{len(ids)} tokens do not fit the open window of {self.n_ctx}", "open a larger n_ctx")
+        llama_cpp = _llama_cpp()
+        first = len(ids) - last
+        known = min(common_prefix(self._evaluated, ids), first)
+        self._llama.reset()
+        memory = llama_cpp.llama_get_memory(self._llama.ctx)
+        if not llama_cpp.llama_memory_seq_rm(memory, 0, known, -1):
+            known = 0
+            llama_cpp.llama_memory_clear(memory, True)
+        self._evaluated = list(ids[:known])
+        batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        try:
+            for start in range(known, len(ids), _BATCH):
+                part = ids[start : start + _BATCH]
+                batch.n_tokens = len(part)
+                for i, token in enumerate(part):
+                    batch.token[i], batch.pos[i] = token, start + i
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                    batch.logits[i] = start + i >= first
+                outputs = min(len(part), max(0, start + len(part) - first))
+                if llama_cpp.llama_decode(self._llama.ctx, batch) != 0:
+                    raise ResourceError(f"{self.path}: llama.cpp could not read a batch ({_last_error()})")
+                self._evaluated += part
+                if outputs:
+                    logits = np.ctypeslib.as_array(
+                        llama_cpp.llama_get_logits(self._llama.ctx), shape=(outputs * self.n_vocab,)
+                    )
+                    yield logits.reshape(outputs, -1).copy()
+        finally:
+            llama_cpp.llama_batch_free(batch)
+
+
+def open_model(path: str | Path, **options: Any) -> Model:
+    """Open a GGUF file with llama.cpp; `options` as for `Model`."""
+    return Model(path, **options)
+
+
+def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> int:
+    """Return the bytes that the KV cache of a GGUF file takes at `n_ctx` tokens."""
+    heads = info.hyperparameter("attention.head_count")
+    default_head_dim = info.hyperparameter("embedding_length") // heads
+    return kv_cache_bytes(
+        n_layers=info.hyperparameter("block_count"),
+        n_kv_heads=int(info.metadata.get(f"{info.arch}.attention.head_count_kv", heads)),
+        head_dim=int(info.metadata.get(f"{info.arch}.attention.key_length", default_head_dim)),
+        n_ctx=n_ctx,
+        type_k=type_k,
+        type_v=type_v,
+    )
+
+
+def _check_memory(info: GgufInfo, cache_bytes: int, n_ctx: int) -> None:
+    import psutil
+
+    weights = sum(t.nbytes for t in info.tensors)
+    free = psutil.virtual_memory().available
+    if weights + cache_bytes > free:
+        raise ResourceError(
+            f"{info.path}: {human_bytes(weights)} of weights and {human_bytes(cache_bytes)} of KV cache at "
+            f"{n_ctx} tokens, {human_bytes(free)} of memory free",
+            "open a smaller --n-ctx, or --type-k q8_0 --type-v q8_0",
+        )
+
+
+def _use_gpu(device: str) -> bool:
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device must be auto, cpu or cuda, got {device}")
+    built = bool(_llama_cpp().llama_supports_gpu_offload())
+    if device == "cuda" and not built:
+        raise OptionError(
+            "device cuda: this llama.cpp was built without a GPU",
+            "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python",
+        )
+    return built and device != "cpu"
+
+
+# Quantizing
+
+
+@cache
+def quantizations() -> dict[str, int]:
+    """Return every file type of the installed llama.cpp by name, such as `Q4_K_M`."""
+    prefix = re.compile(r"LLAMA_FTYPE_(?:ALL|MOSTLY)_(\w+)")
+    llama_cpp = _llama_cpp().llama_cpp
+    found = {name: prefix.fullmatch(name) for name in dir(llama_cpp)}
+    return {match[1]: int(getattr(llama_cpp, name)) for name, match in found.items() if match}
+
+
+def check_quantization(name: str) -> str:
+    """Return `name` in upper case if llama.cpp has that quantization.
+
+    Raises:
+        OptionError: otherwise, with the list.
+    """
+    if name.upper() not in quantizations():
+        raise OptionError(f"quant must be one of {', '.join(sorted(quantizations()))}, got {name}")
+    return name.upper()
+
+
+def quantize(source: str | Path, target: str | Path, *, quant: str = "Q4_K_M", overwrite: bool = False) -> Path:
+    """Quantize a GGUF file with llama.cpp.
+
+    Args:
+        source: GGUF file to read; best F32, F16 or BF16.
+        target: GGUF file to write.
+        quant: any type llama.cpp has, e.g. Q8_0, Q5_K_M or Q4_K_M.
+        overwrite: replace the file that is there.
+
+    Returns:
+        The path written.
+
+    Example:
+        pi-gguf quantize model-f16.gguf model-q4_k_m.gguf --quant Q4_K_M
+    """
+    source, target, quant = Path(source), Path(target), check_quantization(quant)
+    info = read_gguf(source)
+    check_writable(target, overwrite)
+    if target.exists() and target.samefile(source):
+        raise OptionError(f"{target}: source and target are the same file", "give another target")
+    llama_cpp = _llama_cpp()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = quantizations()[quant]
+    params.nthread = len(os.sched_getaffinity(0))
+    params.allow_requantize = info.quantization not in ("F32", "F16", "BF16")
+    if params.allow_requantize:
+        say(f"note: {source} is {info.quantization} already; quantizing twice loses more than once")
+    check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 8)
+    with replace_when_complete(target) as partial, progress_bar(f"quantize {quant}", len(info.tensors), "tensors") as bar:
+        _log.clear()
+        result: list[int] = []
+        worker = threading.Thread(
+            target=lambda: result.append(
+                llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(params))
+            ),
+            daemon=True,  # Ctrl-C ends the process without waiting for it
+        )
+        worker.start()
+        done = 0
+        while worker.is_alive():
+            worker.join(0.1)
+            now = sum(1 for line in list(_log) if re.match(r"\[ *\d+/ *\d+\]", line))
+            bar(now - done)
+            done = now
+        if result != [0]:
+            check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 2)
+            raise GgufError(f"{source}: llama.cpp did not quantize it ({_last_error()})")
+    return target
+
+
+# The library
+
+_log: list[str] = []
+_callbacks: list[Any] = []  # ctypes callbacks must outlive the library's use of them
+
+
+@cache
+def _llama_cpp() -> Any:
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def collect(level: int, text: bytes, _: Any) -> None:
+        _log.append(text.decode(errors="replace"))
+        del _log[:-2000]
+
+    _callbacks.append(collect)
+    llama_cpp.llama_log_set(collect, None)
+    return llama_cpp
+
+
+def _last_error() -> str:
+    lines = [line.strip() for line in _log if "error" in line.lower() or "failed" in line.lower()]
+    return lines[0] if lines else ""
