@@ -191,7 +191,8 @@ def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[float, flo
     def log_softmax(x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float64)
         x -= x.max(1, keepdims=True)
-        return x - np.log(np.exp(x).sum(1, keepdims=True))
+        x -= np.log(np.exp(x).sum(1, keepdims=True))
+        return x
 
     width = min(reference.shape[1], logits.shape[1])
     p, q = log_softmax(reference[:, :width]), log_softmax(logits[:, :width])

@@ -91,7 +91,8 @@ class Checkpoint:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor that the config asks for; shapes as torch has them (out, in)."""
-        c, shapes = self.config, {}
+        c = self.config
+        shapes: dict[str, tuple[int, ...]] = {}
         hidden, inner, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         linear = {
@@ -216,7 +217,7 @@ class Checkpoint:
             )
         except MemoryError as error:
             raise ResourceError(f"{self.path}: the model does not fit in memory") from error
-        return model.to(device)  # type: ignore[arg-type]
+        return model.to(device)
 
 
 def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
@@ -265,7 +266,7 @@ def _resolve(model: str, config_only: bool) -> Path:
         return path
     if path.is_file():
         raise CheckpointError(f"{model}: is a file; MODEL must be a Hugging Face folder", f"try {path.parent}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or path.parent.is_dir() and str(path.parent) != ".":
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or (path.parent.is_dir() and str(path.parent) != "."):
         raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
     from huggingface_hub import snapshot_download
 
@@ -284,7 +285,7 @@ def _read_header(path: Path) -> dict[str, TensorSource]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it has no iterator
             shapes = {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

@@ -64,15 +64,23 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
         result = function(**values)
         click.echo(json.dumps(result.to_json(), indent=1) if as_json else show(result))
 
-    arguments = "\n".join(f"  {p.name.upper()}: {helps[p.name]}" for p in params if p.name in helps and p.param_type_name == "argument")
+    arguments = "\n".join(
+        f"  {p.name.upper()}: {helps[p.name]}" for p in params if p.name in helps and p.param_type_name == "argument"
+    )
     text = f"{summary}\n\n\b\n{arguments}\n\n\b\nExample:\n  {example}"
-    return click.Command(name or function_name, params=params, callback=run, help=text, short_help=summary.split("\n")[0])
+    return click.Command(
+        name or function_name, params=params, callback=run, help=text, short_help=summary.split("\n")[0]
+    )
 
 
 def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
     flag = "--" + parameter.name.replace("_", "-")
     required = parameter.default is parameter.empty
-    options: dict[str, Any] = {"required": required, "help": text, "show_default": parameter.default not in (None, (), False)}
+    options: dict[str, Any] = {
+        "required": required,
+        "help": text,
+        "show_default": parameter.default not in (None, (), False),
+    }
     if not required:
         options["default"] = parameter.default
     inner = [t for t in typing.get_args(hint) if t is not type(None)]
@@ -205,10 +213,10 @@ def _show_inspect(report: Any) -> str:
 
 
 def _show_perplexity(report: Any) -> str:
-    rows = [
-        (str(r.window), f"{r.perplexity:.3f}", f"{r.standard_error:.3f}", str(r.tokens)) for r in report.rows
-    ]
-    return _table(f"{report.model}: perplexity, stride {report.stride}", ("window", "perplexity", "± s.e.", "tokens"), rows)
+    rows = [(str(r.window), f"{r.perplexity:.3f}", f"{r.standard_error:.3f}", str(r.tokens)) for r in report.rows]
+    return _table(
+        f"{report.model}: perplexity, stride {report.stride}", ("window", "perplexity", "± s.e.", "tokens"), rows
+    )
 
 
 def _show_passkey(report: Any) -> str:
@@ -232,7 +240,9 @@ def _show_passkey(report: Any) -> str:
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token, e.g. 0.8")
 @click.option("--seed", default=0, show_default=True, help="of the sampling")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
-def run(file: str, prompt: str | None, max_tokens: int | None, chat: bool, temperature: float, seed: int, **options: Any) -> None:
+def run(
+    file: str, prompt: str | None, max_tokens: int | None, chat: bool, temperature: float, seed: int, **options: Any
+) -> None:
     """Continue a prompt with a GGUF file, streaming the text.
 
     \b
@@ -244,7 +254,7 @@ def run(file: str, prompt: str | None, max_tokens: int | None, chat: bool, tempe
     from pi_gguf.runtime import Model
 
     if prompt is None:
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     with Model(file, **options) as model:
         say(f"{file}: window {model.n_ctx} tokens, KV cache {human_bytes(model.kv_cache_bytes)}")
         settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
@@ -279,13 +289,19 @@ _COMMANDS = {
         "Quantize a GGUF file with llama.cpp.",
         lambda: command("runtime:quantize", _show_quantize, reports=False),
     ),
-    "inspect": ("Show what a file states, what llama.cpp reads, and warnings.", lambda: command("inspection:inspect", _show_inspect)),
+    "inspect": (
+        "Show what a file states, what llama.cpp reads, and warnings.",
+        lambda: command("inspection:inspect", _show_inspect),
+    ),
     "eval": (
         "Measure perplexity or passkey retrieval at length.",
         lambda: Lazy("eval", _EVALUATIONS, help="Measure perplexity or passkey retrieval at length."),
     ),
     "run": ("Continue a prompt with a GGUF file.", lambda: run),
-    "demo": ("The main job on the bundled model, with table and plots.", lambda: command("demo:demo", str, reports=True)),
+    "demo": (
+        "The main job on the bundled model, with table and plots.",
+        lambda: command("demo:demo", str, reports=True),
+    ),
 }
 
 main = Lazy(

@@ -10,8 +10,8 @@ from typing import Any
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, _read_json, load_checkpoint
 from pi_gguf.errors import OptionError
-from pi_gguf.finetune import extend
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete
+from pi_gguf.finetune import extend
 from pi_gguf.gguf_file import UNQUANTIZED, write_gguf
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version
@@ -159,6 +159,8 @@ def _general(source: str, rope: RopeScaling, trained: dict[str, Any]) -> dict[st
     """Return the `general.*` keys that say where a file comes from."""
     source = str(trained.get("source", source))
     name = source.removeprefix("bundled:") if ":" in source else Path(source).name
+    if Path(source).is_dir():
+        source = name  # a folder's place on this machine is nobody's business
     keys: dict[str, Any] = {"general.type": "model", "general.name": name, "general.source.repository": source}
     made = [f"pi-gguf {package_version()}"]
     made += [f"{library} {number}" for library, number in library_versions().items()]

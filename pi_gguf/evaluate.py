@@ -265,13 +265,7 @@ class PasskeyPrompts:
             raise OptionError(f"windows must be at least {self._window - lines * len(self._filler)} tokens here")
         after = (distance - len(sentence) - len(asked)) / len(self._filler)
         after_lines = min(lines, max(0, round(after)))
-        ids = (
-            self._start
-            + self._filler * (lines - after_lines)
-            + sentence
-            + self._filler * after_lines
-            + asked
-        )
+        ids = self._start + self._filler * (lines - after_lines) + sentence + self._filler * after_lines + asked
         return ids, len(asked) - len(self._question)
 
 

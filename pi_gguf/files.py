@@ -57,7 +57,7 @@ def replace_when_complete(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         if path.is_dir():
             remove(path)
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{path}: the disk is full; nothing was written", "free some disk space") from error

@@ -223,7 +223,7 @@ def _train(
     model.config.use_cache = False
     context = rope.max_position_embeddings
 
-    class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return len(rows)
 
@@ -243,9 +243,9 @@ def _train(
         batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    class PaperTrainer(Trainer):
+    class PaperTrainer(Trainer):  # type: ignore[misc]
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-            if self.lr_scheduler is None:
+            if self.lr_scheduler is None:  # type: ignore[has-type]
                 self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                     optimizer or self.optimizer, lambda step: rate_share(step, training)
                 )
@@ -256,7 +256,7 @@ def _train(
 
     stop = _StopOnInterrupt()
 
-    class Progress(TrainerCallback):
+    class Progress(TrainerCallback):  # type: ignore[misc]
         def __init__(self, advance: Any) -> None:
             self.advance, self.loss, self.done = advance, float("nan"), 0
 
@@ -367,7 +367,7 @@ def _write_folder(
     stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]
     model = trained if trained is not None else checkpoint.load_model(dtype=stored, rope=rope)
     with replace_when_complete(out_dir) as partial:
-        model.to(stored).save_pretrained(partial)  # type: ignore[arg-type]
+        model.to(stored).save_pretrained(partial)
         config = rope.to_hf(checkpoint.config)
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name in _TOKENIZER_FILES:

@@ -55,7 +55,7 @@ class GgufInfo:
         import gguf
 
         try:
-            return gguf.LlamaFileType(self.metadata["general.file_type"]).name.split("_", 1)[1]
+            return str(gguf.LlamaFileType(self.metadata["general.file_type"]).name.split("_", 1)[1])
         except (KeyError, ValueError):
             return "unknown"
 
@@ -94,10 +94,8 @@ def read_gguf(path: Path) -> GgufInfo:
             for t in reader.tensors
         ]
     except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise GgufError(
-            f"{path}: truncated or not a GGUF file ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-            "copy or convert the file again",
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise GgufError(f"{path}: truncated or not a GGUF file ({reason})", "copy or convert the file again") from error
     return GgufInfo(path, metadata, lengths, tensors)
 
 
@@ -158,9 +156,7 @@ def write_gguf(
         assert gguf_name is not None, name
         writer.add_tensor_info(gguf_name, shape, _numpy_dtype(dtype), nbytes, _ggml_type(dtype))
     if factors is not None:
-        writer.add_tensor_info(
-            FREQUENCY_FACTORS, (len(factors),), _numpy_dtype(torch.float32), 4 * len(factors), None
-        )
+        writer.add_tensor_info(FREQUENCY_FACTORS, (len(factors),), _numpy_dtype(torch.float32), 4 * len(factors), None)
     check_free_disk(path.parent, total)
     try:
         writer.write_header_to_file()

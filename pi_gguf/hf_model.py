@@ -54,8 +54,8 @@ class HfModel(LanguageModel):
         known = min(common_prefix(self._evaluated, ids), first)
         if self._cache is None or known == 0:
             self._cache, known = DynamicCache(config=self._model.config), 0
-        else:
-            self._cache.crop(known)
+        elif known < len(self._evaluated):
+            self._cache.crop(known - len(self._evaluated))  # negative: how many to drop
         self._evaluated = list(ids[:known])
         # From an empty cache all at once: torch's causal kernel needs no mask then. Later a mask of
         # [chunk, tokens] is made, so chunks stay small.

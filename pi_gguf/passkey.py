@@ -14,9 +14,7 @@ INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there.\n"
 )
-EVALUATION_FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-)
+EVALUATION_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 QUESTION = "What is the pass key? The pass key is"
 
 

@@ -240,8 +240,10 @@ def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, 
     tokens = training.micro_batch * training.train_window
     config = checkpoint.config
     layer = 34 * tokens * config["hidden_size"]
-    stored = 2 * tokens * config["hidden_size"] * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
-    return 16 * checkpoint.n_parameters() + stored + 12 * tokens * int(config["vocab_size"])
+    stored = (
+        2 * tokens * config["hidden_size"] * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
+    )
+    return int(16 * checkpoint.n_parameters() + stored + 12 * tokens * config["vocab_size"])
 
 
 def _train_operations(checkpoint: Checkpoint, length: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 Advance = Callable[..., None]
 """Called with the work done since the last call, and optionally `text=` to show beside the bar."""
@@ -37,7 +38,8 @@ def progress_bar(title: str, total: float, unit: str) -> Iterator[Advance]:
         task = bar.add_task(title, total=total, text="")
 
         def advance(amount: float = 1, text: str | None = None) -> None:
-            bar.update(task, advance=amount, **({} if text is None else {"text": text}))
+            fields: dict[str, Any] = {} if text is None else {"text": text}
+            bar.update(task, advance=amount, **fields)
 
         yield advance
 

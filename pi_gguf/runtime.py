@@ -343,7 +343,10 @@ def quantize(source: str | Path, target: str | Path, *, quant: str = "Q4_K_M", o
     if params.allow_requantize:
         say(f"note: {source} is {info.quantization} already; quantizing twice loses more than once")
     check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 8)
-    with replace_when_complete(target) as partial, progress_bar(f"quantize {quant}", len(info.tensors), "tensors") as bar:
+    with (
+        replace_when_complete(target) as partial,
+        progress_bar(f"quantize {quant}", len(info.tensors), "tensors") as bar,
+    ):
         _log.clear()
         result: list[int] = []
         worker = threading.Thread(

@@ -106,7 +106,7 @@ def recognize_pre_tokenizer(parsed: dict[str, Any], path: str) -> str:
         UnsupportedError: none does the same; the message shows the pattern.
     """
     pre = parsed["pre_tokenizer"]
-    steps = []
+    steps: list[str] = []
     for step in pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]:
         pattern = step.get("pattern") or {}
         if step["type"] == "ByteLevel" and not step.get("add_prefix_space"):
@@ -114,7 +114,7 @@ def recognize_pre_tokenizer(parsed: dict[str, Any], path: str) -> str:
         elif step["type"] == "Digits" and step.get("individual_digits"):
             steps.append("digits")
         elif step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-            steps.append(pattern.get("Regex") or pattern.get("String"))
+            steps.append(str(pattern.get("Regex") or pattern.get("String")))
         else:
             steps.append(str(step))
     skip_merges = bool(parsed["model"].get("ignore_merges"))
@@ -140,7 +140,7 @@ def _open_sentencepiece(path: str) -> Any:
 def _sentencepiece(path: str) -> dict[str, Any]:
     sp = _open_sentencepiece(path)
     tokens = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-    types = []
+    types: list[int] = []
     for i in range(sp.vocab_size()):
         kinds = ((sp.is_unknown, UNKNOWN), (sp.is_control, CONTROL), (sp.is_byte, BYTE), (sp.is_unused, UNUSED))
         types.append(next((kind for test, kind in kinds if test(i)), NORMAL))

@@ -25,11 +25,12 @@ CHARACTERS_PER_TOKEN = 2.7
 RECALL_SHARE = 0.5
 """Share of the mixture's documents that are recall tasks; the prose inside them counts as recall too."""
 
-THINGS = (
-    "garden house river cellar tower bridge chapel library kitchen stable harbour market forest castle mill school "
-    "prison theatre bakery orchard cabin lantern mirror cabinet piano carriage anchor basket candle ladder saddle "
-    "window wardrobe barrel trunk desk drawer gate clock vault"
-).split()
+THINGS = [
+    "garden", "house", "river", "cellar", "tower", "bridge", "chapel", "library", "kitchen", "stable",
+    "harbour", "market", "forest", "castle", "mill", "school", "prison", "theatre", "bakery", "orchard",
+    "cabin", "lantern", "mirror", "cabinet", "piano", "carriage", "anchor", "basket", "candle", "ladder",
+    "saddle", "window", "wardrobe", "barrel", "trunk", "desk", "drawer", "gate", "clock", "vault",
+]  # fmt: skip
 
 
 @cache

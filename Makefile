@@ -1,0 +1,39 @@
+# Two commands: `make demo` and `make test`. Both create .venv and install once; nothing is installed twice.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	$(BIN)/pi-gguf demo --out out/demo
+
+test: .venv/installed-dev
+	$(BIN)/pytest -q
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo "error: Python 3.10 or newer is needed (set PYTHON=python3.x)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+		|| { echo "error: Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+		|| { echo "error: a C++ compiler is needed to build llama.cpp: apt-get install g++"; exit 1; }
+	@echo "installing into .venv: a minute for torch and transformers, then about 4 to compile llama.cpp"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@$(PIP) -e .[dev]
+	@touch $@
+
+clean:
+	rm -rf .venv out build *.egg-info

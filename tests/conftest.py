@@ -1,0 +1,107 @@
+"""Small real models made on the spot: random Llamas of odd shapes saved by transformers, with trained tokenizers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pi_gguf import bundled
+
+SHARED_MODELS = Path(__file__).parent.parent.parent / "shared" / "assets" / "models"
+WINDOW = 64
+
+
+def make_tokenizer(path: Path, *, digits: bool = True, vocab_size: int = 400) -> None:
+    """Save a byte-level BPE tokenizer trained on a little of the sample."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from pi_gguf.vocabulary import _LLAMA3, _QWEN2
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN2 if digits else _LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    novel = next(iter(bundled.novels("train").values()))
+    tokenizer.train_from_iterator([novel[:100_000]], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+
+
+def make_llama(path: Path, *, max_shard_size: str = "1GB", dtype: str = "float32", **config: Any) -> Path:
+    """Save a random Llama with grouped heads and a head size that is not hidden / heads; `config` overrides."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": 410,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": WINDOW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **config}))
+    for parameter in model.parameters():  # norms and biases too, so that a lost one shows
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=max_shard_size)
+    make_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama, untied, float32, window 64. Not to be changed by a test."""
+    return make_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def llama_copy(llama: Path, tmp_path: Path) -> Path:
+    """The same model, for a test to damage."""
+    import shutil
+
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; return exit code, standard output and standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        from pi_gguf.cli import entry_point
+
+        monkeypatch.setattr("sys.argv", ["pi-gguf", *map(str, arguments)])
+        code = 0
+        try:
+            entry_point()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
