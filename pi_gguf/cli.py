@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from pi_gguf.errors import PiGgufError
+from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
 
@@ -129,21 +130,6 @@ class Lazy(click.Group):
 # What each command prints for people
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title or None, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
-
-
 def _show_plan(plan: Any) -> str:
     from pi_gguf.files import human_bytes
 
@@ -165,7 +151,7 @@ def _show_plan(plan: Any) -> str:
         ("disk needed, about", human_bytes(plan.disk_bytes)),
         *((f"KV cache at {plan.context}, {name}", human_bytes(n)) for name, n in plan.kv_cache_bytes.items()),
     ]
-    return _table("", ("plan", ""), rows)
+    return text_table("", (), rows, numbers=False)
 
 
 def human_seconds(seconds: float) -> str:
@@ -209,12 +195,12 @@ def _show_inspect(report: Any) -> str:
         *((key, str(value)) for key, value in report.general.items()),
         *(("warning", text) for text in report.warnings),
     ]
-    return _table("", (report.path, ""), rows)
+    return text_table(report.path, (), rows, numbers=False)
 
 
 def _show_perplexity(report: Any) -> str:
     rows = [(str(r.window), f"{r.perplexity:.3f}", f"{r.standard_error:.3f}", str(r.tokens)) for r in report.rows]
-    return _table(
+    return text_table(
         f"{report.model}: perplexity, stride {report.stride}", ("window", "perplexity", "± s.e.", "tokens"), rows
     )
 
@@ -224,7 +210,7 @@ def _show_passkey(report: Any) -> str:
     places = sorted({round(c.distance / c.window, 4) for c in report.cells})
     found = {(c.window, round(c.distance / c.window, 4)): f"{c.found / c.keys:.0%}" for c in report.cells}
     rows = [(f"{place:.0%} of the window", *(found.get((w, place), "") for w in windows)) for place in places]
-    table = _table(f"{report.model}: passkeys found", ("distance", *map(str, windows)), rows)
+    table = text_table(f"{report.model}: passkeys found", ("distance", *map(str, windows)), rows)
     return f"{table}\nk_max (at least 20 % found): {report.k_max}"
 
 

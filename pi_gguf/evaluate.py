@@ -211,19 +211,17 @@ def evaluate_passkey(
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
     with opened(model, n_ctx=max(windows), context=context, device=device) as lm:
-        cells = []
-        for window in windows:
-            prompts = PasskeyPrompts(lm, window)
-            with progress_bar(f"passkey at {window}", distances * keys, "keys") as advance:
-                for i in range(1, distances + 1):  # the key moves from the end to the start: most is shared
-                    rng = random.Random(f"{seed} {window} {i}")
-                    distance = window * i // distances
-                    found = 0
-                    for _ in range(keys):
-                        ids, last = prompts.make(draw_key(rng, for_evaluation=True), distance)
-                        found += bool(lm.score(ids, last)[1].all())
-                        advance(1)
-                    cells.append(PasskeyCell(window, distance, found, keys))
+        cells: list[PasskeyCell] = []
+        grid = [(window, window * i // distances) for window in windows for i in range(1, distances + 1)]
+        # Within a window the key moves from the end to the start, so that most of a prompt is shared with the next.
+        with progress_bar("passkey", len(grid) * keys, "keys") as advance:
+            for window, distance in grid:
+                prompts, rng, found = PasskeyPrompts(lm, window), random.Random(f"{seed} {window} {distance}"), 0
+                for _ in range(keys):
+                    ids, last = prompts.make(draw_key(rng, for_evaluation=True), distance)
+                    found += bool(lm.score(ids, last)[1].all())
+                    advance(1, text=f"window {window}")
+                cells.append(PasskeyCell(window, distance, found, keys))
         return PasskeyReport(lm.name, cells, k_max(cells), provenance(seed=seed, device=device))
 
 

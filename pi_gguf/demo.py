@@ -1,0 +1,213 @@
+"""The main job on the bundled model, proved: extend 2048 -> 32768, write F16, Q8_0 and Q4_K_M, measure all of them.
+
+Out: one table (perplexity by window, passkey k_max), two plots and `results.json` in the output folder. What a table
+row measures is the file of that row, in llama.cpp; the first three rows are the Hugging Face side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pi_gguf import bundled
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.conversion import convert
+from pi_gguf.errors import OptionError
+from pi_gguf.evaluate import WINDOWS, PasskeyCell, PasskeyReport, PerplexityRow, evaluate_passkey, evaluate_perplexity
+from pi_gguf.files import remove, write_json
+from pi_gguf.finetune import extend
+from pi_gguf.progress import say
+from pi_gguf.provenance import provenance
+
+CONTEXT = 32768
+QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
+CAPTION = (
+    "Perplexity on stretches of held-out novels, the same tokens at every window; the fine-tuning text is of the "
+    "base model's own training mixture. k_max: largest distance, in tokens, at which at least 20 % of the passkeys "
+    "are found, in prompts that fill each window."
+)
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the table."""
+
+    name: str
+    perplexity: list[PerplexityRow]
+    k_max: int
+    passkeys: list[PasskeyCell]
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """The table with the settings and versions that made it."""
+
+    out: str
+    rows: list[DemoRow]
+    settings: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        from pi_gguf.tables import text_table
+
+        title = f"{bundled.TINY}, window 2048 -> {CONTEXT} (x16)"
+        table = text_table(title, *table_cells(self.to_json()))
+        q4 = f"{self.out}/tiny-32k-Q4_K_M.gguf"
+        return f'{table}\n{CAPTION}\nwrote {self.out}\nnext: pi-gguf run {q4} --prompt "The captain" --max-tokens 100'
+
+
+def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table, from the contents of `results.json`."""
+    windows = [row["window"] for row in results["rows"][0]["perplexity"]]
+    header = ["perplexity at", *map(str, windows), "k_max"]
+    return header, [
+        [row["name"], *(f"{p['perplexity']:.2f}" for p in row["perplexity"]), str(row["k_max"])]
+        for row in results["rows"]
+    ]
+
+
+def demo(
+    *,
+    out: str = "out/demo",
+    steps: int = 350,
+    train_window: int = 2048,
+    samples: int = 1,
+    documents: int = 2,
+    stride: int = 1024,
+    distances: int = 4,
+    other_distances: int = 1,
+    keys: int = 2,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = True,
+) -> DemoReport:
+    """Run the main job on the bundled model and print the table: perplexity by window and passkey k_max.
+
+    Takes about 20 minutes on 2 cores with the defaults.
+
+    Args:
+        out: folder to write to: models, results.json and plots.
+        steps: optimizer steps of the fine-tune.
+        train_window: tokens of a training sequence.
+        samples: stretches scored in each document.
+        documents: held-out novels to read, at most 4.
+        stride: tokens scored in each stretch.
+        distances: places of the passkey in each window, for the trained Hugging Face model and the heatmap.
+        other_distances: places for the other rows; 1 is the far end of each window only.
+        keys: passkeys tried at each place.
+        seed: of data, skips and keys.
+        device: auto, cpu or cuda.
+        overwrite: make models that are there again.
+
+    Example:
+        pi-gguf demo --out out/demo
+    """
+    heldout = list(bundled.novels("heldout").items())
+    if not 1 <= documents <= len(heldout):
+        raise OptionError(f"documents must be from 1 to {len(heldout)}, got {documents}")
+    settings = {key: value for key, value in locals().items() if key not in ("heldout", "out", "overwrite")}
+    out_dir = Path(out)
+    texts_dir = out_dir / "texts"
+    texts_dir.mkdir(parents=True, exist_ok=True)
+    texts = []
+    for name, body in heldout[:documents]:
+        (texts_dir / name).write_text(body, encoding="utf-8")
+        texts.append(str(texts_dir / name))
+
+    hf_dir = out_dir / "tiny-32k-hf"
+    if overwrite or not hf_dir.exists():
+        if overwrite:
+            remove(hf_dir)
+        extend(
+            bundled.TINY, hf_dir, context=CONTEXT, steps=steps, train_window=train_window, schedule="linear",
+            seed=seed, device=device,
+        )  # fmt: skip
+    files = {quant: out_dir / f"tiny-32k-{quant}.gguf" for quant in QUANTIZATIONS}
+    for quant, path in files.items():
+        if overwrite or not path.exists():
+            convert(str(hf_dir), path, quant=quant, overwrite=True)
+
+    rows = []
+    models: list[tuple[str, str, int | None]] = [
+        ("base, no scaling (Hugging Face)", bundled.TINY, None),
+        ("PI before training (Hugging Face)", bundled.TINY, CONTEXT),
+        ("PI after training (Hugging Face)", str(hf_dir), None),
+        *((f"{quant} (llama.cpp)", str(path), None) for quant, path in files.items()),
+    ]
+    for name, model, context in models:
+        say(f"measure {name}")
+        perplexity = evaluate_perplexity(
+            model, text=texts, stride=stride, samples=samples, context=context, seed=seed, device=device
+        )
+        trained = model == str(hf_dir)
+        passkey = evaluate_passkey(
+            model, distances=distances if trained else other_distances, keys=keys, context=context, seed=seed,
+            device=device,
+        )  # fmt: skip
+        rows.append(DemoRow(name, perplexity.rows, passkey.k_max, passkey.cells))
+        if trained:
+            _plot_passkeys(passkey, out_dir / "passkey.png")
+    report = DemoReport(str(out_dir), rows, settings, _record(hf_dir, seed, device))
+    _plot_perplexity(report, out_dir / "perplexity.png")
+    write_json(out_dir / "results.json", report.to_json())
+    (out_dir / "table.md").write_text(markdown_table(report.to_json()), encoding="utf-8")
+    return report
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """Write the table in Markdown, from the contents of `results.json`."""
+    header, rows = table_cells(results)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _record(hf_dir: Path, seed: int, device: str) -> dict[str, Any]:
+    return {**provenance(seed=seed, device=device), "fine_tune": load_checkpoint(str(hf_dir)).provenance}
+
+
+def _plot_perplexity(report: DemoReport, path: Path) -> None:
+    figure, axes = _figure()
+    for i, row in enumerate(report.rows):
+        windows = [p.window for p in row.perplexity]
+        style = {"marker": "o^s+x1"[i % 6], "linestyle": "-" if i < 3 else ":"}
+        axes.errorbar(
+            windows, [p.perplexity for p in row.perplexity], [p.standard_error for p in row.perplexity],
+            label=row.name, **style,
+        )  # fmt: skip
+    axes.axvline(2048, color="grey", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="window, tokens", ylabel="perplexity, held-out novels")
+    axes.set_xticks(WINDOWS, [str(w) for w in WINDOWS])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_passkeys(report: PasskeyReport, path: Path) -> None:
+    import numpy as np
+
+    windows = sorted({c.window for c in report.cells})
+    places = sorted({c.distance * 1000 // c.window for c in report.cells})
+    grid = np.full((len(places), len(windows)), np.nan)
+    for cell in report.cells:
+        grid[places.index(cell.distance * 1000 // cell.window), windows.index(cell.window)] = cell.found / cell.keys
+    figure, axes = _figure()
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="lower")
+    for (y, x), share in np.ndenumerate(grid):
+        axes.text(x, y, f"{share:.0%}", ha="center", va="center")
+    axes.set_xticks(range(len(windows)), [str(w) for w in windows])
+    axes.set_yticks(range(len(places)), [f"{p / 10:.0f} %" for p in places])
+    axes.set(xlabel="window, tokens", ylabel="distance of the key from the end, share of the window")
+    axes.set_title(f"passkeys found: {Path(report.model).name}")
+    figure.colorbar(image)
+    figure.savefig(path, dpi=120)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no display is needed
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    return figure, figure.add_subplot()

@@ -1,0 +1,141 @@
+"""Fine-tuning: rows, positions, schedule, and a run that is interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import WINDOW
+from safetensors.torch import load_file
+
+import pi_gguf
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.data import pack, pose_positions
+from pi_gguf.finetune import rate_share
+from pi_gguf.planning import plan_training
+
+
+def test_documents_that_fit_are_never_cut_and_no_token_is_lost():
+    rng = np.random.default_rng(0)
+    documents = [[i] * int(n) for i, n in enumerate(rng.integers(1, 30, 200))]
+    rows = list(pack(documents, 20))
+    assert sorted(t for row in rows for t in row) == sorted(t for d in documents for t in d)
+    assert max(map(len, rows)) == 20
+    for i, document in enumerate(documents):
+        if len(document) <= 20:
+            assert sum(i in row for row in rows) == 1, f"document {i} of {len(document)} tokens was cut"
+
+
+def test_skips_reach_every_distance_and_keep_the_order():
+    rng = np.random.default_rng(0)
+    drawn = [pose_positions(16, 256, rng) for _ in range(3000)]
+    for positions in drawn:
+        assert len(positions) == 16 and positions[0] >= 0 and positions[-1] < 256
+        assert (np.diff(positions) >= 1).all() and (np.diff(positions) > 1).sum() <= 1
+    assert max(p[-1] - p[0] for p in drawn) == 255
+    np.testing.assert_array_equal(pose_positions(16, 16, rng), np.arange(16))
+
+
+def test_attention_crosses_a_skip_in_the_positions(llama):
+    """transformers takes a skip for a new document unless a mask is given; then nothing before it is seen."""
+    model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
+    ids = torch.arange(2, 34)[None]
+    changed = ids.clone()
+    changed[0, 3] = 99
+    positions = torch.from_numpy(np.r_[0:16, 40:56])[None]
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        seen = [model(x, position_ids=positions, attention_mask=mask).logits[0, -1] for x in (ids, changed)]
+    assert not torch.equal(seen[0], seen[1])
+
+
+def training_plan(llama, **options):
+    checkpoint = load_checkpoint(str(llama))
+    defaults = {
+        "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
+        "device": "cpu",
+    }  # fmt: skip
+    return plan_training(checkpoint, checkpoint.rope.interpolated(4 * WINDOW), **{**defaults, **options})
+
+
+def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
+    plan = training_plan(llama)
+    assert [rate_share(step, plan) for step in (0, 10, 20, 99)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
+    linear = training_plan(llama, schedule="linear")
+    assert [rate_share(step, linear) for step in (20, 60, 100)] == pytest.approx([1.0, 0.55, 0.1])
+
+
+def test_the_plan_says_which_way_it_trains(llama):
+    assert training_plan(llama).method == "PoSE"
+    assert training_plan(llama).train_window == WINDOW
+    assert training_plan(llama, device="cuda").method == "full length"
+    plan = training_plan(llama, train_window=2 * WINDOW, batch_tokens=1000)
+    assert (plan.train_window, plan.batch_tokens) == (128, 896)
+
+
+COMMAND = ("--context", "256", "--steps", "30", "--batch-tokens", "256", "--learning-rate", "0.001", "--device", "cpu")
+
+
+def run_extend(llama, out, text, *more):
+    command = [sys.executable, "-m", "pi_gguf", "extend", str(llama), str(out), "--data", str(text), *COMMAND, *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "novel.txt"
+    novel = next(iter(pi_gguf.bundled.novels("train").values()))
+    path.write_text(novel[:30_000])
+    return path
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(llama, tmp_path, text):
+    whole = run_extend(llama, tmp_path / "whole", text)
+    assert whole.wait() == 0, whole.stderr.read()
+
+    killed = run_extend(llama, tmp_path / "killed", text)
+    work_dir = tmp_path / "killed.partial"
+    deadline = time.time() + 120
+    while not list(work_dir.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists()
+
+    other = run_extend(llama, tmp_path / "killed", text, "--seed", "1")
+    assert other.wait() == 2
+    assert "seed 0, now 1" in other.stderr.read()
+
+    resumed = run_extend(llama, tmp_path / "killed", text)
+    assert resumed.wait() == 0
+    assert "resume from" in resumed.stderr.read()
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
+    start = load_file(llama / "model.safetensors")
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor)
+        assert not torch.equal(tensor, start[name]), f"{name} was not trained"
+    assert not work_dir.exists()
+
+
+def test_the_written_folder_opens_with_its_scaling(llama, tmp_path, text):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = pi_gguf.extend(
+        str(llama), tmp_path / "out", context=4 * WINDOW, data=[str(text)], steps=2, batch_tokens=256, device="cpu"
+    )
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.max_position_embeddings == 256
+    assert model.config.rope_parameters["rope_type"] == "linear"
+    assert model.config.rope_parameters["factor"] == 4.0
+    original = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq * 4, original.model.rotary_emb.inv_freq)
+    assert AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
+    record = json.loads((out / "pi_gguf.json").read_text())
+    assert (record["steps"], record["tokens"], record["original_window"]) == (2, 512, 64)
