@@ -18,8 +18,8 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
-		|| { echo "error: Python 3.10 or newer is needed (set PYTHON=python3.x)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "error: Python 3.11 or newer is needed (set PYTHON=python3.x)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 		|| { echo "error: Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	@$(PYTHON) -m venv .venv

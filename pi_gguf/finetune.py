@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import signal
 import warnings
@@ -258,24 +259,25 @@ def _train(
 
     class Progress(TrainerCallback):  # type: ignore[misc]
         def __init__(self, advance: Any) -> None:
-            self.advance, self.loss, self.done = advance, float("nan"), 0
+            self.advance, self.loss, self.done = advance, None, 0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.done = state.global_step
             self.advance(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.advance(state.global_step - self.done, text=f"loss {self.loss:.3f}")
+            self.advance(state.global_step - self.done, text=f"loss {self.loss:.3f}" if self.loss else None)
             self.done = state.global_step
             if stop.asked:
                 control.should_save = control.should_training_stop = True
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             self.loss = (logs or {}).get("loss", self.loss)
-            if self.loss != self.loss:
+            if self.loss is not None and not math.isfinite(self.loss):
                 raise PiGgufError(f"the loss is not a number before step {state.global_step}", "lower --learning-rate")
 
-    recompute = estimate_training_memory(checkpoint, training) > 0.6 * _free_memory(device)
+    if estimate_training_memory(checkpoint, training) > 0.6 * _free_memory(device):
+        model.gradient_checkpointing_enable()
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=training.steps,
@@ -287,11 +289,10 @@ def _train(
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=_fast_bf16(device),
-        gradient_checkpointing=recompute,
         save_strategy="steps",
         save_steps=max(10, training.steps // 20),
         save_total_limit=2,
-        logging_steps=10,
+        logging_steps=min(10, training.steps),
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
@@ -314,7 +315,12 @@ def _train(
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
         raise KeyboardInterrupt
     seconds = result.metrics["train_runtime"]
-    return {"model": trainer.model, "loss": round(progress.loss, 4), "seconds": round(seconds, 1), "device": device}
+    return {
+        "model": trainer.model,
+        "loss": round(progress.loss or result.training_loss, 4),
+        "seconds": round(seconds, 1),
+        "device": device,
+    }
 
 
 def rate_share(step: int, training: TrainingPlan) -> float:

@@ -30,7 +30,10 @@ VARIANTS = {
     "bfloat16 in shards": {"dtype": "bfloat16", "max_shard_size": "100KB"},
     "float16": {"dtype": "float16"},
     "llama3 factors": {"rope_parameters": LLAMA3, "max_position_embeddings": 512},
-    "padded vocabulary, other base": {"vocab_size": 450, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "padded vocabulary, other base": {
+        "vocab_size": 450,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
 }
 
 

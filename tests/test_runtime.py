@@ -1,0 +1,89 @@
+"""Running a file: window from its metadata, memory predicted, prompts that do not fit refused, scores in the open."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pi_gguf
+from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.gguf_file import read_gguf
+from pi_gguf.runtime import kv_cache_bytes, predict_kv_cache, quantizations
+
+
+@pytest.fixture(scope="module")
+def path(llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    pi_gguf.convert(str(llama), path, quant="F32", check="none", context=256, steps=0)
+    return path
+
+
+def test_text_streams_and_a_seed_repeats_it(path):
+    with pi_gguf.open(path) as model:
+        one, two, greedy = (
+            "".join(model.complete("Once", max_tokens=20, temperature=t, seed=1)) for t in (0.9, 0.9, 0.0)
+        )
+        assert one == two
+        assert one != greedy
+        assert len(list(model.complete("Once", max_tokens=5))) >= 2
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_with_both_numbers(path, cli):
+    with pi_gguf.open(path) as model:
+        long = "word " * 400
+        with pytest.raises(OptionError, match=rf"prompt of {len(model.tokenize(long))} tokens .* window of 256"):
+            list(model.complete(long))
+        with pytest.raises(OptionError, match="and 300 to write"):
+            list(model.complete("a", max_tokens=300))
+    code, _, err = cli("run", path, "--prompt", long)
+    assert code == 2 and "256 tokens" in err and "hint:" in err
+
+
+def test_score_is_what_complete_would_choose(path):
+    with pi_gguf.open(path) as model:
+        ids = model.tokenize("Once upon a time there was a house")
+        logprobs, first = model.score(ids, 4)
+        logits = np.concatenate(list(model.logits_chunks(ids[:-1], 4))).astype(np.float64)
+        total = np.log(np.exp(logits).sum(1))
+        np.testing.assert_allclose(logprobs, logits[range(4), ids[-4:]] - total, atol=1e-5)
+        np.testing.assert_array_equal(first, logits.argmax(1) == ids[-4:])
+
+
+def test_chat_needs_a_template(path):
+    with pi_gguf.open(path) as model, pytest.raises(GgufError, match="chat_template is missing"):
+        list(model.chat([{"role": "user", "content": "hello"}]))
+
+
+def test_the_size_of_the_cache_is_known_before(path):
+    llama7b = {"n_layers": 32, "n_kv_heads": 32, "head_dim": 128, "n_ctx": 32768}
+    assert kv_cache_bytes(**llama7b, type_k="f16", type_v="f16") == 16 * 2**30
+    assert kv_cache_bytes(**llama7b, type_k="q8_0", type_v="q4_0") == 2**32 * (34 + 18) / 32
+    info = read_gguf(path)
+    assert predict_kv_cache(info, 256, "f16", "f16") == 2 * 2 * 2 * 32 * 2 * 256
+    with pytest.raises(ResourceError, match="of KV cache at 1000000000 tokens"):
+        pi_gguf.open(path, n_ctx=1_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type_k": "q3"}, "type_k must be one of"),
+        ({"n_ctx": 0}, "n_ctx must be at least 1"),
+        ({"type_v": "q8_0", "flash_attn": False}, "needs flash attention"),
+        ({"device": "tpu"}, "device must be"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(path, options, message):
+    with pytest.raises(OptionError, match=message):
+        pi_gguf.open(path, **options)
+
+
+@pytest.mark.parametrize("types", [("f32", "f32"), ("q8_0", "q8_0")])
+def test_other_cache_types_give_close_scores(path, types):
+    with pi_gguf.open(path) as model, pi_gguf.open(path, type_k=types[0], type_v=types[1]) as other:
+        ids = model.tokenize("The captain looked at the sea for a long time")
+        np.testing.assert_allclose(model.score(ids, 8)[0], other.score(ids, 8)[0], atol=0.3)
+
+
+def test_llama_cpp_names_its_quantizations():
+    assert {"F32", "F16", "BF16", "Q8_0", "Q4_K_M", "IQ4_XS"} <= set(quantizations())
