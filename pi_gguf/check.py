@@ -35,6 +35,8 @@ MIN_TOP1_QUANTIZED = 0.25
 """Top-1 agreement below which a quantized file is broken rather than coarse."""
 
 _SCORED_TOKENS = 256
+_PLAIN_TOKENS = 600
+"""Prompt of a quick check where positions are not interpolated."""
 
 SAMPLE_TEXTS = (
     "Hello, world! It's 12:30 on 2024-02-29, and pi is 3.14159.",
@@ -115,8 +117,10 @@ class Reference:
                 "logits are not compared"
             )
             return
-        window = rope.max_position_embeddings
-        length = window if level == "full" else min(window, rope.original_max_position_embeddings + _SCORED_TOKENS)
+        window, length = rope.max_position_embeddings, _PLAIN_TOKENS
+        if rope.rope_type == "linear":
+            length = rope.original_max_position_embeddings + _SCORED_TOKENS
+        length = window if level == "full" else min(window, length)
         text = "\n".join(bundled.novels("heldout").values())
         lm = HfModel(checkpoint, device="cpu", rope=rope)
         self.ids = _first_tokens(lm, text, length)

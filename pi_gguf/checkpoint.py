@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError
-from pi_gguf.rope import RopeScaling, _positive_int
+from pi_gguf.rope import RopeScaling, positive_int, positive_number
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PROVENANCE_FILE = "pi_gguf.json"
 """Written by `extend` beside the weights: source, windows, steps and tokens trained."""
+
+MAX_LAYERS = 10_000
+"""No Llama has as many; a larger number is a damaged config."""
 
 _DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
@@ -87,7 +90,14 @@ class Checkpoint:
     def provenance(self) -> dict[str, Any]:
         """What `extend` recorded of the training, empty for any other checkpoint."""
         path = self.path / PROVENANCE_FILE
-        return _read_json(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        record = read_json(path)
+        for name in ("steps", "tokens"):
+            value = record.setdefault(name, 0)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise CheckpointError(f"{path}: {name} must be a whole number, got {value!r}", "delete the file")
+        return record
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor that the config asks for; shapes as torch has them (out, in)."""
@@ -164,14 +174,14 @@ class Checkpoint:
     def _weight_files(self) -> list[Path]:
         index_path, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index_path.exists():
-            weight_map = _read_json(index_path).get("weight_map")
+            weight_map = read_json(index_path).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise CheckpointError(f"{index_path}: weight_map must map tensors to files", "download it again")
             paths = [self.path / name for name in sorted(set(weight_map.values()))]
             for path in paths:
-                if not path.resolve().is_file() or path.parent != self.path:
+                if not _is_file(path) or path.parent != self.path:
                     raise CheckpointError(
-                        f"{index_path}: names {path.name}, which is absent from the folder",
+                        f"{index_path}: names {path.name[:80]!r}, which is absent from the folder",
                         "download the missing shard",
                     )
             return paths
@@ -235,7 +245,7 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
     config_path = path / "config.json"
     if not config_path.exists():
         raise CheckpointError(f"{path}: config.json is missing", "MODEL must be a Hugging Face folder")
-    config = _read_json(config_path)
+    config = read_json(config_path)
     model_type = config.get("model_type")
     if model_type != "llama":
         raise UnsupportedError(
@@ -247,10 +257,19 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
             "use the checkpoint in 16 or 32 bits",
         )
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        _positive_int(config, name, str(config_path))
+        positive_int(config, name, str(config_path))
     for name in ("num_key_value_heads", "head_dim"):
         if config.get(name) is not None:
-            _positive_int(config, name, str(config_path))
+            positive_int(config, name, str(config_path))
+    for name, value in config.items():
+        if isinstance(value, int) and value >= 2**31:
+            raise CheckpointError(f"{config_path}: {name} must be below 2^31, got {value}", "correct the config")
+    if config["num_hidden_layers"] > MAX_LAYERS:
+        raise CheckpointError(
+            f"{config_path}: num_hidden_layers must be at most {MAX_LAYERS}, got {config['num_hidden_layers']}",
+            "correct the config",
+        )
+    positive_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", str(config_path))
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(f"{config_path}: hidden_act must be silu, got {config['hidden_act']!r}")
     return Checkpoint(model, path, config, RopeScaling.from_hf(config, str(config_path)))
@@ -261,10 +280,15 @@ def _resolve(model: str, config_only: bool) -> Path:
         return bundled.TINY_DIR
     if model.startswith("bundled:"):
         raise CheckpointError(f"{model}: no such bundled model", f"the one there is: {bundled.TINY}")
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(model)
+    try:
+        path = path.expanduser()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{model}: no such folder ({_one_line(error)})", "check the spelling") from error
+    if is_folder:
         return path
-    if path.is_file():
+    if _is_file(path):
         raise CheckpointError(f"{model}: is a file; MODEL must be a Hugging Face folder", f"try {path.parent}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or (path.parent.is_dir() and str(path.parent) != "."):
         raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
@@ -278,6 +302,13 @@ def _resolve(model: str, config_only: bool) -> Path:
             f"{model}: not a folder here, and not to be had from the Hub ({_one_line(error)})",
             "check the spelling and the connection; for gated models run `hf auth login`",
         ) from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _read_header(path: Path) -> dict[str, TensorSource]:
@@ -297,7 +328,7 @@ def _read_header(path: Path) -> dict[str, TensorSource]:
     return {name: TensorSource(path, shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

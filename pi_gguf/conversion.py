@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
-from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, _read_json, load_checkpoint
+from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete
 from pi_gguf.finetune import extend
@@ -89,19 +89,11 @@ def convert(
     check_free_disk(out.parent, size if quant in UNQUANTIZED else int(size * 1.3))
     if context is not None and steps != 0:
         hf_dir = out.with_name(out.stem + "-hf")
-        wanted = {"source": model, "context": context, "steps": steps, "seed": seed}
-        optional = {"train_window": train_window, "learning_rate": learning_rate, "schedule": schedule}
-        wanted |= {key: value for key, value in optional.items() if value is not None}
-        if data:
-            wanted["data"] = None  # compared by the run itself; texts are not read twice here
-        if not overwrite and _extended_before(hf_dir, wanted):
-            say(f"{hf_dir} holds this fine-tune already; it is used")
-        else:
-            extend(
-                model, hf_dir, context=context, data=data, steps=steps, train_window=train_window,
-                learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, seed=seed, device=device,
-                overwrite=overwrite,
-            )  # fmt: skip
+        extend(
+            model, hf_dir, context=context, data=data, steps=steps, train_window=train_window,
+            learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, seed=seed, device=device,
+            overwrite=overwrite,
+        )  # fmt: skip
         checkpoint = load_checkpoint(str(hf_dir))
     return _write(checkpoint, rope, vocabulary, out, quant, base_type, check, model)
 
@@ -139,14 +131,6 @@ def _write(
     finally:
         remove(exact)
     return Conversion(str(out), out.stat().st_size, quant, checks)
-
-
-def _extended_before(hf_dir: Path, wanted: dict[str, Any]) -> bool:
-    path = hf_dir / PROVENANCE_FILE
-    if not path.exists():
-        return False
-    record = _read_json(path)
-    return all(record.get(key) == value for key, value in wanted.items())
 
 
 def _stored_type(checkpoint: Checkpoint) -> str:

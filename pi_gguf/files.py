@@ -14,17 +14,30 @@ from typing import Any
 from pi_gguf.errors import OptionError, ResourceError
 
 
-def check_writable(path: Path, overwrite: bool) -> None:
-    """Check that `path` may be written: its folder exists, and nothing is there unless `overwrite`.
+def check_writable(path: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """Check that `path` may be written: its folder takes files, and nothing is there unless `overwrite`.
+
+    Args:
+        path: what is to be written.
+        overwrite: whether something of the same kind may be replaced.
+        folder: a folder is written, not a file; neither ever replaces the other.
 
     Raises:
         OptionError: otherwise.
     """
     if not path.parent.is_dir():
         raise OptionError(f"{path}: the folder {path.parent} does not exist", f"mkdir -p {path.parent}")
-    if path.is_dir() and not overwrite:
-        raise OptionError(f"{path}: is a folder that exists", "give another name, or --overwrite")
-    if path.exists() and not overwrite:
+    try:
+        there, is_folder = path.exists(), path.is_dir()
+        probe = path.with_name(f".{path.name}.probe.partial")
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"{path}: cannot be written ({reason})", "give another name or folder") from error
+    if there and is_folder != folder:
+        raise OptionError(f"{path}: is {'a folder' if is_folder else 'a file'}", "give another name")
+    if there and not overwrite:
         raise OptionError(f"{path}: exists", "give another name, or --overwrite")
 
 
@@ -59,7 +72,8 @@ def replace_when_complete(path: Path) -> Iterator[Path]:
             remove(path)
         partial.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        short_write = error.errno is None and "requested and" in str(error)  # numpy's tofile names no errno
+        if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{path}: the disk is full; nothing was written", "free some disk space") from error
         raise
     finally:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import shutil
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint
-from pi_gguf.errors import OptionError, PiGgufError, TextError
-from pi_gguf.files import check_writable, remove, replace_when_complete, write_json
-from pi_gguf.planning import TrainingPlan, estimate_training_memory, plan_training
+from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, read_json
+from pi_gguf.data import pack, pose_positions
+from pi_gguf.errors import OptionError, PiGgufError, ResourceError, TextError
+from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json
+from pi_gguf.planning import TrainingPlan, estimate_training_memory, plan_training, training_disk_bytes
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import library_versions, package_version, sha256
 from pi_gguf.rope import RopeScaling
@@ -81,11 +83,9 @@ def extend(
     rope = checkpoint.rope.interpolated(context)
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
-    check_writable(out_dir, overwrite)
     device = torch_device(device)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
-    training = None
-    record = {
+    record: dict[str, Any] = {
         "source": checkpoint.source,
         "method": "linear",
         "factor": rope.factor,
@@ -94,47 +94,79 @@ def extend(
         "steps": steps,
         "seed": seed,
     }
-    work_dir = out_dir.with_name(out_dir.name + ".partial")
-    if steps:
-        training = plan_training(
-            checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-            batch_tokens=batch_tokens, schedule=schedule, device=device,
-        )  # fmt: skip
-        rows, text_record = training_rows(checkpoint, training, data, seed)
-        record |= {"tokens": training.tokens, **asdict(training), **text_record}
-        if overwrite:
-            remove(work_dir)
-        _check_same_run(work_dir, record)
-        say(
-            f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} (factor {rope.factor:g}), "
-            f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.method} on {training.train_window} tokens "
-            f"({training.reason})"
-        )
-        trained = _train(checkpoint, rope, training, rows, work_dir, seed, device)
-        loss = trained.pop("model")
-        _write_folder(checkpoint, rope, out_dir, record | trained, loss)
-        remove(work_dir)
-    else:
+    if not steps:
+        check_writable(out_dir, overwrite, folder=True)
         _write_folder(checkpoint, rope, out_dir, record, None)
+        return out_dir
+    training = plan_training(
+        checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
+        batch_tokens=batch_tokens, schedule=schedule, device=device,
+    )  # fmt: skip
+    documents = _documents(checkpoint, data)
+    record |= {"tokens": training.tokens, **asdict(training), **_text_record(documents)}
+    if not overwrite and _finished_before(out_dir, record):
+        say(f"{out_dir} holds this fine-tune already; it is used")
+        return out_dir
+    check_writable(out_dir, overwrite, folder=True)
+    check_free_disk(out_dir.parent, training_disk_bytes(checkpoint))
+    rows = training_rows(checkpoint, training, documents, seed)
+    work_dir = out_dir.with_name(out_dir.name + ".partial")
+    if overwrite:
+        remove(work_dir)
+    _check_same_run(work_dir, record)
+    say(
+        f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} (factor {rope.factor:g}), "
+        f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.method} on {training.train_window} tokens "
+        f"({training.reason})"
+    )
+    trained = _train(checkpoint, rope, training, rows, work_dir, seed, device)
+    _write_folder(checkpoint, rope, out_dir, record | trained.measured, trained.model)
+    remove(work_dir)
     return out_dir
 
 
+def _documents(checkpoint: Checkpoint, data: Sequence[str]) -> dict[str, str] | None:
+    """Return the texts to train on by name; None for the bundled model's own mixture, which has no end."""
+    if data:
+        return read_texts(data)
+    if checkpoint.source == bundled.TINY:
+        say("no --data: the bundled sample is used, in the bundled model's own training mixture")
+        return None
+    documents = bundled.novels("train")
+    say(f"no --data: the {len(documents)} training novels of the bundled sample are used")
+    return documents
+
+
+def _text_record(documents: dict[str, str] | None) -> dict[str, Any]:
+    if documents is None:
+        return {"data": "bundled mixture"}
+    names = sorted(documents)
+    return {"data": [Path(name).name for name in names], "data_sha256": sha256([documents[name] for name in names])}
+
+
+def _finished_before(out_dir: Path, record: dict[str, Any]) -> bool:
+    path = out_dir / PROVENANCE_FILE
+    if not path.exists():
+        return False
+    before = read_json(path)
+    return all(before.get(key) == value for key, value in record.items())
+
+
 def training_rows(
-    checkpoint: Checkpoint, training: TrainingPlan, data: Sequence[str], seed: int
-) -> tuple[list[list[int]], dict[str, Any]]:
-    """Tokenize and pack enough text for the run, in the order it is trained on.
+    checkpoint: Checkpoint, training: TrainingPlan, documents: dict[str, str] | None, seed: int
+) -> list[list[int]]:
+    """Tokenize and pack enough text for the run.
+
+    Args:
+        documents: texts by name; None for the bundled model's own mixture.
 
     Returns:
-        Rows of at most `train_window` ids, repeated in new orders when the texts are used up; what to record of the
-        texts.
+        Rows of at most `train_window` ids in the order they are trained on; the texts begin again, in a new order, when
+        they are used up.
 
     Raises:
         TextError: no document is as long as a training sequence.
     """
-    import random
-
-    from pi_gguf.data import pack
-
     tokenizer: Any = checkpoint.load_tokenizer()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -144,34 +176,19 @@ def training_rows(
 
     window = training.train_window
     needed = training.tokens // window
-    rows: list[list[int]] = []
     with progress_bar("tokenize", needed, "rows") as advance:
-        if not data and checkpoint.source == bundled.TINY:
-            say("no --data: the bundled sample is used, in the bundled model's own training mixture")
+        if documents is None:
             stream = pack((encode(text) for text in bundled.training_mixture(seed + 1, window)), window)
+            rows: list[list[int]] = []
             while len(rows) < needed:
                 rows.append(next(stream))
                 advance(1)
-            return rows, {"data": "bundled mixture"}
-        if data:
-            documents = read_texts(data)
-        else:
-            documents = bundled.novels("train")
-            say(f"no --data: the {len(documents)} training novels of the bundled sample are used")
-        names = list(documents)
+            return rows
+        names = sorted(documents)
         random.Random(seed).shuffle(names)
-        longest = 0
-
-        def tokenized() -> Iterator[list[int]]:
-            nonlocal longest
-            for name in names:
-                ids = encode(documents[name])
-                longest = max(longest, len(ids))
-                yield ids
-
-        for row in pack(tokenized(), window):
-            rows.append(row)
-            advance(1)
+        tokenized = [encode(documents[name]) for name in names]
+        rows = list(pack(tokenized, window))
+    longest = max(map(len, tokenized))
     if longest < window:
         raise TextError(
             f"{names[0]}{' and others' if len(names) > 1 else ''}: the longest text has {longest} tokens, fewer than "
@@ -182,7 +199,7 @@ def training_rows(
     while len(order) < needed:
         random.Random(f"{seed} {len(order)}").shuffle(rows)
         order += rows
-    return order[:needed], {"data": names, "data_sha256": sha256([documents[name] for name in sorted(names)])}
+    return order[:needed]
 
 
 def _check_same_run(work_dir: Path, record: dict[str, Any]) -> None:
@@ -203,6 +220,12 @@ def _check_same_run(work_dir: Path, record: dict[str, Any]) -> None:
         write_json(path, record)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    model: PreTrainedModel
+    measured: dict[str, Any]
+
+
 def _train(
     checkpoint: Checkpoint,
     rope: RopeScaling,
@@ -211,14 +234,12 @@ def _train(
     work_dir: Path,
     seed: int,
     device: str,
-) -> dict[str, Any]:
-    """Run transformers' Trainer; return the model, the last loss and the seconds it took."""
+) -> _Trained:
+    """Run transformers' Trainer, from its last checkpoint where there is one."""
     import numpy as np
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
-
-    from pi_gguf.data import pose_positions
 
     model = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
     model.config.use_cache = False
@@ -314,13 +335,12 @@ def _train(
     if stop.asked and trainer.state.global_step < training.steps:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
         raise KeyboardInterrupt
-    seconds = result.metrics["train_runtime"]
-    return {
-        "model": trainer.model,
+    measured = {
         "loss": round(progress.loss or result.training_loss, 4),
-        "seconds": round(seconds, 1),
+        "seconds": round(result.metrics["train_runtime"], 1),
         "device": device,
     }
+    return _Trained(trainer.model, measured)
 
 
 def rate_share(step: int, training: TrainingPlan) -> float:
@@ -366,14 +386,19 @@ def _write_folder(
 ) -> None:
     """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record."""
     import torch
+    from safetensors import SafetensorError
 
     record["pi_gguf"] = package_version()
     record["libraries"] = library_versions()
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]
     model = trained if trained is not None else checkpoint.load_model(dtype=stored, rope=rope)
+    check_free_disk(out_dir.parent, stored.itemsize * checkpoint.n_parameters())
     with replace_when_complete(out_dir) as partial:
-        model.to(stored).save_pretrained(partial)
+        try:
+            model.to(stored).save_pretrained(partial)
+        except SafetensorError as error:  # its only way to say that the disk is full
+            raise ResourceError(f"{out_dir}: the weights were not written ({error})", "free some disk space") from error
         config = rope.to_hf(checkpoint.config)
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name in _TOKENIZER_FILES:

@@ -60,14 +60,18 @@ class GgufInfo:
             return "unknown"
 
     def hyperparameter(self, name: str) -> int:
-        """Return an integer key of the architecture.
+        """Return a positive integer key of the architecture.
 
         Raises:
-            GgufError: it is missing.
+            GgufError: it is missing or below 1.
         """
         value = self.metadata.get(f"{self.arch}.{name}")
-        if not isinstance(value, int):
-            raise GgufError(f"{self.path}: {self.arch}.{name} is missing", "write the file again from its checkpoint")
+        if not isinstance(value, int) or value < 1:
+            got = "it is missing" if value is None else f"got {value!r}"
+            raise GgufError(
+                f"{self.path}: {self.arch}.{name} must be a positive integer, {got}",
+                "write the file again from its checkpoint",
+            )
         return value
 
 
@@ -79,8 +83,12 @@ def read_gguf(path: Path) -> GgufInfo:
     """
     import gguf
 
-    if not path.is_file():
-        raise GgufError(f"{path}: no such file")
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        is_file = False
+    if not is_file:
+        raise GgufError(f"{path}: no such file", "check the spelling")
     try:
         reader = gguf.GGUFReader(path)
         metadata, lengths = {}, {}

@@ -34,11 +34,13 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, *, seed: int = 0, device: str = "cpu") -> Inspection:
     """Report architecture, window, every rope key, types, sizes, what llama.cpp reads, and warnings.
 
     Args:
         path: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
+        seed: taken like everywhere; nothing is random here.
+        device: taken like everywhere; only metadata and vocabulary are read.
 
     Example:
         pi-gguf inspect model.gguf

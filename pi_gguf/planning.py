@@ -167,6 +167,7 @@ def plan(
     learning_rate: float | None = None,
     batch_tokens: int | None = None,
     schedule: str = "constant",
+    seed: int = 0,
     device: str = "auto",
 ) -> Plan:
     """Say what a conversion would do and cost; reads the config only.
@@ -180,6 +181,7 @@ def plan(
         learning_rate: at its peak; by the model's size when left out.
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or linear (down to a tenth).
+        seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 
     Example:
@@ -190,11 +192,13 @@ def plan(
     checkpoint = load_checkpoint(model, config_only=True)
     if quant.upper() not in BITS_PER_WEIGHT:
         raise OptionError(f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}")
-    rope = checkpoint.rope.interpolated(context) if context else checkpoint.rope
+    rope = checkpoint.rope if context is None else checkpoint.rope.interpolated(context)
     device = _device(device)
     training, seconds, memory = None, 0.0, 0
     n = checkpoint.n_parameters()
-    if context and steps:
+    if steps < 0:
+        raise OptionError(f"steps must not be negative, got {steps}")
+    if context is not None and steps:
         training = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
             batch_tokens=batch_tokens, schedule=schedule, device=device,
@@ -202,7 +206,7 @@ def plan(
         seconds = training.tokens * _train_operations(checkpoint, training.train_window) / _operations_a_second(device)
         memory = estimate_training_memory(checkpoint, training)
     output = int(n * BITS_PER_WEIGHT[quant.upper()] / 8)
-    extended = (12 * n * 2 + 4 * n) if training else 0  # two checkpoints with optimizer state, and the result
+    extended = training_disk_bytes(checkpoint) if training else 0
     unquantized = 0 if quant.upper() in ("F32", "F16", "BF16") else 4 * n
     sizes = {
         name: kv_cache_bytes(
@@ -226,6 +230,11 @@ def plan(
         kv_cache_bytes=sizes,
         disk_bytes=output + unquantized + extended,
     )
+
+
+def training_disk_bytes(checkpoint: Checkpoint) -> int:
+    """Return the disk a fine-tune needs: two checkpoints with Adam's moments (12 bytes a parameter), and the result."""
+    return (2 * 12 + 4) * checkpoint.n_parameters()
 
 
 def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, recompute: bool = False) -> int:

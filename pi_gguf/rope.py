@@ -68,6 +68,8 @@ class RopeScaling:
                 f"context must be above the model's window of {window} tokens, got {context}",
                 f"try --context {4 * window}, or leave --context out to convert as is",
             )
+        if context >= 2**31:
+            raise OptionError(f"context must be below 2^31 tokens, got {context}")
         return replace(self, rope_type="linear", factor=context / window, max_position_embeddings=context)
 
     def inv_freq(self, rotary_dim: int) -> list[float]:
@@ -114,13 +116,13 @@ class RopeScaling:
             CheckpointError: a field is missing or no number.
             UnsupportedError: an unknown rope type.
         """
-        window = _positive_int(config, "max_position_embeddings", path)
+        window = positive_int(config, "max_position_embeddings", path)
         field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
         rope = config.get(field) or {}
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"{path}: {field} must be an object, got {rope!r}")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        theta = _number(
+        theta = positive_number(
             rope.get("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA)), f"{field}.rope_theta", path
         )
         if rope_type == "default":
@@ -130,11 +132,19 @@ class RopeScaling:
                 f"{path}: {field}.rope_type must be default, linear or llama3, got {rope_type!r}",
                 "convert a checkpoint that uses one of these",
             )
-        factor = _number(rope.get("factor"), f"{field}.factor", path)
+        factor = positive_number(rope.get("factor"), f"{field}.factor", path)
+        if factor < 1 or round(window / factor) < 1:
+            raise CheckpointError(
+                f"{path}: {field}.factor must be from 1 to the window of {window}, got {factor:g}", "correct the config"
+            )
         if rope_type == "linear":
             return cls("linear", factor, theta, round(window / factor), window)
-        low, high = (_number(rope.get(name), f"{field}.{name}", path) for name in _LLAMA3_FIELDS)
-        original = _positive_int(rope, "original_max_position_embeddings", path)
+        low, high = (positive_number(rope.get(name), f"{field}.{name}", path) for name in _LLAMA3_FIELDS)
+        if high <= low:
+            raise CheckpointError(
+                f"{path}: {field}.high_freq_factor must be above low_freq_factor {low:g}, got {high:g}"
+            )
+        original = positive_int(rope, "original_max_position_embeddings", path)
         return cls("llama3", factor, theta, original, window, low, high)
 
     def to_hf(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,11 +196,22 @@ class RopeScaling:
         """
         arch = metadata.get("general.architecture")
         window = metadata.get(f"{arch}.context_length")
-        if not isinstance(window, int):
-            raise GgufError(f"{path}: {arch}.context_length is missing", "write the file again from its checkpoint")
+        if not isinstance(window, int) or window < 1:
+            got = "it is missing" if window is None else f"got {window!r}"
+            raise GgufError(
+                f"{path}: {arch}.context_length must be a positive integer, {got}",
+                "write the file again from its checkpoint",
+            )
         rope_type = metadata.get(f"{arch}.rope.scaling.type", "none")
-        factor = float(metadata.get(f"{arch}.rope.scaling.factor", 1.0))
-        theta = float(metadata.get(f"{arch}.rope.freq_base", DEFAULT_ROPE_THETA))
+        try:
+            factor = positive_number(
+                metadata.get(f"{arch}.rope.scaling.factor", 1.0), f"{arch}.rope.scaling.factor", path
+            )
+            theta = positive_number(
+                metadata.get(f"{arch}.rope.freq_base", DEFAULT_ROPE_THETA), f"{arch}.rope.freq_base", path
+            )
+        except CheckpointError as error:
+            raise GgufError(str(error), "write the file again from its checkpoint") from error
         original = metadata.get(f"{arch}.rope.scaling.original_context_length", round(window / factor))
         return cls("default" if rope_type == "none" else rope_type, factor, theta, original, window)
 
@@ -206,19 +227,30 @@ def check_consistent(scaling: RopeScaling, path: str) -> list[str]:
     return problems
 
 
-def _number(value: Any, name: str, path: str) -> float:
+def positive_number(value: Any, name: str, path: str) -> float:
+    """Return a field as a float.
+
+    Raises:
+        CheckpointError: it is no positive number, or beyond what GGUF's 32 bits hold.
+    """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not (math.isfinite(number) and number > 0) or isinstance(value, bool):
-        raise CheckpointError(f"{path}: {name} must be a positive number, got {value!r}", "correct the config")
+    if not 1e-37 < number < 1e38 or isinstance(value, bool):
+        got = repr(value)[:80]
+        raise CheckpointError(f"{path}: {name} must be a positive number, got {got}", "correct the config")
     return number
 
 
-def _positive_int(fields: Mapping[str, Any], name: str, path: str) -> int:
+def positive_int(fields: Mapping[str, Any], name: str, path: str) -> int:
+    """Return a field that must be an integer from 1 to 2^31 - 1.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
     value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        got = "nothing" if value is None else repr(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        got = "nothing" if value is None else repr(value)[:80]
         raise CheckpointError(f"{path}: {name} must be a positive integer, got {got}", "correct the config")
     return value

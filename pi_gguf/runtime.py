@@ -193,10 +193,13 @@ class Model(LanguageModel):
         length = sum(len(self.tokenize(m["content"], add_special=False)) + 8 for m in messages)
         limit = self._check_fits(length, max_tokens)
         self._evaluated = []
-        for part in self._llama.create_chat_completion(
-            list(messages), max_tokens=limit, temperature=temperature, seed=seed, stream=True
-        ):
-            yield part["choices"][0]["delta"].get("content") or ""
+        try:
+            for part in self._llama.create_chat_completion(
+                list(messages), max_tokens=limit, temperature=temperature, seed=seed, stream=True
+            ):
+                yield part["choices"][0]["delta"].get("content") or ""
+        except ValueError as error:  # the template itself made it too long
+            raise OptionError(f"the conversation does not fit the window of {self.n_ctx} tokens ({error})") from error
 
     def _check_fits(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self.n_ctx - prompt_tokens
@@ -256,6 +259,8 @@ def open_model(path: str | Path, **options: Any) -> Model:
 def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> int:
     """Return the bytes that the KV cache of a GGUF file takes at `n_ctx` tokens."""
     heads = info.hyperparameter("attention.head_count")
+    if f"{info.arch}.attention.head_count_kv" in info.metadata:
+        info.hyperparameter("attention.head_count_kv")
     default_head_dim = info.hyperparameter("embedding_length") // heads
     return kv_cache_bytes(
         n_layers=info.hyperparameter("block_count"),
@@ -315,7 +320,15 @@ def check_quantization(name: str) -> str:
     return name.upper()
 
 
-def quantize(source: str | Path, target: str | Path, *, quant: str = "Q4_K_M", overwrite: bool = False) -> Path:
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    *,
+    quant: str = "Q4_K_M",
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Path:
     """Quantize a GGUF file with llama.cpp.
 
     Args:
@@ -323,6 +336,8 @@ def quantize(source: str | Path, target: str | Path, *, quant: str = "Q4_K_M", o
         target: GGUF file to write.
         quant: any type llama.cpp has, e.g. Q8_0, Q5_K_M or Q4_K_M.
         overwrite: replace the file that is there.
+        seed: taken like everywhere; nothing is random here.
+        device: taken like everywhere; llama.cpp quantizes on the CPU.
 
     Returns:
         The path written.

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
     """Draw a table; with `numbers` every column but the first is aligned to the right."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", show_header=bool(columns))
+    table = Table(title=escape(title) or None, title_justify="left", show_header=bool(columns))
     for i in range(len(rows[0])):
         table.add_column(columns[i] if columns else "", justify="right" if numbers and i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console(width=None if sys.stdout.isatty() else 120)
     with console.capture() as capture:
         console.print(table)

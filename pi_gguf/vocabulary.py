@@ -10,7 +10,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.checkpoint import Checkpoint, _read_json
+from pi_gguf.checkpoint import Checkpoint, read_json
 from pi_gguf.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -44,14 +44,15 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
         UnsupportedError: a kind of tokenizer, or a pre-tokenizer, that llama.cpp has no equivalent for.
     """
     json_path, model_path = checkpoint.path / "tokenizer.json", checkpoint.path / "tokenizer.model"
-    parsed = _read_json(json_path) if json_path.exists() else {}
+    parsed = read_json(json_path) if json_path.exists() else {}
+    rows = checkpoint.config["vocab_size"]
     byte_level = parsed and "ByteLevel" in str(parsed.get("pre_tokenizer"))
     if byte_level:
-        keys = _byte_level_bpe(parsed, str(json_path))
+        keys = _byte_level_bpe(parsed, rows, str(json_path))
     elif model_path.exists():
         keys = _sentencepiece(str(model_path))
     elif parsed:
-        keys = _sentencepiece_from_json(parsed, str(json_path))
+        keys = _sentencepiece_from_json(parsed, rows, str(json_path))
     else:
         raise CheckpointError(
             f"{checkpoint.path}: no tokenizer.json or tokenizer.model", "copy the tokenizer of the model there"
@@ -78,17 +79,14 @@ def reference_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, te
     return begin + pieces + end
 
 
-def _byte_level_bpe(parsed: dict[str, Any], path: str) -> dict[str, Any]:
+def _byte_level_bpe(parsed: dict[str, Any], rows: int, path: str) -> dict[str, Any]:
     model = parsed.get("model", {})
     if model.get("type") != "BPE":
         raise UnsupportedError(f"{path}: model.type must be BPE with ByteLevel, got {model.get('type')!r}")
     normalizer = parsed.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
         raise UnsupportedError(f"{path}: normalizer must be null or NFC, got {normalizer.get('type')!r}")
-    vocab = model["vocab"]
-    tokens: list[str | None] = [None] * (max(vocab.values()) + 1)
-    for token, index in vocab.items():
-        tokens[index] = token
+    tokens = _tokens_by_id(model, rows, path)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -97,6 +95,22 @@ def _byte_level_bpe(parsed: dict[str, Any], path: str) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [NORMAL] * len(tokens),
         "tokenizer.ggml.merges": merges,
     }
+
+
+def _tokens_by_id(model: dict[str, Any], rows: int, path: str) -> list[str | None]:
+    """Return the vocabulary of a tokenizer.json in the order of its ids; None where an id is not used."""
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not vocab or not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
+        raise CheckpointError(f"{path}: model.vocab must map tokens to ids", "copy the file again")
+    if max(vocab.values()) >= rows:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {max(vocab.values()) + 1} tokens, config.json's vocab_size is {rows}",
+            "tokenizer and weights are of different models",
+        )
+    tokens: list[str | None] = [None] * (max(vocab.values()) + 1)
+    for token, index in vocab.items():
+        tokens[index] = token
+    return tokens
 
 
 def recognize_pre_tokenizer(parsed: dict[str, Any], path: str) -> str:
@@ -153,7 +167,7 @@ def _sentencepiece(path: str) -> dict[str, Any]:
     }
 
 
-def _sentencepiece_from_json(parsed: dict[str, Any], path: str) -> dict[str, Any]:
+def _sentencepiece_from_json(parsed: dict[str, Any], rows: int, path: str) -> dict[str, Any]:
     """Read a SentencePiece BPE that transformers saved as tokenizer.json: merges with byte fallback."""
     model = parsed.get("model", {})
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
@@ -161,17 +175,14 @@ def _sentencepiece_from_json(parsed: dict[str, Any], path: str) -> dict[str, Any
             f"{path}: model must be byte-level BPE or BPE with byte_fallback, got {model.get('type')!r}",
             "put the original tokenizer.model into the folder",
         )
-    vocab = model["vocab"]
-    tokens: list[str | None] = [None] * (max(vocab.values()) + 1)
-    for token, index in vocab.items():
-        tokens[index] = token
+    tokens = _tokens_by_id(model, rows, path)
     # SentencePiece joins the pair whose result scores highest; a merge list joins the pair that comes first.
     rank: dict[str, int] = {}
     for i, merge in enumerate(model["merges"]):
         rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), i)
     types = [BYTE if token and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens]
-    if model.get("unk_token") in vocab:
-        types[vocab[model["unk_token"]]] = UNKNOWN
+    if model.get("unk_token") in tokens:
+        types[tokens.index(model["unk_token"])] = UNKNOWN
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
