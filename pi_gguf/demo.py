@@ -20,7 +20,6 @@ from pi_gguf.finetune import extend
 from pi_gguf.progress import say
 from pi_gguf.provenance import provenance
 
-CONTEXT = 32768
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
 CAPTION = (
     "Perplexity on stretches of held-out novels, the same tokens at every window; the fine-tuning text is of the "
@@ -54,10 +53,14 @@ class DemoReport:
     def __str__(self) -> str:
         from pi_gguf.tables import text_table
 
-        title = f"{bundled.TINY}, window 2048 -> {CONTEXT} (x16)"
+        context = self.settings["context"]
+        title = f"{bundled.TINY}, window 2048 -> {context} (x{context / 2048:g})"
         table = text_table(title, *table_cells(self.to_json()))
-        q4 = f"{self.out}/tiny-32k-Q4_K_M.gguf"
-        return f'{table}\n{CAPTION}\nwrote {self.out}\nnext: pi-gguf run {q4} --prompt "The captain" --max-tokens 100'
+        last = f"{self.out}/{_stem(context)}-{QUANTIZATIONS[-1]}.gguf"
+        return (
+            f"{table}\n{CAPTION}\nwrote {self.out}: models, results.json, perplexity.png, passkey.png\n"
+            f'next: pi-gguf run {last} --prompt "The captain" --max-tokens 100'
+        )
 
 
 def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -73,6 +76,7 @@ def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def demo(
     *,
     out: str = "out/demo",
+    context: int = 32768,
     steps: int = 350,
     train_window: int = 2048,
     samples: int = 1,
@@ -91,6 +95,7 @@ def demo(
 
     Args:
         out: folder to write to: models, results.json and plots.
+        context: new window, in tokens; each doubling from 2048 up to it is measured.
         steps: optimizer steps of the fine-tune.
         train_window: tokens of a training sequence.
         samples: stretches scored in each document.
@@ -118,15 +123,15 @@ def demo(
         (texts_dir / name).write_text(body, encoding="utf-8")
         texts.append(str(texts_dir / name))
 
-    hf_dir = out_dir / "tiny-32k-hf"
+    hf_dir = out_dir / f"{_stem(context)}-hf"
     if overwrite or not hf_dir.exists():
         if overwrite:
             remove(hf_dir)
         extend(
-            bundled.TINY, hf_dir, context=CONTEXT, steps=steps, train_window=train_window, schedule="linear",
+            bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, schedule="linear",
             seed=seed, device=device,
         )  # fmt: skip
-    files = {quant: out_dir / f"tiny-32k-{quant}.gguf" for quant in QUANTIZATIONS}
+    files = {quant: out_dir / f"{_stem(context)}-{quant}.gguf" for quant in QUANTIZATIONS}
     for quant, path in files.items():
         if overwrite or not path.exists():
             convert(str(hf_dir), path, quant=quant, overwrite=True)
@@ -134,19 +139,21 @@ def demo(
     rows = []
     models: list[tuple[str, str, int | None]] = [
         ("base, no scaling (Hugging Face)", bundled.TINY, None),
-        ("PI before training (Hugging Face)", bundled.TINY, CONTEXT),
+        ("PI before training (Hugging Face)", bundled.TINY, context),
         ("PI after training (Hugging Face)", str(hf_dir), None),
         *((f"{quant} (llama.cpp)", str(path), None) for quant, path in files.items()),
     ]
-    for name, model, context in models:
+    windows = [w for w in WINDOWS if w <= context]
+    for name, model, scaled_to in models:
         say(f"measure {name}")
         perplexity = evaluate_perplexity(
-            model, text=texts, stride=stride, samples=samples, context=context, seed=seed, device=device
-        )
+            model, text=texts, windows=windows, stride=stride, samples=samples, context=scaled_to, seed=seed,
+            device=device,
+        )  # fmt: skip
         trained = model == str(hf_dir)
         passkey = evaluate_passkey(
-            model, distances=distances if trained else other_distances, keys=keys, context=context, seed=seed,
-            device=device,
+            model, windows=windows, distances=distances if trained else other_distances, keys=keys,
+            context=scaled_to, seed=seed, device=device,
         )  # fmt: skip
         rows.append(DemoRow(name, perplexity.rows, passkey.k_max, passkey.cells))
         if trained:
@@ -156,6 +163,10 @@ def demo(
     write_json(out_dir / "results.json", report.to_json())
     (out_dir / "table.md").write_text(markdown_table(report.to_json()), encoding="utf-8")
     return report
+
+
+def _stem(context: int) -> str:
+    return f"tiny-{context // 1024}k"
 
 
 def markdown_table(results: dict[str, Any]) -> str:
