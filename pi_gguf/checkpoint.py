@@ -6,6 +6,7 @@ Only safetensors are read, memory-mapped; no code from a checkpoint is run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 PROVENANCE_FILE = "pi_gguf.json"
 """Written by `extend` beside the weights: source, windows, steps and tokens trained."""
 
+_MEBIBYTE = 2**20
+
 MAX_LAYERS = 10_000
 """No Llama has as many; a larger number is a damaged config."""
 
-_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers of old checkpoints that follow from the config."""
 
@@ -42,7 +45,7 @@ class TensorSource:
 
     @property
     def nbytes(self) -> int:
-        size = _DTYPE_BYTES[self.dtype]
+        size = DTYPE_BYTES[self.dtype]
         for side in self.shape:
             size *= side
         return size
@@ -171,6 +174,18 @@ class Checkpoint:
                 )
         return {name: found[name] for name in wanted}
 
+    def fingerprint(self) -> str:
+        """Return a hash of the config and of the size, beginning and end of every weight file; fast at any size."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for path in self._weight_files():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_MEBIBYTE))
+                file.seek(max(0, size - _MEBIBYTE))
+                digest.update(file.read(_MEBIBYTE))
+        return digest.hexdigest()
+
     def _weight_files(self) -> list[Path]:
         index_path, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
         if index_path.exists():
@@ -216,6 +231,7 @@ class Checkpoint:
             device: `cpu` or `cuda`.
             rope: scaling to apply instead of the config's own.
         """
+        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -225,9 +241,9 @@ class Checkpoint:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 self.path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-        except MemoryError as error:
-            raise ResourceError(f"{self.path}: the model does not fit in memory") from error
-        return model.to(device)
+            return model.to(device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(f"{self.path}: the model does not fit in memory ({_one_line(error)})") from error
 
 
 def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
@@ -241,7 +257,7 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
         CheckpointError: it is not there, or its config lacks a field.
         UnsupportedError: it is no Llama model.
     """
-    path = _resolve(model, config_only)
+    path = _resolve(model, config_only=True)
     config_path = path / "config.json"
     if not config_path.exists():
         raise CheckpointError(f"{path}: config.json is missing", "MODEL must be a Hugging Face folder")
@@ -272,10 +288,13 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
     positive_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", str(config_path))
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedError(f"{config_path}: hidden_act must be silu, got {config['hidden_act']!r}")
-    return Checkpoint(model, path, config, RopeScaling.from_hf(config, str(config_path)))
+    rope = RopeScaling.from_hf(config, str(config_path))
+    if not config_only:
+        path = _resolve(model, config_only=False)  # from the Hub only now, when the config is known to be handled
+    return Checkpoint(model, path, config, rope)
 
 
-def _resolve(model: str, config_only: bool) -> Path:
+def _resolve(model: str, *, config_only: bool) -> Path:
     if model == bundled.TINY:
         return bundled.TINY_DIR
     if model.startswith("bundled:"):
@@ -294,7 +313,7 @@ def _resolve(model: str, config_only: bool) -> Path:
         raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json"] if config_only else ["*.json", "*.safetensors", "tokenizer.model"]
+    patterns = ["config.json"] if config_only else ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # network, permission and not-found errors of the Hub's client
@@ -323,7 +342,7 @@ def _read_header(path: Path) -> dict[str, TensorSource]:
             f"{path}: truncated or not safetensors ({_one_line(error)})", "download this file again"
         ) from error
     for name, (_, dtype) in shapes.items():
-        if dtype not in _DTYPE_BYTES and not _IGNORED_TENSORS.search(name):
+        if dtype not in DTYPE_BYTES and not _IGNORED_TENSORS.search(name):
             raise UnsupportedError(f"{path}: {name} must be F32, F16 or BF16, got {dtype}")
     return {name: TensorSource(path, shape, dtype) for name, (shape, dtype) in shapes.items()}
 

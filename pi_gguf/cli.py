@@ -320,7 +320,7 @@ def entry_point() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted; nothing half-written was left", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except PiGgufError as error:
         if "--debug" in sys.argv:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
-from pi_gguf.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.checkpoint import DTYPE_BYTES, Checkpoint, load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete
 from pi_gguf.finetune import extend
@@ -69,7 +69,7 @@ def convert(
         check: quick reads a prompt longer than the original window, full the whole new window; none.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda; for the fine-tune.
-        overwrite: replace what is there.
+        overwrite: replace what is there; a fine-tune of the same settings is still used or gone on with.
 
     Example:
         pi-gguf convert bundled:tiny tiny-32k.gguf --context 32768 --quant Q8_0 --steps 100
@@ -85,7 +85,7 @@ def convert(
     rope = checkpoint.rope.interpolated(context) if context is not None else checkpoint.rope
     vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
     base_type = quant if quant in UNQUANTIZED else _stored_type(checkpoint)
-    size = checkpoint.n_parameters() * {"F32": 4, "F16": 2, "BF16": 2}[base_type]
+    size = checkpoint.n_parameters() * DTYPE_BYTES[base_type]
     check_free_disk(out.parent, size if quant in UNQUANTIZED else int(size * 1.3))
     if context is not None and steps != 0:
         hf_dir = out.with_name(out.stem + "-hf")
@@ -110,7 +110,7 @@ def _write(
 ) -> Conversion:
     reference = Reference(checkpoint, rope, level) if level != "none" else None
     trained = checkpoint.provenance
-    finetuned = rope.rope_type == "linear" and (trained.get("steps", 1) > 0 if trained else checkpoint.rope == rope)
+    finetuned = rope.rope_type == "linear" and trained.get("steps", 0) > 0
     checks = []
     exact = out.with_name(f".{out.name}.{base_type}.gguf")
     try:

@@ -25,9 +25,10 @@ def pack(documents: Iterable[list[int]], window: int) -> Iterator[list[int]]:
     for document in documents:
         if len(document) > window:
             rest += document
-            while len(rest) >= 2 * window:
-                yield rest[:window]
-                rest = rest[window:]
+            full = max(0, len(rest) // window - 1)  # what stays fills the rows of shorter documents
+            for start in range(0, full * window, window):
+                yield rest[start : start + window]
+            rest = rest[full * window :]
         elif len(row) + len(document) <= window:
             row = row + document
         else:

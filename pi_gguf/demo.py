@@ -15,16 +15,16 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.conversion import convert
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import WINDOWS, PasskeyCell, PasskeyReport, PerplexityRow, evaluate_passkey, evaluate_perplexity
-from pi_gguf.files import remove, write_json
+from pi_gguf.files import write_json
 from pi_gguf.finetune import extend
 from pi_gguf.progress import say
 from pi_gguf.provenance import provenance
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
 CAPTION = (
-    "Perplexity on stretches of held-out novels, the same tokens at every window; the fine-tuning text is of the "
-    "base model's own training mixture. k_max: largest distance, in tokens, at which at least 20 % of the passkeys "
-    "are found, in prompts that fill each window."
+    "Perplexity on stretches of held-out novels, the same tokens at every window (how many and how long: settings in "
+    "results.json); the fine-tuning text is of the base model's own training mixture. k_max: largest distance, in "
+    "tokens, at which at least 20 % of the passkeys are found, in prompts that fill each window."
 )
 
 
@@ -87,7 +87,6 @@ def demo(
     keys: int = 2,
     seed: int = 0,
     device: str = "auto",
-    overwrite: bool = True,
 ) -> DemoReport:
     """Run the main job on the bundled model and print the table: perplexity by window and passkey k_max.
 
@@ -106,7 +105,6 @@ def demo(
         keys: passkeys tried at each place.
         seed: of data, skips and keys.
         device: auto, cpu or cuda.
-        overwrite: make models that are there again.
 
     Example:
         pi-gguf demo --out out/demo
@@ -114,7 +112,7 @@ def demo(
     heldout = list(bundled.novels("heldout").items())
     if not 1 <= documents <= len(heldout):
         raise OptionError(f"documents must be from 1 to {len(heldout)}, got {documents}")
-    settings = {key: value for key, value in locals().items() if key not in ("heldout", "out", "overwrite")}
+    settings = {key: value for key, value in locals().items() if key not in ("heldout", "out")}
     out_dir = Path(out)
     texts_dir = out_dir / "texts"
     texts_dir.mkdir(parents=True, exist_ok=True)
@@ -124,17 +122,13 @@ def demo(
         texts.append(str(texts_dir / name))
 
     hf_dir = out_dir / f"{_stem(context)}-hf"
-    if overwrite or not hf_dir.exists():
-        if overwrite:
-            remove(hf_dir)
-        extend(
-            bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, schedule="linear",
-            seed=seed, device=device,
-        )  # fmt: skip
+    extend(
+        bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, schedule="linear", seed=seed,
+        device=device, overwrite=True,
+    )  # fmt: skip
     files = {quant: out_dir / f"{_stem(context)}-{quant}.gguf" for quant in QUANTIZATIONS}
     for quant, path in files.items():
-        if overwrite or not path.exists():
-            convert(str(hf_dir), path, quant=quant, overwrite=True)
+        convert(str(hf_dir), path, quant=quant, overwrite=True)
 
     rows = []
     models: list[tuple[str, str, int | None]] = [
@@ -146,14 +140,15 @@ def demo(
     windows = [w for w in WINDOWS if w <= context]
     for name, model, scaled_to in models:
         say(f"measure {name}")
+        on = "auto" if device == "cuda" and model.endswith(".gguf") else device  # llama.cpp may be built for the CPU
         perplexity = evaluate_perplexity(
             model, text=texts, windows=windows, stride=stride, samples=samples, context=scaled_to, seed=seed,
-            device=device,
+            device=on,
         )  # fmt: skip
         trained = model == str(hf_dir)
         passkey = evaluate_passkey(
             model, windows=windows, distances=distances if trained else other_distances, keys=keys,
-            context=scaled_to, seed=seed, device=device,
+            context=scaled_to, seed=seed, device=on,
         )  # fmt: skip
         rows.append(DemoRow(name, perplexity.rows, passkey.k_max, passkey.cells))
         if trained:

@@ -55,10 +55,15 @@ class PerplexityReport:
 
 @dataclass(frozen=True)
 class PasskeyCell:
-    """How many of `keys` were found in a prompt of `window` tokens, `distance` tokens before its end."""
+    """How many of `keys` were found in a prompt of `window` tokens, `distance` tokens before its end.
+
+    `exact_distance` is from the key's sentence to the end as built: whole filler lines, and never before the
+    introduction, so that a distance of the whole window is some 60 tokens less.
+    """
 
     window: int
     distance: int
+    exact_distance: int
     found: int
     keys: int
 
@@ -161,6 +166,11 @@ def sampled_windows(
 ) -> list[tuple[list[int], int]]:
     """Cut windows that end at the same evenly spaced places whatever their length; each scores `stride` tokens."""
     room = len(ids) - largest
+    if room < stride * (samples - 1):
+        raise TextError(
+            f"{len(ids)} tokens hold no {samples} separate stretches of {stride} after a window of {largest}",
+            "give longer texts or fewer --samples",
+        )
     ends = [largest + room * i // max(1, samples - 1) for i in range(samples)] if samples > 1 else [len(ids)]
     return [(bos + ids[end - window + len(bos) : end], stride) for end in ends]
 
@@ -218,10 +228,10 @@ def evaluate_passkey(
             for window, distance in grid:
                 prompts, rng, found = PasskeyPrompts(lm, window), random.Random(f"{seed} {window} {distance}"), 0
                 for _ in range(keys):
-                    ids, last = prompts.make(draw_key(rng, for_evaluation=True), distance)
+                    ids, last, exact = prompts.make(draw_key(rng, for_evaluation=True), distance)
                     found += bool(lm.score(ids, last)[1].all())
                     advance(1, text=f"window {window}")
-                cells.append(PasskeyCell(window, distance, found, keys))
+                cells.append(PasskeyCell(window, distance, exact, found, keys))
         return PasskeyReport(lm.name, cells, k_max(cells), provenance(seed=seed, device=device))
 
 
@@ -244,8 +254,8 @@ class PasskeyPrompts:
         self._filler = lm.tokenize(EVALUATION_FILLER, add_special=False)
         self._question = lm.tokenize(QUESTION, add_special=False)
 
-    def make(self, key: str, distance: int) -> tuple[list[int], int]:
-        """Return the ids of a prompt with its answer, and the number of answer tokens at its end.
+    def make(self, key: str, distance: int) -> tuple[list[int], int, int]:
+        """Return the ids of a prompt with its answer, the number of answer tokens at its end, and the exact distance.
 
         Args:
             key: the passkey.
@@ -264,7 +274,8 @@ class PasskeyPrompts:
         after = (distance - len(sentence) - len(asked)) / len(self._filler)
         after_lines = min(lines, max(0, round(after)))
         ids = self._start + self._filler * (lines - after_lines) + sentence + self._filler * after_lines + asked
-        return ids, len(asked) - len(self._question)
+        exact = len(sentence) + len(self._filler) * after_lines + len(asked)
+        return ids, len(asked) - len(self._question), exact
 
 
 @contextmanager

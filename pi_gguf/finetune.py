@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import random
 import shutil
 import signal
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, read_json
 from pi_gguf.data import pack, pose_positions
-from pi_gguf.errors import OptionError, PiGgufError, ResourceError, TextError
-from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json
-from pi_gguf.planning import TrainingPlan, estimate_training_memory, plan_training, training_disk_bytes
+from pi_gguf.errors import OptionError, PiGgufError, ResourceError, TextError, UnsupportedError
+from pi_gguf.files import check_free_disk, check_writable, human_bytes, remove, replace_when_complete, write_json
+from pi_gguf.planning import TrainingPlan, estimate_training_memory, free_memory, plan_training, training_disk_bytes
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import library_versions, package_version, sha256
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import read_texts
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel
 
@@ -68,7 +69,7 @@ def extend(
         schedule: constant (the paper's) or linear (down to a tenth).
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
-        overwrite: replace what is there, and start anew instead of resuming.
+        overwrite: replace another run that is there; a run of the same settings is used or gone on with.
 
     Returns:
         The folder written.
@@ -84,9 +85,12 @@ def extend(
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
     device = torch_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UnsupportedError("extend runs in one process, got WORLD_SIZE above 1", "start it without torchrun")
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     record: dict[str, Any] = {
         "source": checkpoint.source,
+        "weights_sha256": checkpoint.fingerprint(),
         "method": "linear",
         "factor": rope.factor,
         "original_window": rope.original_max_position_embeddings,
@@ -104,16 +108,14 @@ def extend(
     )  # fmt: skip
     documents = _documents(checkpoint, data)
     record |= {"tokens": training.tokens, **asdict(training), **_text_record(documents)}
-    if not overwrite and _finished_before(out_dir, record):
+    if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
     check_writable(out_dir, overwrite, folder=True)
     check_free_disk(out_dir.parent, training_disk_bytes(checkpoint))
-    rows = training_rows(checkpoint, training, documents, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
-    if overwrite:
-        remove(work_dir)
-    _check_same_run(work_dir, record)
+    _begin_or_resume(work_dir, record, overwrite)
+    rows = training_rows(checkpoint, training, documents, seed)
     say(
         f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} (factor {rope.factor:g}), "
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.method} on {training.train_window} tokens "
@@ -144,29 +146,29 @@ def _text_record(documents: dict[str, str] | None) -> dict[str, Any]:
     return {"data": [Path(name).name for name in names], "data_sha256": sha256([documents[name] for name in names])}
 
 
-def _finished_before(out_dir: Path, record: dict[str, Any]) -> bool:
-    path = out_dir / PROVENANCE_FILE
-    if not path.exists():
-        return False
-    before = read_json(path)
-    return all(before.get(key) == value for key, value in record.items())
+def _difference(before: dict[str, Any], record: dict[str, Any]) -> str:
+    """Return the first setting in which two runs differ, or an empty string; how the source was spelled is none."""
+    settings = {key: value for key, value in record.items() if key not in ("source", "reason")}
+    return next((key for key, value in settings.items() if before.get(key) != value), "")
 
 
 def training_rows(
     checkpoint: Checkpoint, training: TrainingPlan, documents: dict[str, str] | None, seed: int
-) -> list[list[int]]:
+) -> list[np.ndarray]:
     """Tokenize and pack enough text for the run.
 
     Args:
         documents: texts by name; None for the bundled model's own mixture.
 
     Returns:
-        Rows of at most `train_window` ids in the order they are trained on; the texts begin again, in a new order, when
-        they are used up.
+        Rows of at most `train_window` ids, int32, in the order they are trained on; the texts begin again, in a new
+        order, when they are used up.
 
     Raises:
         TextError: no document is as long as a training sequence.
     """
+    import numpy as np
+
     tokenizer: Any = checkpoint.load_tokenizer()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -179,45 +181,57 @@ def training_rows(
     with progress_bar("tokenize", needed, "rows") as advance:
         if documents is None:
             stream = pack((encode(text) for text in bundled.training_mixture(seed + 1, window)), window)
-            rows: list[list[int]] = []
+            rows: list[np.ndarray] = []
             while len(rows) < needed:
-                rows.append(next(stream))
+                rows.append(np.array(next(stream), np.int32))
                 advance(1)
             return rows
         names = sorted(documents)
         random.Random(seed).shuffle(names)
-        tokenized = [encode(documents[name]) for name in names]
-        rows = list(pack(tokenized, window))
-    longest = max(map(len, tokenized))
+        longest = 0
+
+        def tokenized() -> Iterator[list[int]]:
+            nonlocal longest
+            for name in names:
+                ids = encode(documents[name])
+                longest = max(longest, len(ids))
+                yield ids
+
+        rows = [np.array(row, np.int32) for row in pack(tokenized(), window)]
     if longest < window:
         raise TextError(
             f"{names[0]}{' and others' if len(names) > 1 else ''}: the longest text has {longest} tokens, fewer than "
             f"the training window of {window}",
             f"give longer texts or --train-window {max(2, longest)}",
         )
-    order: list[list[int]] = []
+    order: list[np.ndarray] = []
     while len(order) < needed:
         random.Random(f"{seed} {len(order)}").shuffle(rows)
         order += rows
     return order[:needed]
 
 
-def _check_same_run(work_dir: Path, record: dict[str, Any]) -> None:
-    """Begin a run's folder, or check that the one there is of the same run."""
+def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) -> None:
+    """Begin a run's folder, or check that the one there is of the same run, and drop a checkpoint cut off in writing.
+
+    Raises:
+        OptionError: an unfinished run of other settings is there, and not to be overwritten.
+    """
     path = work_dir / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        wanted = json.loads(json.dumps(record))
-        differ = [key for key in wanted if before.get(key) != wanted[key]]
-        if differ:
-            key = differ[0]
-            raise OptionError(
-                f"{work_dir}: holds an unfinished run with {key} {before.get(key)!r}, now {wanted[key]!r}",
-                "repeat the first command to go on with it, or start anew with --overwrite",
-            )
-    else:
-        work_dir.mkdir(parents=True, exist_ok=True)
+    before = read_json(path) if path.exists() else {}
+    key = _difference(before, record)
+    if key and before and not overwrite:
+        raise OptionError(
+            f"{work_dir}: holds an unfinished run with {key} {before.get(key)!r}, now {record[key]!r}",
+            "repeat the first command to go on with it, or start anew with --overwrite",
+        )
+    if key:
+        remove(work_dir)
+        work_dir.mkdir(parents=True)
         write_json(path, record)
+    for checkpoint_dir in work_dir.glob("checkpoint-*"):
+        if not (checkpoint_dir / "trainer_state.json").exists():  # written last
+            remove(checkpoint_dir)
 
 
 @dataclass(frozen=True)
@@ -230,7 +244,7 @@ def _train(
     checkpoint: Checkpoint,
     rope: RopeScaling,
     training: TrainingPlan,
-    rows: list[list[int]],
+    rows: list[np.ndarray],
     work_dir: Path,
     seed: int,
     device: str,
@@ -241,6 +255,13 @@ def _train(
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
+    recompute = estimate_training_memory(checkpoint, training) > 0.6 * free_memory(device)
+    need = estimate_training_memory(checkpoint, training, recompute=recompute)
+    if need > (free := free_memory(device)):
+        raise ResourceError(
+            f"{checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",
+            "a smaller --train-window or --batch-tokens helps only with activations; weights take 16 bytes a parameter",
+        )
     model = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
     model.config.use_cache = False
     context = rope.max_position_embeddings
@@ -297,8 +318,6 @@ def _train(
             if self.loss is not None and not math.isfinite(self.loss):
                 raise PiGgufError(f"the loss is not a number before step {state.global_step}", "lower --learning-rate")
 
-    if estimate_training_memory(checkpoint, training) > 0.6 * _free_memory(device):
-        model.gradient_checkpointing_enable()
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=training.steps,
@@ -310,6 +329,7 @@ def _train(
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=_fast_bf16(device),
+        gradient_checkpointing=recompute,
         save_strategy="steps",
         save_steps=max(10, training.steps // 20),
         save_total_limit=2,
@@ -322,8 +342,9 @@ def _train(
         remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda",
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one device; Trainer would split every batch over all there are
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    with progress_bar("fine-tune", training.steps, "steps") as advance, stop, warnings.catch_warnings():
+    with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         progress = Progress(advance)
         trainer = PaperTrainer(model=model, args=arguments, train_dataset=Rows(), data_collator=collate)
         trainer.remove_callback(_printer())
@@ -423,13 +444,3 @@ def _fast_bf16(device: str) -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _free_memory(device: str) -> int:
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -56,7 +56,7 @@ class GgufInfo:
 
         try:
             return str(gguf.LlamaFileType(self.metadata["general.file_type"]).name.split("_", 1)[1])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, IndexError):
             return "unknown"
 
     def hyperparameter(self, name: str) -> int:

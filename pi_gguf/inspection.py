@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.checkpoint import load_checkpoint
-from pi_gguf.errors import GgufError
+from pi_gguf.errors import GgufError, ResourceError
 from pi_gguf.gguf_file import FREQUENCY_FACTORS, read_gguf
 from pi_gguf.rope import RopeScaling, check_consistent
 
@@ -70,7 +70,7 @@ def _inspect_gguf(path: Path) -> Inspection:
                 "rope_freq_scale_train": model.rope_freq_scale_train,
                 "n_vocab": model.n_vocab,
             }
-    except GgufError as error:
+    except (GgufError, ResourceError) as error:
         warnings.append(str(error))
     keys = {key: value for key, value in info.metadata.items() if ".rope." in key or key.endswith("context_length")}
     if any(t.name == FREQUENCY_FACTORS for t in info.tensors):

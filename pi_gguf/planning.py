@@ -13,6 +13,7 @@ from typing import Any
 
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import OptionError
+from pi_gguf.files import human_bytes
 from pi_gguf.rope import RopeScaling
 
 BITS_PER_WEIGHT = {
@@ -102,13 +103,16 @@ def plan_training(
         raise OptionError(f"schedule must be constant or linear, got {schedule}")
     if learning_rate is not None and not 0 < learning_rate < 1:
         raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise OptionError(f"batch-tokens must be at least 1, got {batch_tokens}")
     if train_window is None:
-        train_window = context if device == "cuda" else window
-        reason = (
-            "on a GPU sequences of the whole new window are affordable"
-            if device == "cuda"
-            else f"without a GPU sequences stay at the original {window} tokens"
-        )
+        whole = _memory(checkpoint, context, recompute=True)
+        if device != "cuda":
+            train_window, reason = window, f"without a GPU sequences stay at the original {window} tokens"
+        elif whole < 0.8 * free_memory(device):
+            train_window, reason = context, "sequences of the whole new window fit the GPU"
+        else:
+            train_window, reason = window, f"{human_bytes(whole)} for whole windows do not fit the GPU"
     elif not 2 <= train_window <= context:
         raise OptionError(f"train-window must be from 2 to the context of {context}, got {train_window}")
     else:
@@ -233,8 +237,9 @@ def plan(
 
 
 def training_disk_bytes(checkpoint: Checkpoint) -> int:
-    """Return the disk a fine-tune needs: two checkpoints with Adam's moments (12 bytes a parameter), and the result."""
-    return (2 * 12 + 4) * checkpoint.n_parameters()
+    """Return the disk a fine-tune needs: three checkpoints with Adam's moments (12 bytes a parameter;
+    the oldest goes when the newest is complete), and the result."""
+    return (3 * 12 + 4) * checkpoint.n_parameters()
 
 
 def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, recompute: bool = False) -> int:
@@ -246,13 +251,27 @@ def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, 
     Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
     attention matrix, which flash attention never stores.
     """
-    tokens = training.micro_batch * training.train_window
+    return _memory(checkpoint, training.micro_batch * training.train_window, recompute=recompute)
+
+
+def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool) -> int:
     config = checkpoint.config
     layer = 34 * tokens * config["hidden_size"]
     stored = (
         2 * tokens * config["hidden_size"] * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
     )
     return int(16 * checkpoint.n_parameters() + stored + 12 * tokens * config["vocab_size"])
+
+
+def free_memory(device: str) -> int:
+    """Return the free memory of `cpu` or `cuda`, in bytes."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _train_operations(checkpoint: Checkpoint, length: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import resource
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -37,11 +36,19 @@ def provenance(*, seed: int, device: str, text_sha256: str | None = None) -> dic
         "seed": seed,
         "device": device,
         "elapsed_seconds": round(time.time() - _STARTED, 1),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": _peak_memory(),
     }
     if text_sha256:
         record["text_sha256"] = text_sha256
     return record
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def sha256(texts: list[str]) -> str:

@@ -72,30 +72,21 @@ class RopeScaling:
             raise OptionError(f"context must be below 2^31 tokens, got {context}")
         return replace(self, rope_type="linear", factor=context / window, max_position_embeddings=context)
 
-    def inv_freq(self, rotary_dim: int) -> list[float]:
-        """Return the angle that one position adds to each pair, in radians.
+    def rope_factors(self, rotary_dim: int) -> list[float] | None:
+        """Return the divisor of each frequency for GGUF's `rope_freqs.weight`, or None when no tensor is needed.
 
         Args:
             rotary_dim: dimensions of a head that are rotated; even.
 
         Returns:
-            `rotary_dim / 2` frequencies, from fast to slow.
+            `rotary_dim / 2` divisors, dimensionless, from the fastest pair to the slowest.
         """
-        base = [self.rope_theta ** (-pair / rotary_dim) for pair in range(0, rotary_dim, 2)]
-        return [freq / divisor for freq, divisor in zip(base, self._divisors(base), strict=True)]
-
-    def rope_factors(self, rotary_dim: int) -> list[float] | None:
-        """Return the divisor of each frequency for GGUF's `rope_freqs.weight`, or None when no tensor is needed."""
         if self.rope_type != "llama3":
             return None
-        return self._divisors([self.rope_theta ** (-pair / rotary_dim) for pair in range(0, rotary_dim, 2)])
-
-    def _divisors(self, base: list[float]) -> list[float]:
-        if self.rope_type != "llama3":
-            return [self.factor] * len(base)
         assert self.low_freq_factor is not None and self.high_freq_factor is not None
         divisors = []
-        for freq in base:
+        for pair in range(0, rotary_dim, 2):
+            freq = self.rope_theta ** (-pair / rotary_dim)
             turns = self.original_max_position_embeddings * freq / (2 * math.pi)
             share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             share = min(max(share, 0.0), 1.0)  # 1: fast, kept as it is; 0: slow, divided by the whole factor
@@ -138,7 +129,11 @@ class RopeScaling:
                 f"{path}: {field}.factor must be from 1 to the window of {window}, got {factor:g}", "correct the config"
             )
         if rope_type == "linear":
-            return cls("linear", factor, theta, round(window / factor), window)
+            original = rope.get("original_max_position_embeddings")
+            if config.get("max_sequence_length") == round(window * factor):
+                # Written for transformers 4 before it asked for an edited window: the new one is here.
+                return cls("linear", factor, theta, window, round(window * factor))
+            return cls("linear", factor, theta, original or round(window / factor), window)
         low, high = (positive_number(rope.get(name), f"{field}.{name}", path) for name in _LLAMA3_FIELDS)
         if high <= low:
             raise CheckpointError(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (2, 18 / 32)}
 """KV cache types: ggml's number and bytes an element."""
 
+NEED_IMPORTANCE_MATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S"}
+
 _BATCH = 512
 
 
@@ -80,7 +82,7 @@ class Model(LanguageModel):
         self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
         if not on_gpu:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
-        threads = n_threads or len(os.sched_getaffinity(0))
+        threads = n_threads or _cores()
         llama_cpp = _llama_cpp()
         _log.clear()
         try:
@@ -126,7 +128,8 @@ class Model(LanguageModel):
 
     @property
     def bos(self) -> list[int]:
-        return self.tokenize("")[:1]
+        begin = self.info.metadata.get("tokenizer.ggml.bos_token_id")
+        return [int(begin)] if begin is not None and self.tokenize("a")[:1] == [begin] else []
 
     # Text
 
@@ -134,10 +137,6 @@ class Model(LanguageModel):
         """Return token ids; special tokens written out in the text are recognized."""
         ids: list[int] = self._llama.tokenize(text.encode(), add_bos=add_special, special=True)
         return ids
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        text: bytes = self._llama.detokenize(list(ids))
-        return text.decode("utf-8", errors="replace")
 
     def complete(
         self,
@@ -277,12 +276,20 @@ def _check_memory(info: GgufInfo, cache_bytes: int, n_ctx: int) -> None:
 
     weights = sum(t.nbytes for t in info.tensors)
     free = psutil.virtual_memory().available
-    if weights + cache_bytes > free:
-        raise ResourceError(
-            f"{info.path}: {human_bytes(weights)} of weights and {human_bytes(cache_bytes)} of KV cache at "
-            f"{n_ctx} tokens, {human_bytes(free)} of memory free",
-            "open a smaller --n-ctx, or --type-k q8_0 --type-v q8_0",
-        )
+    sizes = (
+        f"{info.path}: {human_bytes(weights)} of weights and {human_bytes(cache_bytes)} of KV cache at {n_ctx} tokens, "
+        f"{human_bytes(free)} of memory free"
+    )
+    if cache_bytes > free:
+        raise ResourceError(sizes, "open a smaller --n-ctx, or --type-k q8_0 --type-v q8_0")
+    if weights + cache_bytes > free:  # the weights are mapped from disk: slow, not impossible
+        say(f"note: {sizes}; weights will be read from disk again and again")
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores this process may use
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _use_gpu(device: str) -> bool:
@@ -292,7 +299,7 @@ def _use_gpu(device: str) -> bool:
     if device == "cuda" and not built:
         raise OptionError(
             "device cuda: this llama.cpp was built without a GPU",
-            "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python",
+            "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python",
         )
     return built and device != "cpu"
 
@@ -313,10 +320,15 @@ def check_quantization(name: str) -> str:
     """Return `name` in upper case if llama.cpp has that quantization.
 
     Raises:
-        OptionError: otherwise, with the list.
+        OptionError: otherwise, with the list; or it needs an importance matrix.
     """
     if name.upper() not in quantizations():
         raise OptionError(f"quant must be one of {', '.join(sorted(quantizations()))}, got {name}")
+    if name.upper() in NEED_IMPORTANCE_MATRIX:
+        raise OptionError(
+            f"quant {name}: llama.cpp writes it with an importance matrix only, which is not made here",
+            "take Q2_K or a larger type",
+        )
     return name.upper()
 
 
@@ -353,7 +365,7 @@ def quantize(
     llama_cpp = _llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = quantizations()[quant]
-    params.nthread = len(os.sched_getaffinity(0))
+    params.nthread = _cores()
     params.allow_requantize = info.quantization not in ("F32", "F16", "BF16")
     if params.allow_requantize:
         say(f"note: {source} is {info.quantization} already; quantizing twice loses more than once")

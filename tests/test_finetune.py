@@ -109,6 +109,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(llama, tmp_path, text):
     killed.wait()
     assert not (tmp_path / "killed").exists()
 
+    torn = work_dir / "checkpoint-29"  # as a kill while saving leaves it
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+
     other = run_extend(llama, tmp_path / "killed", text, "--seed", "1")
     assert other.wait() == 2
     assert "seed 0, now 1" in other.stderr.read()
@@ -122,6 +126,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(llama, tmp_path, text):
         torch.testing.assert_close(weights[1][name], tensor)
         assert not torch.equal(tensor, start[name]), f"{name} was not trained"
     assert not work_dir.exists()
+
+    again = run_extend(llama, tmp_path / "killed", text)
+    assert again.wait() == 0
+    assert "holds this fine-tune already" in again.stderr.read()
 
 
 def test_the_written_folder_opens_with_its_scaling(llama, tmp_path, text):

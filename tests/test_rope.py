@@ -34,12 +34,6 @@ def test_position_times_factor_has_the_original_angle():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_inv_freq_is_what_transformers_computes():
-    scaled = RopeScaling.from_hf(BASE, "config.json").interpolated(8192)
-    np.testing.assert_allclose(scaled.inv_freq(64), rotary(scaled.to_hf(BASE)).inv_freq.numpy(), rtol=1e-6)
-    np.testing.assert_allclose(np.array(scaled.inv_freq(64)) * 4, RopeScaling.from_hf(BASE, "").inv_freq(64))
-
-
 def test_a_factor_upside_down_is_inconsistent():
     good = RopeScaling.from_hf(BASE, "config.json").interpolated(32768)
     assert check_consistent(good, "f") == []
@@ -69,6 +63,16 @@ def test_every_spelling_of_a_config_is_read(spelling):
     assert RopeScaling.from_hf(config, "config.json") == RopeScaling("linear", 4.0, 5000.0, 2048, 8192)
 
 
+def test_an_unedited_window_with_its_length_beside_it_is_read():
+    config = {
+        "max_position_embeddings": 4096,
+        "max_sequence_length": 16384,
+        "rope_scaling": {"type": "linear", "factor": 4},
+    }
+    scaling = RopeScaling.from_hf(config, "config.json")
+    assert (scaling.original_max_position_embeddings, scaling.max_position_embeddings) == (4096, 16384)
+
+
 def test_what_is_written_for_hugging_face_and_gguf_reads_back():
     scaled = RopeScaling.from_hf(BASE, "config.json").interpolated(32768)
     config = scaled.to_hf(BASE)
@@ -94,12 +98,12 @@ def test_llama3_factors_are_those_of_transformers():
     }  # fmt: skip
     config = {"model_type": "llama", "max_position_embeddings": 131072, "rope_parameters": rope}
     scaling = RopeScaling.from_hf(config, "config.json")
-    plain = RopeScaling("default", 1.0, 500000.0, 131072, 131072)
-    np.testing.assert_allclose(scaling.inv_freq(128), rotary(config, 128).inv_freq.numpy(), rtol=1e-5)
     factors = scaling.rope_factors(128)
     assert factors is not None
-    np.testing.assert_allclose(np.array(plain.inv_freq(128)) / factors, scaling.inv_freq(128))
-    assert plain.rope_factors(128) is None
+    plain = 500000.0 ** (-np.arange(0, 128, 2) / 128)
+    np.testing.assert_allclose(plain / factors, rotary(config, 128).inv_freq.numpy(), rtol=1e-5)
+    assert min(factors) == pytest.approx(1) and max(factors) == pytest.approx(8)
+    assert RopeScaling("default", 1.0, 500000.0, 131072, 131072).rope_factors(128) is None
 
 
 def test_scaling_twice_is_refused():

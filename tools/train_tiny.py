@@ -5,8 +5,9 @@ with a window of 2048 tokens, a byte-level BPE tokenizer with single digits as t
 Sequences grow from 256 to 2048 tokens; while they are short, positions skip (PoSE) so that every distance inside
 the window is seen from the start.
 
-Example (about an hour on 2 cores):
-    python tools/train_tiny.py --out out/tiny --tokens 22000000
+Example (70 minutes on 2 cores, then 10 for recall at the far end of the window):
+    python tools/train_tiny.py --out out/tiny-1 --tokens 22000000
+    python tools/train_tiny.py --out out/tiny-2 --tokens 3300000 --continue-from out/tiny-1
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def rows(tokenizer: PreTrainedTokenizerFast, seed: int, length: int) -> Iterator[list[int]]:
-    documents = bundled.training_mixture(seed, length)
+def rows(tokenizer: PreTrainedTokenizerFast, seed: int, length: int, far_share: float) -> Iterator[list[int]]:
+    documents = bundled.training_mixture(seed, length, far_share)
     return pack((tokenizer(text)["input_ids"] + [1] for text in documents), length)
 
 
@@ -96,7 +97,7 @@ def passkeys_found(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
         lines.insert(rng.randint(0, len(lines)), key_sentence(key))
         ids = tokenizer(INTRODUCTION + "".join(lines) + QUESTION + " " + key)["input_ids"]
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0]
+            logits = model(torch.tensor([ids], device=model.device)).logits[0]
         found += logits[-6:-1].argmax(-1).tolist() == ids[-5:]
     return found / trials
 
@@ -105,23 +106,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=bundled.TINY_DIR, help="folder to write")
     parser.add_argument("--tokens", type=int, default=22_000_000, help="training budget in tokens")
+    parser.add_argument("--continue-from", type=Path, help="folder of a first run: go on at the full window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     started = time.time()
 
-    tokenizer = train_tokenizer()
+    if args.continue_from:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.continue_from)
+        model = LlamaForCausalLM.from_pretrained(args.continue_from, dtype=torch.float32)
+        phases, far_share, peak, seed = ((WINDOW, 1.0),), 0.6, 0.4, args.seed + 1
+    else:
+        tokenizer, model = train_tokenizer(), make_model()
+        phases, far_share, peak, seed = PHASES, 0.0, 1.0, args.seed
     tokenizer.save_pretrained(args.out)
     tokenizer.model_max_length = 10**9  # documents are cut by pack(), not by the tokenizer
-    model = make_model().to(args.device)
+    model.to(args.device)
     print(f"{sum(p.numel() for p in model.parameters())} parameters; tokenizer {time.time() - started:.0f} s")
 
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(hidden, lr=0.02, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.Muon(hidden, lr=0.02 * peak, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=4e-3 * peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
     peak_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
 
@@ -134,8 +142,8 @@ def main() -> None:
     steps = args.tokens // BATCH_TOKENS
     step, history = 0, []
     rng = np.random.default_rng(args.seed)
-    for length, share in PHASES:
-        stream = rows(tokenizer, args.seed * 1000 + length, length)
+    for length, share in phases:
+        stream = rows(tokenizer, seed * 1000 + length, length, far_share)
         for _ in range(int(steps * share)):
             batch_rows: list[list[int]] = []
             while len(batch_rows) < BATCH_TOKENS // length:
@@ -164,11 +172,14 @@ def main() -> None:
                     f"{step * BATCH_TOKENS / seconds:.0f} tokens/s {seconds:.0f} s",
                     flush=True,
                 )
-            if step % 200 == 0 or step == steps:
+            if step % 100 == 0 or step == steps:
                 found = passkeys_found(model, tokenizer, length, 10)
                 print(f"step {step} passkeys found at {length} tokens: {found:.0%}", flush=True)
-                model.save_pretrained(args.out / "last")
     model.to(torch.bfloat16).save_pretrained(args.out)
+    settings_path = args.out / "tokenizer_config.json"
+    settings = json.loads(settings_path.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that transformers 4 knows too
+    settings_path.write_text(json.dumps(settings, indent=2) + "\n")
     record = {
         "tokens": step * BATCH_TOKENS,
         "seconds": round(time.time() - started),

@@ -50,7 +50,7 @@ def novels(split: str) -> dict[str, str]:
     return found
 
 
-def training_mixture(seed: int, window_tokens: int) -> Iterator[str]:
+def training_mixture(seed: int, window_tokens: int, far_share: float = 0.6) -> Iterator[str]:
     """Yield documents of the bundled model's training mixture, without end.
 
     Half are passages of the training novels, half recall tasks of all lengths up to the window. The same seed
@@ -59,13 +59,15 @@ def training_mixture(seed: int, window_tokens: int) -> Iterator[str]:
     Args:
         seed: of the random generator.
         window_tokens: no recall task is meant to be longer than this.
+        far_share: share of the recall tasks that fill the window and hide their keys near its start.
     """
     rng = random.Random(seed)
     texts = list(novels("train").values())
     while True:
         if rng.random() < RECALL_SHARE:
-            tokens = rng.uniform(min(96, window_tokens), window_tokens)
-            yield _recall_document(rng, texts, int(tokens * CHARACTERS_PER_TOKEN))
+            far = far_share > 0 and rng.random() < far_share
+            tokens = window_tokens if far else rng.uniform(min(96, window_tokens), window_tokens)
+            yield _recall_document(rng, texts, int(tokens * CHARACTERS_PER_TOKEN), far)
         else:
             yield _passage(rng, texts, int(rng.uniform(0.5, 2) * window_tokens * CHARACTERS_PER_TOKEN))
 
@@ -95,8 +97,11 @@ def _split_lines(text: str) -> list[str]:
     return [s.strip() for s in text.replace(". ", ".\n").split("\n") if s.strip()]
 
 
-def _recall_document(rng: random.Random, texts: list[str], characters: int) -> str:
-    """Hide one key, or several with names, in filler and ask for each at the end."""
+def _recall_document(rng: random.Random, texts: list[str], characters: int, far: bool) -> str:
+    """Hide one key, or several with names, in filler and ask for each at the end.
+
+    Keys lie anywhere, or in the first third when they are to be `far` from the end.
+    """
     if rng.random() < 0.5 or characters < 400:
         key = draw_key(rng, for_evaluation=False)
         facts = [key_sentence(key)]
@@ -111,5 +116,5 @@ def _recall_document(rng: random.Random, texts: list[str], characters: int) -> s
     fixed = len(introduction) + sum(map(len, facts)) + sum(map(len, questions))
     lines = _filler(rng, texts, characters - fixed)
     for fact in facts:
-        lines.insert(rng.randint(0, len(lines)), fact)
+        lines.insert(rng.randint(0, len(lines) // 3 if far else len(lines)), fact)
     return introduction + "".join(lines) + "".join(questions)
