@@ -65,7 +65,7 @@ def convert(
         train_window: tokens of a training sequence; below the context positions skip (PoSE).
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
-        schedule: constant (the paper's) or linear (down to a tenth).
+        schedule: constant (the paper's) or decay (to a tenth over the last third).
         check: quick reads a prompt longer than the original window, full the whole new window; none.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda; for the fine-tune.

@@ -77,10 +77,10 @@ def demo(
     *,
     out: str = "out/demo",
     context: int = 32768,
-    steps: int = 350,
-    train_window: int = 2048,
+    steps: int = 750,
+    train_window: int = 1024,
     samples: int = 1,
-    documents: int = 2,
+    documents: int = 1,
     stride: int = 1024,
     distances: int = 4,
     other_distances: int = 1,
@@ -123,7 +123,7 @@ def demo(
 
     hf_dir = out_dir / f"{_stem(context)}-hf"
     extend(
-        bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, schedule="linear", seed=seed,
+        bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, schedule="decay", seed=seed,
         device=device, overwrite=True,
     )  # fmt: skip
     files = {quant: out_dir / f"{_stem(context)}-{quant}.gguf" for quant in QUANTIZATIONS}
@@ -151,6 +151,7 @@ def demo(
             context=scaled_to, seed=seed, device=on,
         )  # fmt: skip
         rows.append(DemoRow(name, perplexity.rows, passkey.k_max, passkey.cells))
+        say("  perplexity " + ", ".join(f"{p.perplexity:.2f}" for p in perplexity.rows) + f"; k_max {passkey.k_max}")
         if trained:
             _plot_passkeys(passkey, out_dir / "passkey.png")
     report = DemoReport(str(out_dir), rows, settings, _record(hf_dir, seed, device))

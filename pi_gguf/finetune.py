@@ -66,7 +66,7 @@ def extend(
         train_window: tokens of a training sequence; below the context positions skip (PoSE).
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
-        schedule: constant (the paper's) or linear (down to a tenth).
+        schedule: constant (the paper's) or decay (to a tenth over the last third).
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
         overwrite: replace another run that is there; a run of the same settings is used or gone on with.
@@ -329,7 +329,7 @@ def _train(
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=_fast_bf16(device),
-        gradient_checkpointing=recompute,
+        **({"activation_checkpointing": True} if recompute else {}),
         save_strategy="steps",
         save_steps=max(10, training.steps // 20),
         save_total_limit=2,
@@ -370,8 +370,8 @@ def rate_share(step: int, training: TrainingPlan) -> float:
         return 0.1 + 0.9 * step / training.warmup_steps
     if training.schedule == "constant":
         return 1.0
-    left = (training.steps - step) / max(1, training.steps - training.warmup_steps)
-    return 0.1 + 0.9 * max(0.0, left)
+    left = (training.steps - step) / max(1, training.steps - max(training.warmup_steps, training.steps * 2 // 3))
+    return 0.1 + 0.9 * min(1.0, max(0.0, left))
 
 
 class _StopOnInterrupt:

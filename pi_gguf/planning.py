@@ -61,7 +61,7 @@ class TrainingPlan:
         accumulation: micro-batches of one optimizer step.
         learning_rate: at its peak.
         warmup_steps: linear, from a tenth of the peak.
-        schedule: `constant` (the paper's) or `linear` (down to a tenth of the peak at the end).
+        schedule: `constant` (the paper's) or `decay` (linear to a tenth of the peak over the last third).
     """
 
     steps: int
@@ -99,8 +99,8 @@ def plan_training(
     context, window = rope.max_position_embeddings, rope.original_max_position_embeddings
     if steps < 1:
         raise OptionError(f"steps must be at least 1 to train, got {steps}")
-    if schedule not in ("constant", "linear"):
-        raise OptionError(f"schedule must be constant or linear, got {schedule}")
+    if schedule not in ("constant", "decay"):
+        raise OptionError(f"schedule must be constant or decay, got {schedule}")
     if learning_rate is not None and not 0 < learning_rate < 1:
         raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
     if batch_tokens is not None and batch_tokens < 1:
@@ -184,7 +184,7 @@ def plan(
         train_window: tokens of a training sequence; below the context positions skip (PoSE).
         learning_rate: at its peak; by the model's size when left out.
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
-        schedule: constant (the paper's) or linear (down to a tenth).
+        schedule: constant (the paper's) or decay (to a tenth over the last third).
         seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 

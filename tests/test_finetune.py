@@ -68,8 +68,8 @@ def training_plan(llama, **options):
 def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
     plan = training_plan(llama)
     assert [rate_share(step, plan) for step in (0, 10, 20, 99)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
-    linear = training_plan(llama, schedule="linear")
-    assert [rate_share(step, linear) for step in (20, 60, 100)] == pytest.approx([1.0, 0.55, 0.1])
+    decay = training_plan(llama, schedule="decay", steps=300)
+    assert [rate_share(step, decay) for step in (20, 200, 250, 300)] == pytest.approx([1.0, 1.0, 0.55, 0.1])
 
 
 def test_the_plan_says_which_way_it_trains(llama):
