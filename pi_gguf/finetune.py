@@ -91,7 +91,7 @@ def extend(
     record: dict[str, Any] = {
         "source": checkpoint.source,
         "weights_sha256": checkpoint.fingerprint(),
-        "method": "linear",
+        "rope_type": rope.rope_type,
         "factor": rope.factor,
         "original_window": rope.original_max_position_embeddings,
         "context": context,
@@ -113,9 +113,9 @@ def extend(
         return out_dir
     check_writable(out_dir, overwrite, folder=True)
     check_free_disk(out_dir.parent, training_disk_bytes(checkpoint))
+    rows = training_rows(checkpoint, training, documents, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
     _begin_or_resume(work_dir, record, overwrite)
-    rows = training_rows(checkpoint, training, documents, seed)
     say(
         f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} (factor {rope.factor:g}), "
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.method} on {training.train_window} tokens "

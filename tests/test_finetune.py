@@ -75,7 +75,7 @@ def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
 def test_the_plan_says_which_way_it_trains(llama):
     assert training_plan(llama).method == "PoSE"
     assert training_plan(llama).train_window == WINDOW
-    assert training_plan(llama, device="cuda").method == "full length"
+    assert training_plan(llama, train_window=4 * WINDOW).method == "full length"
     plan = training_plan(llama, train_window=2 * WINDOW, batch_tokens=1000)
     assert (plan.train_window, plan.batch_tokens) == (128, 896)
 

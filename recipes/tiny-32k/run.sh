@@ -3,6 +3,6 @@
 # Within 3 hours on 2 cores; minutes on a GPU (add --device cuda; not run on one so far).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-.venv/bin/pi-gguf demo --out out/tiny-32k --steps 1000 --documents 4 --distances 8 --keys 3 "$@"
+.venv/bin/pi-gguf demo --out out/tiny-32k --steps 3000 --documents 4 --distances 8 --keys 3 "$@"
 cp out/tiny-32k/{results.json,table.md,perplexity.png,passkey.png} recipes/tiny-32k/
 .venv/bin/python tools/write_tables.py
