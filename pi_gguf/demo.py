@@ -177,6 +177,8 @@ def _record(hf_dir: Path, seed: int, device: str) -> dict[str, Any]:
 
 
 def _plot_perplexity(report: DemoReport, path: Path) -> None:
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure()
     for i, row in enumerate(report.rows):
         windows = [p.window for p in row.perplexity]
@@ -189,6 +191,8 @@ def _plot_perplexity(report: DemoReport, path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="window, tokens", ylabel="perplexity, held-out novels")
     axes.set_xticks(WINDOWS, [str(w) for w in WINDOWS])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
