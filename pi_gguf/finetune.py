@@ -23,7 +23,14 @@ from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, rea
 from pi_gguf.data import pack, pose_positions
 from pi_gguf.errors import OptionError, PiGgufError, ResourceError, TextError, UnsupportedError
 from pi_gguf.files import check_free_disk, check_writable, human_bytes, remove, replace_when_complete, write_json
-from pi_gguf.planning import TrainingPlan, estimate_training_memory, free_memory, plan_training, training_disk_bytes
+from pi_gguf.planning import (
+    TrainingPlan,
+    estimate_training_memory,
+    fast_bf16,
+    free_memory,
+    plan_training,
+    training_disk_bytes,
+)
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import library_versions, package_version, sha256
 from pi_gguf.rope import RopeScaling
@@ -328,7 +335,7 @@ def _train(
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=_fast_bf16(device),
+        bf16=fast_bf16(device),
         **({"activation_checkpointing": True} if recompute else {}),
         save_strategy="steps",
         save_steps=max(10, training.steps // 20),
@@ -431,16 +438,3 @@ def _write_folder(
             settings["model_max_length"] = rope.max_position_embeddings
             settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         (partial / PROVENANCE_FILE).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _fast_bf16(device: str) -> bool:
-    """Tell whether bf16 is faster than f32 on the device."""
-    import torch
-
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
@@ -289,28 +290,36 @@ def _device(device: str) -> str:
     return torch_device(device)
 
 
+def fast_bf16(device: str) -> bool:
+    """Tell whether bf16 is faster than f32 on the device."""
+    import torch
+
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 @cache
 def _operations_a_second(device: str) -> float:
     """Measure a matrix product on the device for a moment, and take training's usual share of it."""
-    if device == "cuda":
-        import torch
+    import torch
 
-        side = 4096
-        a = torch.ones(side, side, dtype=torch.bfloat16, device="cuda")
-        for _ in range(3):
-            a @ a
-        torch.cuda.synchronize()
+    side = 4096 if device == "cuda" else 1024
+    dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+    a = torch.ones(side, side, dtype=dtype, device=device)
+
+    def run(times: int) -> float:
         started = time.perf_counter()
-        for _ in range(10):
+        for _ in range(times):
             a @ a
-        torch.cuda.synchronize()
-        return _GPU_EFFICIENCY * 10 * 2 * side**3 / (time.perf_counter() - started)
-    import numpy as np
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-    side = 1024
-    b = np.ones((side, side), np.float32)
-    b @ b
-    started = time.perf_counter()
-    for _ in range(5):
-        b @ b
-    return _CPU_EFFICIENCY * 5 * 2 * side**3 / (time.perf_counter() - started)
+    run(3)
+    efficiency = _GPU_EFFICIENCY if device == "cuda" else _CPU_EFFICIENCY
+    return efficiency * 10 * 2 * side**3 / run(10)
