@@ -45,6 +45,7 @@ def convert(
     learning_rate: float | None = None,
     batch_tokens: int | None = None,
     schedule: str = "constant",
+    factor_warmup: int = 0,
     check: str = "quick",
     seed: int = 0,
     device: str = "auto",
@@ -66,6 +67,7 @@ def convert(
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
+        factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         check: quick reads a prompt longer than the original window, full the whole new window; none.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda; for the fine-tune.
@@ -91,8 +93,8 @@ def convert(
         hf_dir = out.with_name(out.stem + "-hf")
         extend(
             model, hf_dir, context=context, data=data, steps=steps, train_window=train_window,
-            learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, seed=seed, device=device,
-            overwrite=overwrite,
+            learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup,
+            seed=seed, device=device, overwrite=overwrite,
         )  # fmt: skip
         checkpoint = load_checkpoint(str(hf_dir))
     return _write(checkpoint, rope, vocabulary, out, quant, base_type, check, model)

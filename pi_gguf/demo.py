@@ -79,6 +79,7 @@ def demo(
     context: int = 32768,
     steps: int = 750,
     train_window: int = 1024,
+    factor_warmup: int = 0,
     samples: int = 1,
     documents: int = 1,
     stride: int = 1024,
@@ -97,6 +98,7 @@ def demo(
         context: new window, in tokens; each doubling from 2048 up to it is measured.
         steps: optimizer steps of the fine-tune.
         train_window: tokens of a training sequence.
+        factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         samples: stretches scored in each document.
         documents: held-out novels to read, at most 4.
         stride: tokens scored in each stretch.
@@ -123,8 +125,8 @@ def demo(
 
     hf_dir = out_dir / f"{_stem(context)}-hf"
     extend(
-        bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, schedule="decay", seed=seed,
-        device=device, overwrite=True,
+        bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, schedule="decay",
+        factor_warmup=factor_warmup, seed=seed, device=device, overwrite=True,
     )  # fmt: skip
     files = {quant: out_dir / f"{_stem(context)}-{quant}.gguf" for quant in QUANTIZATIONS}
     for quant, path in files.items():

@@ -58,6 +58,7 @@ def extend(
     learning_rate: float | None = None,
     batch_tokens: int | None = None,
     schedule: str = "constant",
+    factor_warmup: int = 0,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -74,6 +75,7 @@ def extend(
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
+        factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
         overwrite: replace another run that is there; a run of the same settings is used or gone on with.
@@ -111,7 +113,7 @@ def extend(
         return out_dir
     training = plan_training(
         checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-        batch_tokens=batch_tokens, schedule=schedule, device=device,
+        batch_tokens=batch_tokens, schedule=schedule, device=device, factor_warmup=factor_warmup,
     )  # fmt: skip
     documents = _documents(checkpoint, data)
     record |= {"tokens": training.tokens, **asdict(training), **_text_record(documents)}
@@ -271,20 +273,26 @@ def _train(
         )
     model = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
     model.config.use_cache = False
-    context = rope.max_position_embeddings
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return len(rows)
 
         def __getitem__(self, i: int) -> dict[str, Any]:
-            positions = pose_positions(training.train_window, context, np.random.default_rng((seed, i)))
+            rng = np.random.default_rng((seed, i))
+            step = i // (training.micro_batch * training.accumulation)
+            if step >= training.factor_warmup_steps:
+                positions = pose_positions(training.train_window, rope.max_position_embeddings, rng)
+            else:
+                now = rope.grown((step + 1) / training.factor_warmup_steps)
+                drawn = pose_positions(training.train_window, now.max_position_embeddings, rng)
+                positions = rope.positions_as_under(now, drawn)
             return {"ids": rows[i], "positions": positions[: len(rows[i])]}
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         shape = (len(examples), max(len(e["ids"]) for e in examples))
         ids, labels = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
-        positions, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        positions, mask = np.zeros(shape, examples[0]["positions"].dtype), np.zeros(shape, np.int64)
         for i, e in enumerate(examples):
             n = len(e["ids"])
             ids[i, :n], labels[i, :n], positions[i, :n], mask[i, :n] = e["ids"], e["ids"], e["positions"], 1

@@ -63,6 +63,7 @@ class TrainingPlan:
         learning_rate: at its peak.
         warmup_steps: linear, from a tenth of the peak.
         schedule: `constant` (the paper's) or `decay` (linear to a tenth of the peak over the last third).
+        factor_warmup_steps: steps over which the factor grows from 1; 0 (the paper's) starts with the whole.
     """
 
     steps: int
@@ -75,6 +76,7 @@ class TrainingPlan:
     learning_rate: float
     warmup_steps: int
     schedule: str
+    factor_warmup_steps: int = 0
 
     @property
     def tokens(self) -> int:
@@ -91,6 +93,7 @@ def plan_training(
     batch_tokens: int | None,
     schedule: str,
     device: str,
+    factor_warmup: int = 0,
 ) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
 
@@ -118,6 +121,13 @@ def plan_training(
         raise OptionError(f"train-window must be from 2 to the context of {context}, got {train_window}")
     else:
         reason = "as given by --train-window"
+    if not 0 <= factor_warmup <= steps:
+        raise OptionError(f"factor-warmup must be from 0 to the {steps} steps, got {factor_warmup}")
+    if factor_warmup and train_window > window:
+        raise OptionError(
+            f"factor-warmup needs sequences that fit the original window of {window} tokens, got {train_window}",
+            f"add --train-window {window}, or leave --factor-warmup out",
+        )
     method = "full length" if train_window == context else "PoSE"
     if method == "PoSE":
         reason += f"; positions skip so that distances up to {context} are seen"
@@ -136,6 +146,7 @@ def plan_training(
         learning_rate=learning_rate or recipe.learning_rate,
         warmup_steps=min(20, steps),
         schedule=schedule,
+        factor_warmup_steps=factor_warmup,
     )
 
 
@@ -172,6 +183,7 @@ def plan(
     learning_rate: float | None = None,
     batch_tokens: int | None = None,
     schedule: str = "constant",
+    factor_warmup: int = 0,
     seed: int = 0,
     device: str = "auto",
 ) -> Plan:
@@ -186,6 +198,7 @@ def plan(
         learning_rate: at its peak; by the model's size when left out.
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
+        factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -206,7 +219,7 @@ def plan(
     if context is not None and steps:
         training = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-            batch_tokens=batch_tokens, schedule=schedule, device=device,
+            batch_tokens=batch_tokens, schedule=schedule, device=device, factor_warmup=factor_warmup,
         )  # fmt: skip
         seconds = training.tokens * _train_operations(checkpoint, training.train_window) / _operations_a_second(device)
         memory = estimate_training_memory(checkpoint, training)

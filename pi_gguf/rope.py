@@ -12,9 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import CheckpointError, GgufError, OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEFAULT_ROPE_THETA = 10000.0
 """What transformers takes for Llama when a config names no base."""
@@ -71,6 +74,25 @@ class RopeScaling:
         if context >= 2**31:
             raise OptionError(f"context must be below 2^31 tokens, got {context}")
         return replace(self, rope_type="linear", factor=context / window, max_position_embeddings=context)
+
+    def grown(self, share: float) -> RopeScaling:
+        """Return the interpolation part of the way from no scaling to this one; its factor grows geometrically.
+
+        Args:
+            share: of the way, from 0 (factor 1, the original window) to 1 (this scaling).
+        """
+        window = self.original_max_position_embeddings
+        context = round(window * (self.max_position_embeddings / window) ** min(1.0, share))
+        return replace(self, factor=context / window, max_position_embeddings=context)
+
+    def positions_as_under(self, other: RopeScaling, positions: np.ndarray) -> np.ndarray:
+        """Return the positions, float32, that have under this scaling the angles of `positions` under another one.
+
+        Args:
+            other: linear scaling of the same original window and base.
+            positions: of any shape, in tokens.
+        """
+        return (positions * (self.factor / other.factor)).astype("float32")
 
     def rope_factors(self, rotary_dim: int) -> list[float] | None:
         """Return the divisor of each frequency for GGUF's `rope_freqs.weight`, or None when no tensor is needed.

@@ -147,3 +147,40 @@ def test_the_written_folder_opens_with_its_scaling(llama, tmp_path, text):
     assert AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
     record = json.loads((out / "pi_gguf.json").read_text())
     assert (record["steps"], record["tokens"], record["original_window"]) == (2, 512, 64)
+
+
+def test_a_growing_factor_has_the_angles_of_the_smaller_scaling(llama):
+    checkpoint = load_checkpoint(str(llama))
+    rope = checkpoint.rope.interpolated(16 * WINDOW)
+    assert (rope.grown(0).factor, rope.grown(0.5).factor, rope.grown(1.0)) == (1.0, 4.0, rope)
+    half = rope.grown(0.5)
+    assert half.max_position_embeddings == 4 * WINDOW
+    positions = np.array([0, 1, 7, 255])
+    ours, theirs = (
+        checkpoint.load_model(dtype=torch.float32, rope=scaling).model.rotary_emb(
+            torch.zeros(1), torch.from_numpy(given)[None]
+        )[0]
+        for scaling, given in ((rope, rope.positions_as_under(half, positions)), (half, positions))
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_growing_factor_trains_otherwise_and_is_recorded(llama, tmp_path, text):
+    weights = []
+    for steps in (0, 3):
+        out = pi_gguf.extend(
+            str(llama), tmp_path / f"warm{steps}", context=4 * WINDOW, data=[str(text)], steps=4, batch_tokens=256,
+            factor_warmup=steps, device="cpu",
+        )  # fmt: skip
+        assert json.loads((out / "pi_gguf.json").read_text())["factor_warmup_steps"] == steps
+        weights.append(load_file(out / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(*weights)
+
+
+def test_a_growing_factor_needs_rows_of_the_original_window(llama):
+    assert training_plan(llama, factor_warmup=100).factor_warmup_steps == 100
+    refused = {"from 0 to the 100 steps": {"factor_warmup": 101},
+               "original window of 64 tokens": {"factor_warmup": 9, "train_window": 2 * WINDOW}}  # fmt: skip
+    for said, options in refused.items():
+        with pytest.raises(pi_gguf.errors.OptionError, match=said):
+            training_plan(llama, **options)
