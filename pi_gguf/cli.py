@@ -143,6 +143,7 @@ def _show_plan(plan: Any) -> str:
             ("fine-tune", f"{t.steps} steps of {t.batch_tokens} tokens, {t.tokens / 1e6:,.1f} M in all"),
             ("sequences", f"{t.train_window} tokens, {t.method}: {t.reason}"),
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
+            *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),
             ("time, about", human_seconds(plan.training_seconds)),
             ("memory, about", human_bytes(plan.training_memory_bytes)),
         ]

@@ -113,7 +113,7 @@ def extend(
         return out_dir
     training = plan_training(
         checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-        batch_tokens=batch_tokens, schedule=schedule, device=device, factor_warmup=factor_warmup,
+        batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
     )  # fmt: skip
     documents = _documents(checkpoint, data)
     record |= {"tokens": training.tokens, **asdict(training), **_text_record(documents)}
@@ -279,15 +279,7 @@ def _train(
             return len(rows)
 
         def __getitem__(self, i: int) -> dict[str, Any]:
-            rng = np.random.default_rng((seed, i))
-            step = i // (training.micro_batch * training.accumulation)
-            if step >= training.factor_warmup_steps:
-                positions = pose_positions(training.train_window, rope.max_position_embeddings, rng)
-            else:
-                now = rope.grown((step + 1) / training.factor_warmup_steps)
-                drawn = pose_positions(training.train_window, now.max_position_embeddings, rng)
-                positions = rope.positions_as_under(now, drawn)
-            return {"ids": rows[i], "positions": positions[: len(rows[i])]}
+            return {"ids": rows[i], "positions": row_positions(i, rope, training, seed)[: len(rows[i])]}
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         shape = (len(examples), max(len(e["ids"]) for e in examples))
@@ -377,6 +369,21 @@ def _train(
         "device": device,
     }
     return _Trained(trainer.model, measured)
+
+
+def row_positions(i: int, rope: RopeScaling, training: TrainingPlan, seed: int) -> np.ndarray:
+    """Return the positions of the run's row `i`: int64, or float32 while the factor still grows.
+
+    The model keeps its final scaling all along: a smaller factor is made by positions that lie further apart.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng((seed, i))
+    step = i // (training.micro_batch * training.accumulation)
+    if step >= training.factor_warmup_steps:
+        return pose_positions(training.train_window, rope.max_position_embeddings, rng)
+    now = rope.grown((step + 1) / training.factor_warmup_steps)
+    return rope.positions_as_under(now, pose_positions(training.train_window, now.max_position_embeddings, rng))
 
 
 def rate_share(step: int, training: TrainingPlan) -> float:

@@ -76,7 +76,7 @@ class TrainingPlan:
     learning_rate: float
     warmup_steps: int
     schedule: str
-    factor_warmup_steps: int = 0
+    factor_warmup_steps: int
 
     @property
     def tokens(self) -> int:
@@ -92,8 +92,8 @@ def plan_training(
     learning_rate: float | None,
     batch_tokens: int | None,
     schedule: str,
+    factor_warmup: int,
     device: str,
-    factor_warmup: int = 0,
 ) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
 
@@ -219,7 +219,7 @@ def plan(
     if context is not None and steps:
         training = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-            batch_tokens=batch_tokens, schedule=schedule, device=device, factor_warmup=factor_warmup,
+            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
         )  # fmt: skip
         seconds = training.tokens * _train_operations(checkpoint, training.train_window) / _operations_a_second(device)
         memory = estimate_training_memory(checkpoint, training)

@@ -82,7 +82,7 @@ class RopeScaling:
             share: of the way, from 0 (factor 1, the original window) to 1 (this scaling).
         """
         window = self.original_max_position_embeddings
-        context = round(window * (self.max_position_embeddings / window) ** min(1.0, share))
+        context = round(window * (self.max_position_embeddings / window) ** share)
         return replace(self, factor=context / window, max_position_embeddings=context)
 
     def positions_as_under(self, other: RopeScaling, positions: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import pi_gguf
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.data import pack, pose_positions
-from pi_gguf.finetune import rate_share
+from pi_gguf.finetune import rate_share, row_positions
 from pi_gguf.planning import plan_training
 
 
@@ -60,7 +60,7 @@ def training_plan(llama, **options):
     checkpoint = load_checkpoint(str(llama))
     defaults = {
         "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
-        "device": "cpu",
+        "factor_warmup": 0, "device": "cpu",
     }  # fmt: skip
     return plan_training(checkpoint, checkpoint.rope.interpolated(4 * WINDOW), **{**defaults, **options})
 
@@ -163,6 +163,16 @@ def test_a_growing_factor_has_the_angles_of_the_smaller_scaling(llama):
         for scaling, given in ((rope, rope.positions_as_under(half, positions)), (half, positions))
     )
     torch.testing.assert_close(ours, theirs)
+
+
+def test_the_factor_grows_step_by_step_and_reaches_the_whole(llama):
+    rope = load_checkpoint(str(llama)).rope.interpolated(4 * WINDOW)
+    training = training_plan(llama, batch_tokens=4 * WINDOW, factor_warmup=2)  # 4 rows a step; factors 2, 4, then plain
+    for i, (spacing, kind) in {0: (2, "f"), 3: (2, "f"), 4: (1, "f"), 7: (1, "f"), 8: (1, "i")}.items():
+        positions = row_positions(i, rope, training, seed=0)
+        assert positions.dtype.kind == kind, i
+        assert np.diff(positions).min() == spacing, i
+        assert positions[0] >= 0 and positions[-1] < rope.max_position_embeddings, i
 
 
 def test_a_growing_factor_trains_otherwise_and_is_recorded(llama, tmp_path, text):
