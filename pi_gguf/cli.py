@@ -94,7 +94,7 @@ def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
         options |= {"is_flag": True}
     else:
         kind = inner[0] if inner else hint
-        options["type"] = str if kind is Path else kind
+        options["type"] = str if kind is Path or str in inner else kind
     return click.Option([flag], **options)
 
 
@@ -140,8 +140,12 @@ def _show_plan(plan: Any) -> str:
     if plan.training:
         t = plan.training
         rows += [
-            ("fine-tune", f"{t.steps} steps of {t.batch_tokens} tokens, {t.tokens / 1e6:,.1f} M in all"),
-            ("sequences", f"{t.train_window} tokens, {t.method}: {t.reason}"),
+            *(
+                ("fine-tune", f"{stage.steps} steps of {t.step_tokens(stage)} tokens in sequences of {stage.window}")
+                for stage in t.stages
+            ),
+            ("method", f"{t.method}: {t.reason}"),
+            ("tokens", f"{t.tokens / 1e6:,.1f} M"),
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
             *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),
             ("time, about", human_seconds(plan.training_seconds)),

@@ -41,7 +41,7 @@ def convert(
     quant: str = "Q4_K_M",
     steps: int = 1000,
     data: Sequence[str] = (),
-    train_window: int | None = None,
+    train_window: int | str | None = None,
     learning_rate: float | None = None,
     batch_tokens: int | None = None,
     schedule: str = "constant",
@@ -63,7 +63,8 @@ def convert(
         quant: any type llama.cpp has, e.g. F16, Q8_0 or Q4_K_M.
         steps: optimizer steps; 0 applies the scaling without training.
         data: text file or folder of them to train on; the bundled sample when left out. Repeatable.
-        train_window: tokens of a training sequence; below the context positions skip (PoSE).
+        train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
+            follow each other: 512x500,2048x200,8192.
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).

@@ -78,7 +78,7 @@ def demo(
     out: str = "out/demo",
     context: int = 32768,
     steps: int = 750,
-    train_window: int = 1024,
+    train_window: int | str = 1024,
     factor_warmup: int = 0,
     samples: int = 1,
     documents: int = 1,

@@ -6,6 +6,7 @@ A run that stops leaves its last checkpoint in `OUT_DIR.partial`, from which the
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -15,13 +16,14 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, read_json
 from pi_gguf.data import pack, pose_positions
-from pi_gguf.errors import OptionError, PiGgufError, ResourceError, TextError, UnsupportedError
+from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError, TextError, UnsupportedError
 from pi_gguf.files import check_free_disk, check_writable, human_bytes, remove, replace_when_complete, write_json
 from pi_gguf.planning import (
     TrainingPlan,
@@ -54,7 +56,7 @@ def extend(
     context: int,
     data: Sequence[str] = (),
     steps: int = 1000,
-    train_window: int | None = None,
+    train_window: int | str | None = None,
     learning_rate: float | None = None,
     batch_tokens: int | None = None,
     schedule: str = "constant",
@@ -71,7 +73,8 @@ def extend(
         context: new window, in tokens, e.g. 32768.
         data: text file or folder of them; the bundled sample when left out. Repeatable.
         steps: optimizer steps; 0 applies the scaling without training.
-        train_window: tokens of a training sequence; below the context positions skip (PoSE).
+        train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
+            follow each other: 512x500,2048x200,8192.
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
@@ -122,15 +125,15 @@ def extend(
         return out_dir
     check_writable(out_dir, overwrite, folder=True)
     check_free_disk(out_dir.parent, training_disk_bytes(checkpoint))
-    rows = training_rows(checkpoint, training, documents, seed)
+    batches = training_batches(checkpoint, training, documents, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
     _begin_or_resume(work_dir, record, overwrite)
     say(
         f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} (factor {rope.factor:g}), "
-        f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.method} on {training.train_window} tokens "
-        f"({training.reason})"
+        f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.method} on sequences of "
+        f"{', '.join(str(stage.window) for stage in training.stages)} tokens ({training.reason})"
     )
-    trained = _train(checkpoint, rope, training, rows, work_dir, seed, device)
+    trained = _train(checkpoint, rope, training, batches, work_dir, seed, device)
     _write_folder(checkpoint, rope, out_dir, record | trained.measured, trained.model)
     remove(work_dir)
     return out_dir
@@ -161,17 +164,17 @@ def _difference(before: dict[str, Any], record: dict[str, Any]) -> str:
     return next((key for key, value in settings.items() if before.get(key) != value), "")
 
 
-def training_rows(
+def training_batches(
     checkpoint: Checkpoint, training: TrainingPlan, documents: dict[str, str] | None, seed: int
-) -> list[np.ndarray]:
+) -> list[list[np.ndarray]]:
     """Tokenize and pack enough text for the run.
 
     Args:
         documents: texts by name; None for the bundled model's own mixture.
 
     Returns:
-        Rows of at most `train_window` ids, int32, in the order they are trained on; the texts begin again, in a new
-        order, when they are used up.
+        Micro-batches in the order they are trained on; each a list of rows of at most the stage's window of ids,
+        int32. The texts begin again, in a new order, when they are used up.
 
     Raises:
         TextError: no document is as long as a training sequence.
@@ -185,39 +188,38 @@ def training_rows(
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
         return ids + end
 
-    window = training.train_window
-    needed = training.tokens // window
-    with progress_bar("tokenize", needed, "rows") as advance:
-        if documents is None:
-            stream = pack((encode(text) for text in bundled.training_mixture(seed + 1, window)), window)
-            rows: list[np.ndarray] = []
-            while len(rows) < needed:
-                rows.append(np.array(next(stream), np.int32))
-                advance(1)
-            return rows
+    tokenized: list[list[int]] = []
+    if documents is not None:
         names = sorted(documents)
         random.Random(seed).shuffle(names)
-        longest = 0
-
-        def tokenized() -> Iterator[list[int]]:
-            nonlocal longest
+        with progress_bar("tokenize", len(names), "texts") as advance:
             for name in names:
-                ids = encode(documents[name])
-                longest = max(longest, len(ids))
-                yield ids
+                tokenized.append(encode(documents[name]))
+                advance(1)
+        window, longest = max(stage.window for stage in training.stages), max(map(len, tokenized))
+        if longest < window:
+            raise TextError(
+                f"{names[0]}{' and others' if len(names) > 1 else ''}: the longest text has {longest} tokens, fewer "
+                f"than the training window of {window}",
+                f"give longer texts or --train-window {max(2, longest)}",
+            )
 
-        rows = [np.array(row, np.int32) for row in pack(tokenized(), window)]
-    if longest < window:
-        raise TextError(
-            f"{names[0]}{' and others' if len(names) > 1 else ''}: the longest text has {longest} tokens, fewer than "
-            f"the training window of {window}",
-            f"give longer texts or --train-window {max(2, longest)}",
-        )
-    order: list[np.ndarray] = []
-    while len(order) < needed:
-        random.Random(f"{seed} {len(order)}").shuffle(rows)
-        order += rows
-    return order[:needed]
+    def rows(stage: int, window: int) -> Iterator[list[int]]:
+        if documents is None:
+            yield from pack((encode(t) for t in bundled.training_mixture(seed + 1 + 1000 * stage, window)), window)
+        packed = list(pack(tokenized, window))
+        for turn in itertools.count():
+            random.Random(f"{seed} {stage} {turn}").shuffle(packed)
+            yield from packed
+
+    batches: list[list[np.ndarray]] = []
+    with progress_bar("pack", training.steps * training.accumulation, "batches") as advance:
+        for i, stage in enumerate(training.stages):
+            stream = (np.array(row, np.int32) for row in rows(i, stage.window))
+            for _ in range(stage.steps * training.accumulation):
+                batches.append(list(itertools.islice(stream, stage.micro_batch)))
+                advance(1)
+    return batches
 
 
 def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) -> None:
@@ -239,7 +241,9 @@ def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) ->
         work_dir.mkdir(parents=True)
         write_json(path, record)
     for checkpoint_dir in work_dir.glob("checkpoint-*"):
-        if not (checkpoint_dir / "trainer_state.json").exists():  # written last
+        try:
+            read_json(checkpoint_dir / "trainer_state.json")  # written last
+        except CheckpointError:
             remove(checkpoint_dir)
 
 
@@ -253,7 +257,7 @@ def _train(
     checkpoint: Checkpoint,
     rope: RopeScaling,
     training: TrainingPlan,
-    rows: list[np.ndarray],
+    batches: list[list[np.ndarray]],
     work_dir: Path,
     seed: int,
     device: str,
@@ -274,20 +278,22 @@ def _train(
     model = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
     model.config.use_cache = False
 
-    class Rows(torch.utils.data.Dataset):
+    class Batches(torch.utils.data.Dataset):
+        """An item is a whole micro-batch, since how many rows it has changes with the stage."""
+
         def __len__(self) -> int:
-            return len(rows)
+            return len(batches)
 
-        def __getitem__(self, i: int) -> dict[str, Any]:
-            return {"ids": rows[i], "positions": row_positions(i, rope, training, seed)[: len(rows[i])]}
+        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+            return padded(batches[i], batch_positions(i, batches[i], rope, training, seed))
 
-    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        shape = (len(examples), max(len(e["ids"]) for e in examples))
+    def padded(rows: list[np.ndarray], places: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        shape = (len(rows), max(map(len, rows)))
         ids, labels = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
-        positions, mask = np.zeros(shape, examples[0]["positions"].dtype), np.zeros(shape, np.int64)
-        for i, e in enumerate(examples):
-            n = len(e["ids"])
-            ids[i, :n], labels[i, :n], positions[i, :n], mask[i, :n] = e["ids"], e["ids"], e["positions"], 1
+        positions, mask = np.zeros(shape, places[0].dtype), np.zeros(shape, np.int64)
+        for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+            n = len(row)
+            ids[i, :n], labels[i, :n], positions[i, :n], mask[i, :n] = row, row, place, 1
         # The mask is given even when it is all ones: without one, transformers takes a skip in the positions for the
         # start of another document and lets nothing attend across it.
         batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
@@ -302,7 +308,7 @@ def _train(
             return self.lr_scheduler
 
         def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)  # rows come in their order already
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # they come in their order already
 
     stop = _StopOnInterrupt()
 
@@ -328,7 +334,7 @@ def _train(
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=training.steps,
-        per_device_train_batch_size=training.micro_batch,
+        per_device_train_batch_size=1,  # an item is a micro-batch
         gradient_accumulation_steps=training.accumulation,
         learning_rate=training.learning_rate,
         adam_beta1=0.9,
@@ -353,7 +359,7 @@ def _train(
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         progress = Progress(advance)
-        trainer = PaperTrainer(model=model, args=arguments, train_dataset=Rows(), data_collator=collate)
+        trainer = PaperTrainer(model=model, args=arguments, train_dataset=Batches(), data_collator=itemgetter(0))
         trainer.remove_callback(_printer())
         trainer.add_callback(progress)
         last = get_last_checkpoint(str(work_dir))
@@ -371,19 +377,21 @@ def _train(
     return _Trained(trainer.model, measured)
 
 
-def row_positions(i: int, rope: RopeScaling, training: TrainingPlan, seed: int) -> np.ndarray:
-    """Return the positions of the run's row `i`: int64, or float32 while the factor still grows.
+def batch_positions(
+    i: int, rows: list[np.ndarray], rope: RopeScaling, training: TrainingPlan, seed: int
+) -> list[np.ndarray]:
+    """Return the positions of the run's micro-batch `i`, one array a row: int64, float32 while the factor grows.
 
     The model keeps its final scaling all along: a smaller factor is made by positions that lie further apart.
     """
     import numpy as np
 
     rng = np.random.default_rng((seed, i))
-    step = i // (training.micro_batch * training.accumulation)
+    step = i // training.accumulation
     if step >= training.factor_warmup_steps:
-        return pose_positions(training.train_window, rope.max_position_embeddings, rng)
+        return [pose_positions(len(row), rope.max_position_embeddings, rng) for row in rows]
     now = rope.grown((step + 1) / training.factor_warmup_steps)
-    return rope.positions_as_under(now, pose_positions(training.train_window, now.max_position_embeddings, rng))
+    return [rope.positions_as_under(now, pose_positions(len(row), now.max_position_embeddings, rng)) for row in rows]
 
 
 def rate_share(step: int, training: TrainingPlan) -> float:

@@ -6,6 +6,7 @@ of a quantization, which llama.cpp decides tensor by tensor.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -49,16 +50,29 @@ def default_recipe(n_parameters: int) -> Recipe:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Steps of a fine-tune that train on sequences of one length.
+
+    Args:
+        window: tokens of a sequence.
+        steps: optimizer steps.
+        micro_batch: sequences computed at once.
+    """
+
+    window: int
+    steps: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
 class TrainingPlan:
     """How a fine-tune is run.
 
     Args:
         steps: optimizer steps.
-        train_window: tokens of one training sequence.
+        stages: lengths of the training sequences, one after the other.
         method: `full length` or `PoSE`.
         reason: why this method.
-        batch_tokens: tokens of one optimizer step.
-        micro_batch: sequences computed at once.
         accumulation: micro-batches of one optimizer step.
         learning_rate: at its peak.
         warmup_steps: linear, from a tenth of the peak.
@@ -67,11 +81,9 @@ class TrainingPlan:
     """
 
     steps: int
-    train_window: int
+    stages: list[Stage]
     method: str
     reason: str
-    batch_tokens: int
-    micro_batch: int
     accumulation: int
     learning_rate: float
     warmup_steps: int
@@ -80,7 +92,44 @@ class TrainingPlan:
 
     @property
     def tokens(self) -> int:
-        return self.steps * self.micro_batch * self.accumulation * self.train_window
+        return sum(stage.steps * self.step_tokens(stage) for stage in self.stages)
+
+    def step_tokens(self, stage: Stage) -> int:
+        """Return the tokens of one optimizer step in a stage."""
+        return self.accumulation * stage.micro_batch * stage.window
+
+
+def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
+    """Read the lengths of training sequences: one, or several with their steps.
+
+    Args:
+        train_window: tokens, e.g. 2048; or `512x500,2048x200,8192`: 500 steps on 512 tokens, 200 on 2048, the rest on
+            8192.
+        steps: of the whole run.
+
+    Returns:
+        Pairs of tokens and steps.
+
+    Raises:
+        OptionError: not of this form, or the steps do not add up.
+    """
+    text = str(train_window)
+    if not re.fullmatch(r"([0-9]+x[0-9]+,)*[0-9]+(x[0-9]+)?", text):
+        raise OptionError(
+            f"train-window must be tokens, or tokens x steps separated by commas, got {train_window!r}",
+            "for example 2048, or 512x500,2048x200,8192 (the last takes the steps that are left)",
+        )
+    pairs: list[tuple[int, int]] = []
+    for part in text.split(","):
+        window, _, count = part.partition("x")
+        pairs.append((int(window), int(count) if count else steps - sum(n for _, n in pairs)))
+    if any(n < 1 for _, n in pairs) or sum(n for _, n in pairs) != steps:
+        counts = " + ".join(str(n) for _, n in pairs)
+        raise OptionError(
+            f"train-window {train_window!r} does not divide the {steps} steps: {counts}",
+            f"let its steps add up to {steps}, or leave the last one's out",
+        )
+    return pairs
 
 
 def plan_training(
@@ -88,7 +137,7 @@ def plan_training(
     rope: RopeScaling,
     *,
     steps: int,
-    train_window: int | None,
+    train_window: int | str | None,
     learning_rate: float | None,
     batch_tokens: int | None,
     schedule: str,
@@ -100,7 +149,7 @@ def plan_training(
     Raises:
         OptionError: a value that cannot work.
     """
-    context, window = rope.max_position_embeddings, rope.original_max_position_embeddings
+    context, original = rope.max_position_embeddings, rope.original_max_position_embeddings
     if steps < 1:
         raise OptionError(f"steps must be at least 1 to train, got {steps}")
     if schedule not in ("constant", "decay"):
@@ -109,40 +158,41 @@ def plan_training(
         raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
     if batch_tokens is not None and batch_tokens < 1:
         raise OptionError(f"batch-tokens must be at least 1, got {batch_tokens}")
+    reason = "as given by --train-window"
     if train_window is None:
         whole = _memory(checkpoint, context, recompute=True)
         if device != "cuda":
-            train_window, reason = window, f"without a GPU sequences stay at the original {window} tokens"
+            train_window, reason = original, f"without a GPU sequences stay at the original {original} tokens"
         elif whole < 0.8 * free_memory(device):
             train_window, reason = context, "sequences of the whole new window fit the GPU"
         else:
-            train_window, reason = window, f"{human_bytes(whole)} for whole windows do not fit the GPU"
-    elif not 2 <= train_window <= context:
-        raise OptionError(f"train-window must be from 2 to the context of {context}, got {train_window}")
-    else:
-        reason = "as given by --train-window"
+            train_window, reason = original, f"{human_bytes(whole)} for whole windows do not fit the GPU"
+    windows = parse_windows(train_window, steps)
+    for window, _ in windows:
+        if not 2 <= window <= context:
+            raise OptionError(f"train-window must be from 2 to the context of {context}, got {window}")
     if not 0 <= factor_warmup <= steps:
         raise OptionError(f"factor-warmup must be from 0 to the {steps} steps, got {factor_warmup}")
-    if factor_warmup and train_window > window:
-        raise OptionError(
-            f"factor-warmup needs sequences that fit the original window of {window} tokens, got {train_window}",
-            f"add --train-window {window}, or leave --factor-warmup out",
-        )
-    method = "full length" if train_window == context else "PoSE"
+    begun = 0
+    for window, count in windows:
+        if begun < factor_warmup and window > original:
+            raise OptionError(
+                f"factor-warmup needs sequences that fit the original window of {original} tokens, got {window}",
+                f"begin with --train-window {original}x{factor_warmup}, or leave --factor-warmup out",
+            )
+        begun += count
+    method = "PoSE" if any(window < context for window, _ in windows) else "full length"
     if method == "PoSE":
         reason += f"; positions skip so that distances up to {context} are seen"
     recipe = default_recipe(checkpoint.n_parameters())
-    wanted = max(batch_tokens or recipe.batch_tokens, train_window)
-    sequences = wanted // train_window
-    micro_batch = max(1, min(sequences, _MICRO_BATCH_TOKENS // train_window))
+    batch_tokens = batch_tokens or recipe.batch_tokens
+    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, *(window for window, _ in windows)))
     return TrainingPlan(
         steps=steps,
-        train_window=train_window,
+        stages=[Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows],
         method=method,
         reason=reason,
-        batch_tokens=micro_batch * (sequences // micro_batch) * train_window,
-        micro_batch=micro_batch,
-        accumulation=sequences // micro_batch,
+        accumulation=accumulation,
         learning_rate=learning_rate or recipe.learning_rate,
         warmup_steps=min(20, steps),
         schedule=schedule,
@@ -179,7 +229,7 @@ def plan(
     context: int | None = None,
     quant: str = "Q4_K_M",
     steps: int = 1000,
-    train_window: int | None = None,
+    train_window: int | str | None = None,
     learning_rate: float | None = None,
     batch_tokens: int | None = None,
     schedule: str = "constant",
@@ -194,7 +244,8 @@ def plan(
         context: new window, in tokens; the model's own when left out.
         quant: type of the output file, e.g. F16, Q8_0 or Q4_K_M.
         steps: optimizer steps of the fine-tune; 0 for none.
-        train_window: tokens of a training sequence; below the context positions skip (PoSE).
+        train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
+            follow each other: 512x500,2048x200,8192.
         learning_rate: at its peak; by the model's size when left out.
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
@@ -221,7 +272,11 @@ def plan(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
             batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
         )  # fmt: skip
-        seconds = training.tokens * _train_operations(checkpoint, training.train_window) / _operations_a_second(device)
+        operations = sum(
+            stage.steps * training.step_tokens(stage) * _train_operations(checkpoint, stage.window)
+            for stage in training.stages
+        )
+        seconds = operations / _operations_a_second(device)
         memory = estimate_training_memory(checkpoint, training)
     output = int(n * BITS_PER_WEIGHT[quant.upper()] / 8)
     extended = training_disk_bytes(checkpoint) if training else 0
@@ -265,7 +320,8 @@ def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, 
     Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
     attention matrix, which flash attention never stores.
     """
-    return _memory(checkpoint, training.micro_batch * training.train_window, recompute=recompute)
+    tokens = max(stage.micro_batch * stage.window for stage in training.stages)
+    return _memory(checkpoint, tokens, recompute=recompute)
 
 
 def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool) -> int:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import pi_gguf
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.data import pack, pose_positions
-from pi_gguf.finetune import rate_share, row_positions
-from pi_gguf.planning import plan_training
+from pi_gguf.finetune import batch_positions, rate_share, training_batches
+from pi_gguf.planning import Stage, plan_training
 
 
 def test_documents_that_fit_are_never_cut_and_no_token_is_lost():
@@ -74,10 +74,36 @@ def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
 
 def test_the_plan_says_which_way_it_trains(llama):
     assert training_plan(llama).method == "PoSE"
-    assert training_plan(llama).train_window == WINDOW
+    assert [stage.window for stage in training_plan(llama).stages] == [WINDOW]
     assert training_plan(llama, train_window=4 * WINDOW).method == "full length"
     plan = training_plan(llama, train_window=2 * WINDOW, batch_tokens=1000)
-    assert (plan.train_window, plan.batch_tokens) == (128, 896)
+    assert (plan.stages, plan.accumulation) == ([Stage(128, 100, 7)], 1)
+
+
+def test_sequences_of_several_lengths_share_the_steps(llama):
+    plan = training_plan(llama, train_window="64x50,128x30,256", batch_tokens=512)
+    assert plan.stages == [Stage(64, 50, 8), Stage(128, 30, 4), Stage(256, 20, 2)]
+    assert plan.method == "PoSE" and plan.tokens == 100 * 512
+    long = training_plan(llama, train_window="64x99,256", batch_tokens=100)
+    assert [long.step_tokens(stage) for stage in long.stages] == [64, 256], "no step is shorter than a sequence"
+    big = training_plan(llama, train_window="64x99,256", batch_tokens=4 * 8192)
+    assert (big.accumulation, [stage.micro_batch for stage in big.stages]) == (4, [128, 32])
+    for wrong in ("64x50,128x51", "64x50,128x49", "64x100,128"):
+        with pytest.raises(pi_gguf.errors.OptionError, match="does not divide the 100 steps"):
+            training_plan(llama, train_window=wrong)
+    for wrong in ("", "64,", "64,128", "64x", "x50,64", "64*50,128", "-64", "64x1.5,128", "64x50,128x50,"):
+        with pytest.raises(pi_gguf.errors.OptionError, match="must be tokens, or tokens x steps"):
+            training_plan(llama, train_window=wrong)
+    with pytest.raises(pi_gguf.errors.OptionError, match="context of 256, got 257"):
+        training_plan(llama, train_window="64x50,257")
+
+
+def test_batches_have_the_lengths_of_their_stage(llama):
+    plan = training_plan(llama, steps=6, train_window="32x2,64x3,128", batch_tokens=256)
+    texts = {"a.txt": "the quick brown fox " * 60, "b.txt": "one two three " * 20}
+    batches = training_batches(load_checkpoint(str(llama)), plan, texts, seed=0)
+    assert [max(len(row) for row in batch) for batch in batches] == [32] * 2 + [64] * 3 + [128]
+    assert [len(batch) for batch in batches] == [8, 8, 4, 4, 4, 2]
 
 
 COMMAND = ("--context", "256", "--steps", "30", "--batch-tokens", "256", "--learning-rate", "0.001", "--device", "cpu")
@@ -109,9 +135,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(llama, tmp_path, text):
     killed.wait()
     assert not (tmp_path / "killed").exists()
 
-    torn = work_dir / "checkpoint-29"  # as a kill while saving leaves it
-    torn.mkdir()
-    (torn / "model.safetensors").write_bytes(b"half")
+    for step, last_file in ((28, "model.safetensors"), (29, "trainer_state.json")):  # as a kill while saving leaves it
+        torn = work_dir / f"checkpoint-{step}"
+        torn.mkdir()
+        (torn / last_file).write_bytes(b'{"half')
 
     other = run_extend(llama, tmp_path / "killed", text, "--seed", "1")
     assert other.wait() == 2
@@ -167,12 +194,14 @@ def test_a_growing_factor_has_the_angles_of_the_smaller_scaling(llama):
 
 def test_the_factor_grows_step_by_step_and_reaches_the_whole(llama):
     rope = load_checkpoint(str(llama)).rope.interpolated(4 * WINDOW)
-    training = training_plan(llama, batch_tokens=4 * WINDOW, factor_warmup=2)  # 4 rows a step; factors 2, 4, then plain
-    for i, (spacing, kind) in {0: (2, "f"), 3: (2, "f"), 4: (1, "f"), 7: (1, "f"), 8: (1, "i")}.items():
-        positions = row_positions(i, rope, training, seed=0)
-        assert positions.dtype.kind == kind, i
-        assert np.diff(positions).min() == spacing, i
-        assert positions[0] >= 0 and positions[-1] < rope.max_position_embeddings, i
+    training = training_plan(llama, batch_tokens=2 * 8192, factor_warmup=2)  # factors 2, 4, then plain
+    assert training.accumulation == 2
+    rows = [np.zeros(WINDOW, np.int32), np.zeros(WINDOW - 3, np.int32)]
+    for i, (spacing, kind) in {0: (2, "f"), 1: (2, "f"), 2: (1, "f"), 3: (1, "f"), 4: (1, "i")}.items():
+        for row, positions in zip(rows, batch_positions(i, rows, rope, training, seed=0), strict=True):
+            assert len(positions) == len(row) and positions.dtype.kind == kind, i
+            assert np.diff(positions).min() == spacing, i
+            assert positions[0] >= 0 and positions[-1] < rope.max_position_embeddings, i
 
 
 def test_a_growing_factor_trains_otherwise_and_is_recorded(llama, tmp_path, text):
@@ -189,8 +218,10 @@ def test_a_growing_factor_trains_otherwise_and_is_recorded(llama, tmp_path, text
 
 def test_a_growing_factor_needs_rows_of_the_original_window(llama):
     assert training_plan(llama, factor_warmup=100).factor_warmup_steps == 100
+    assert training_plan(llama, factor_warmup=9, train_window="64x9,128").factor_warmup_steps == 9
     refused = {"from 0 to the 100 steps": {"factor_warmup": 101},
-               "original window of 64 tokens": {"factor_warmup": 9, "train_window": 2 * WINDOW}}  # fmt: skip
+               "original window of 64 tokens": {"factor_warmup": 9, "train_window": 2 * WINDOW},
+               "original window of 64 tokens, got 128": {"factor_warmup": 9, "train_window": "64x8,128"}}  # fmt: skip
     for said, options in refused.items():
         with pytest.raises(pi_gguf.errors.OptionError, match=said):
             training_plan(llama, **options)
