@@ -6,8 +6,10 @@ Only safetensors are read, memory-mapped; no code from a checkpoint is run.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError
-from pi_gguf.rope import RopeScaling, positive_int, positive_number
+from pi_gguf.families import FAMILIES, Family
+from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
+from pi_gguf.rope import DEFAULT_ROPE_THETA, RopeScaling, positive_int, positive_number
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PROVENANCE_FILE = "pi_gguf.json"
 """Written by `extend` beside the weights: source, windows, steps and tokens trained."""
@@ -28,18 +32,19 @@ PROVENANCE_FILE = "pi_gguf.json"
 _MEBIBYTE = 2**20
 
 MAX_LAYERS = 10_000
-"""No Llama has as many; a larger number is a damaged config."""
+"""No model has as many; a larger number is a damaged config."""
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
+_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$")
 """Buffers of old checkpoints that follow from the config."""
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where one tensor lies: its file, shape and stored dtype (`F32`, `F16` or `BF16`)."""
+    """Where one tensor lies: its file, its name there, shape and stored dtype (`F32`, `F16` or `BF16`)."""
 
     path: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -53,41 +58,76 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked Llama checkpoint.
+    """A checked checkpoint of one of the families.
 
     Args:
         source: MODEL as the user gave it.
         path: the local folder.
         config: the parsed config.json.
+        hf_config: the same, opened by transformers, with its defaults and standard names.
         rope: the position scaling of the config.
     """
 
     source: str
     path: Path
     config: dict[str, Any]
+    hf_config: PretrainedConfig
     rope: RopeScaling
 
-    # Shapes, by the config's own names
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.config["model_type"]]
+
+    def interpolated(self, context: int) -> RopeScaling:
+        """Return the Position Interpolation of this model to a window of `context` tokens.
+
+        Raises:
+            OptionError: `context` is not above the window.
+            UnsupportedError: the model already scales its positions, or its family cannot be interpolated.
+        """
+        if self.family.fixed_rope:
+            raise UnsupportedError(
+                f"{self.path}: positions of {self.family.model_type} cannot be interpolated: {self.family.fixed_rope}",
+                "leave --context out to convert as is",
+            )
+        rope = self.rope.interpolated(context)
+        path = self.path / "config.json"
+        _check_variant(self.family, _open_config(rope.to_hf(self.config), path), path)
+        return rope
+
+    # Shapes, by the standard names of transformers
 
     @property
     def n_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
+        return int(self.hf_config.num_hidden_layers)
 
     @property
     def n_heads(self) -> int:
-        return int(self.config["num_attention_heads"])
+        return int(self.hf_config.num_attention_heads)
 
     @property
     def n_kv_heads(self) -> int:
-        return int(self.config.get("num_key_value_heads") or self.n_heads)
+        return kv_heads(self.hf_config)
 
     @property
     def head_dim(self) -> int:
-        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.n_heads)
+        return head_dim(self.hf_config)
+
+    @property
+    def rotary_dim(self) -> int:
+        return rotary_dim(self.hf_config)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.hf_config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.hf_config.vocab_size)
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        return bool(self.hf_config.tie_word_embeddings)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -102,40 +142,32 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: {name} must be a whole number, got {value!r}", "delete the file")
         return record
 
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        """The model as transformers builds it, without memory for its weights."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            try:
+                return AutoModelForCausalLM.from_config(self.hf_config)
+            except Exception as error:  # transformers raises many kinds for sizes that do not fit together
+                raise CheckpointError(
+                    f"{self.path / 'config.json'}: no model can be built from it ({_one_line(error)})",
+                    "correct the config",
+                ) from error
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of every tensor that the config asks for; shapes as torch has them (out, in)."""
-        c = self.config
-        shapes: dict[str, tuple[int, ...]] = {}
-        hidden, inner, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        linear = {
-            "self_attn.q_proj": (q, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
-        shapes["model.embed_tokens.weight"] = (vocab, hidden)
-        for layer in range(self.n_layers):
-            prefix = f"model.layers.{layer}."
-            for name, shape in linear.items():
-                shapes[f"{prefix}{name}.weight"] = shape
-                if c.get("attention_bias" if "attn" in name else "mlp_bias", False):
-                    shapes[f"{prefix}{name}.bias"] = shape[:1]
-            shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-            shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tied:
-            shapes["lm_head.weight"] = (vocab, hidden)
-        return shapes
+        """Return name and shape of every tensor that must be on disk; shapes as torch has them (out, in)."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        state = self._skeleton.state_dict()
+        tied = (self._skeleton._tied_weights_keys or {}) if self.tied else {}
+        on_disk = revert_weight_conversion(self._skeleton, state)
+        return {name: tuple(tensor.shape) for name, tensor in on_disk.items() if name not in tied}
 
     def n_parameters(self) -> int:
-        total = 0
-        for shape in self.tensor_shapes().values():
-            total += shape[0] * (shape[1] if len(shape) > 1 else 1)
-        return total
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
@@ -143,15 +175,18 @@ class Checkpoint:
 
         Raises:
             CheckpointError: a file or tensor is missing, truncated or of another shape than the config says.
-            UnsupportedError: a tensor that is not part of a Llama, or a dtype that is not handled.
+            UnsupportedError: a tensor that is not part of the model, or a dtype that is not handled.
         """
         found = {}
         for path in self._weight_files():
             found.update(_read_header(path))
         wanted = self.tensor_shapes()
+        prefix = f"{self._skeleton.base_model_prefix}."
         for name in list(found):
-            if _IGNORED_TENSORS.search(name) or (self.tied and name == "lm_head.weight"):
-                del found[name]
+            if name not in wanted and prefix + name in wanted:  # saved from the model without its head
+                found[prefix + name] = found.pop(name)
+            elif name not in wanted and (_IGNORED_TENSORS.search(name) or name in self._skeleton.state_dict()):
+                del found[name]  # a buffer that follows from the config, or the head where it is tied
         missing = [name for name in wanted if name not in found]
         if missing:
             raise CheckpointError(
@@ -161,7 +196,7 @@ class Checkpoint:
         unknown = [name for name in found if name not in wanted]
         if unknown:
             raise UnsupportedError(
-                f"{found[unknown[0]].path}: tensor {unknown[0]} is not part of a Llama model "
+                f"{found[unknown[0]].path}: tensor {unknown[0]} is not part of a {self.config['model_type']} model "
                 f"({len(unknown)} such tensors)",
                 "merge adapters into the weights, or check model_type in config.json",
             )
@@ -255,7 +290,7 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
 
     Raises:
         CheckpointError: it is not there, or its config lacks a field.
-        UnsupportedError: it is no Llama model.
+        UnsupportedError: its family, or a variant of it, is not handled.
     """
     path = _resolve(model, config_only=True)
     config_path = path / "config.json"
@@ -263,35 +298,83 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path}: config.json is missing", "MODEL must be a Hugging Face folder")
     config = read_json(config_path)
     model_type = config.get("model_type")
-    if model_type != "llama":
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(
-            f"{config_path}: model_type must be llama, got {model_type!r}", "only the Llama architecture is handled"
+            f"{config_path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}",
+            "this family is not handled",
         )
     if config.get("quantization_config"):
         raise UnsupportedError(
             f"{config_path}: quantization_config: the weights are already quantized",
             "use the checkpoint in 16 or 32 bits",
         )
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        positive_int(config, name, str(config_path))
-    for name in ("num_key_value_heads", "head_dim"):
-        if config.get(name) is not None:
-            positive_int(config, name, str(config_path))
-    for name, value in config.items():
-        if isinstance(value, int) and value >= 2**31:
-            raise CheckpointError(f"{config_path}: {name} must be below 2^31, got {value}", "correct the config")
-    if config["num_hidden_layers"] > MAX_LAYERS:
-        raise CheckpointError(
-            f"{config_path}: num_hidden_layers must be at most {MAX_LAYERS}, got {config['num_hidden_layers']}",
-            "correct the config",
-        )
-    positive_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", str(config_path))
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedError(f"{config_path}: hidden_act must be silu, got {config['hidden_act']!r}")
-    rope = RopeScaling.from_hf(config, str(config_path))
+    rope = _read_rope(config, FAMILIES[model_type], str(config_path))
+    hf_config = _open_config(config, config_path)
+    _check_variant(FAMILIES[model_type], hf_config, config_path)
     if not config_only:
         path = _resolve(model, config_only=False)  # from the Hub only now, when the config is known to be handled
-    return Checkpoint(model, path, config, rope)
+    return Checkpoint(model, path, config, hf_config, rope)
+
+
+def _open_config(config: dict[str, Any], path: Path) -> PretrainedConfig:
+    """Check the sizes of a config and open it with transformers, which knows each family's defaults and names."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = CONFIG_MAPPING[config["model_type"]]
+    spelled = {name: alias for name, alias in kind.attribute_map.items() if name not in config}
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if (name := spelled.get(name, name)) in known:
+            positive_int(config, name, str(path))
+    for name in ("num_key_value_heads", "head_dim"):
+        if config.get(name) is not None:
+            positive_int(config, name, str(path))
+    for name, value in config.items():
+        if isinstance(value, int) and value >= 2**31:
+            raise CheckpointError(f"{path}: {name} must be below 2^31, got {value}", "correct the config")
+        if name.endswith(("norm_eps", "norm_epsilon")):
+            positive_number(value, name, str(path))
+    try:
+        opened: PretrainedConfig = AutoConfig.for_model(**config)
+    except Exception as error:  # transformers raises many kinds for a field it does not take
+        raise CheckpointError(f"{path}: transformers does not open it ({_one_line(error)})", "correct it") from error
+    if opened.num_hidden_layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"{path}: num_hidden_layers must be at most {MAX_LAYERS}, got {opened.num_hidden_layers}",
+            "correct the config",
+        )
+    return opened
+
+
+def _check_variant(family: Family, config: PretrainedConfig, path: Path) -> None:
+    if complaint := family.complaint(config):
+        name, value, handled = complaint
+        raise UnsupportedError(
+            f"{path}: {name} must be {handled} at {config.max_position_embeddings} tokens, got {value!r}"
+            if name == "sliding_window"
+            else f"{path}: {name} must be {handled}, got {value!r}",
+            "llama.cpp has no such variant of this family; a config edited to that converts as what it then says",
+        )
+
+
+def _read_rope(config: dict[str, Any], family: Family, path: str) -> RopeScaling:
+    """Read window and scaling off the config itself, before transformers fills in or refuses anything."""
+    from transformers import CONFIG_MAPPING
+
+    absent = family.default_window is not None and config.get(family.window) is None
+    window = family.default_window if absent else positive_int(config, family.window, path)
+    assert window is not None
+    if family.alibi:
+        return RopeScaling("alibi", 1.0, DEFAULT_ROPE_THETA, window, window)
+    theta: Any = CONFIG_MAPPING[family.model_type].default_theta
+    sliding = None
+    if isinstance(theta, dict):  # layers with a sliding window have a base of their own
+        rope = config.get("rope_parameters")
+        nested = rope.get("sliding_attention") if isinstance(rope, dict) else None
+        default = config.get("rope_local_base_freq", theta["local"])
+        sliding = nested.get("rope_theta", default) if isinstance(nested, dict) else default
+        sliding, theta = positive_number(sliding, "sliding_attention.rope_theta", path), theta["global"]
+    return RopeScaling.from_hf(config, path, window=window, theta=theta, sliding_theta=sliding)
 
 
 def _resolve(model: str, *, config_only: bool) -> Path:
@@ -344,7 +427,7 @@ def _read_header(path: Path) -> dict[str, TensorSource]:
     for name, (_, dtype) in shapes.items():
         if dtype not in DTYPE_BYTES and not _IGNORED_TENSORS.search(name):
             raise UnsupportedError(f"{path}: {name} must be F32, F16 or BF16, got {dtype}")
-    return {name: TensorSource(path, shape, dtype) for name, (shape, dtype) in shapes.items()}
+    return {name: TensorSource(path, name, shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -255,6 +255,28 @@ def run(
         click.echo()
 
 
+@click.command("models")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def models(as_json: bool) -> None:
+    """List the families of models that are converted.
+
+    \b
+    Example:
+      pi-gguf models --json
+    """
+    from pi_gguf.families import FAMILIES
+
+    header = ("model_type", "models", "GGUF architecture", "Position Interpolation")
+    rows = [
+        (f.model_type, f.models, f.arch, "no: ALiBi" if f.alibi else f"no: {f.fixed_rope}" if f.fixed_rope else "yes")
+        for f in FAMILIES.values()
+    ]
+    if as_json:
+        click.echo(json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=1))
+    else:
+        click.echo(text_table(f"{len(rows)} families", header, rows, numbers=False))
+
+
 _EVALUATIONS = {
     "perplexity": (
         "Sliding-window perplexity at several windows.",
@@ -288,6 +310,7 @@ _COMMANDS = {
         "Measure perplexity or passkey retrieval at length.",
         lambda: Lazy("eval", _EVALUATIONS, help="Measure perplexity or passkey retrieval at length."),
     ),
+    "models": ("List the families of models that are converted.", lambda: models),
     "run": ("Continue a prompt with a GGUF file.", lambda: run),
     "demo": (
         "The main job on the bundled model, with table and plots.",

@@ -85,7 +85,7 @@ def convert(
     check_writable(out, overwrite)
     checkpoint = load_checkpoint(model)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
-    rope = checkpoint.rope.interpolated(context) if context is not None else checkpoint.rope
+    rope = checkpoint.interpolated(context) if context is not None else checkpoint.rope
     vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
     base_type = quant if quant in UNQUANTIZED else _stored_type(checkpoint)
     size = checkpoint.n_parameters() * DTYPE_BYTES[base_type]

@@ -97,7 +97,7 @@ def demo(
         out: folder to write to: models, results.json and plots.
         context: new window, in tokens; each doubling from 2048 up to it is measured.
         steps: optimizer steps of the fine-tune.
-        train_window: tokens of a training sequence.
+        train_window: tokens of a training sequence, or several with their steps: 256x400,8192.
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         samples: stretches scored in each document.
         documents: held-out novels to read, at most 4.

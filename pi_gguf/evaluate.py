@@ -297,7 +297,7 @@ def opened(
         from pi_gguf.hf_model import HfModel
 
         checkpoint = load_checkpoint(model)
-        lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.rope.interpolated(context))
+        lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.interpolated(context))
     if n_ctx > lm.window:
         say(f"note: {model} has a window of {lm.window} tokens and is read to {n_ctx}")
     try:

@@ -93,7 +93,7 @@ def extend(
 
     out_dir = Path(out_dir)
     checkpoint = load_checkpoint(model)
-    rope = checkpoint.rope.interpolated(context)
+    rope = checkpoint.interpolated(context)
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
     device = torch_device(device)

@@ -6,14 +6,17 @@ memory at a time. Quantizing is llama.cpp's work and lives in `runtime`.
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.checkpoint import Checkpoint
-from pi_gguf.errors import CheckpointError, GgufError, OptionError
+from pi_gguf.checkpoint import Checkpoint, TensorSource
+from pi_gguf.errors import CheckpointError, GgufError, OptionError, UnsupportedError
+from pi_gguf.families.family import Config, Transform
 from pi_gguf.files import check_free_disk
-from pi_gguf.llama import ARCH, gguf_hyperparameters, transform
 from pi_gguf.progress import progress_bar
 from pi_gguf.rope import RopeScaling
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 UNQUANTIZED = ("F32", "F16", "BF16")
 FREQUENCY_FACTORS = "rope_freqs.weight"
+
+_NUMBERED = re.compile(r"(\.experts)\.\d+\.|\.norms\.\d+\.")
+"""Parts that a checkpoint stores one by one and GGUF as one tensor: experts, and norms of single heads."""
 
 
 @dataclass(frozen=True)
@@ -136,33 +142,26 @@ def write_gguf(
 
     if quantization not in UNQUANTIZED:
         raise OptionError(f"quantization must be one of {', '.join(UNQUANTIZED)} here, got {quantization}")
-    torch_dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[quantization]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, checkpoint.n_layers)
-    writer = gguf.GGUFWriter(path, ARCH)
+    arch = checkpoint.family.arch
+    writer = gguf.GGUFWriter(path, arch)
     file_type = {"F32": gguf.LlamaFileType.ALL_F32, "F16": gguf.LlamaFileType.MOSTLY_F16}
     metadata = {
         **general,
         "general.file_type": int(file_type.get(quantization, gguf.LlamaFileType.MOSTLY_BF16)),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **gguf_hyperparameters(checkpoint),
-        **rope.to_gguf(ARCH, finetuned=finetuned),
+        **{f"{arch}.{key}": value for key, value in checkpoint.family.keys(checkpoint.hf_config).items()},
+        **rope.to_gguf(arch, finetuned=finetuned or checkpoint.family.rope_finetuned),
         **vocabulary,
     }
     for key, value in metadata.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
 
-    plan: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-    for name, source in checkpoint.tensors.items():
-        plan.append((name, source.shape, torch.float32 if len(source.shape) == 1 else torch_dtype))
-    factors = rope.rope_factors(checkpoint.head_dim)
-    total = 0
-    for name, shape, dtype in plan:
-        nbytes = dtype.itemsize * int(torch.Size(shape).numel())
-        total += nbytes
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None, name
-        writer.add_tensor_info(gguf_name, shape, _numpy_dtype(dtype), nbytes, _ggml_type(dtype))
+    outputs = plan_tensors(checkpoint, quantization)
+    factors = rope.rope_factors(checkpoint.rotary_dim)
+    total = sum(output.nbytes for output in outputs)
+    for o in outputs:
+        writer.add_tensor_info(o.name, o.shape, _numpy_dtype(o.dtype), o.nbytes, _ggml_type(o.dtype))
     if factors is not None:
         writer.add_tensor_info(FREQUENCY_FACTORS, (len(factors),), _numpy_dtype(torch.float32), 4 * len(factors), None)
     check_free_disk(path.parent, total)
@@ -171,31 +170,102 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with progress_bar(f"write {quantization}", total, "bytes") as advance:
-            for name, _, dtype in plan:
-                array = _to_numpy(_load(checkpoint, name), dtype, checkpoint.tensors[name].path, name)
+            for output in outputs:
+                made = output.make([_load(checkpoint.tensors[name]) for name in output.sources])
+                array = _to_numpy(made, output.dtype, checkpoint.tensors[output.sources[0]])
                 writer.write_tensor_data(array)
                 advance(array.nbytes)
         if factors is not None:
-            writer.write_tensor_data(_to_numpy(torch.tensor(factors), torch.float32, path, FREQUENCY_FACTORS))
+            writer.write_tensor_data(torch.tensor(factors).numpy())
     finally:
         writer.close()
 
 
-def _load(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    from safetensors import safe_open
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the GGUF file: what it is made of, and how.
 
-    with safe_open(checkpoint.tensors[name].path, framework="pt") as file:
-        return transform(checkpoint, name, file.get_tensor(name))
+    Args:
+        name: GGUF's name.
+        sources: Hugging Face tensors; several are experts, stacked along a new first dimension.
+        make: of the sources' values.
+        shape: as torch has it.
+        dtype: in the file.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    make: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
-def _to_numpy(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str) -> np.ndarray:
+def plan_tensors(checkpoint: Checkpoint, quantization: str) -> list[Output]:
+    """Return the tensors of the GGUF file in their order; nothing is read but their shapes.
+
+    Args:
+        quantization: F32, F16 or BF16.
+    """
+    import gguf
     import torch
 
+    family, config = checkpoint.family, checkpoint.hf_config
+    torch_dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[quantization]
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.arch)
+    table = gguf.get_tensor_name_map(arch, checkpoint.n_layers)
+    groups: dict[str, list[str]] = {}
+    for name in checkpoint.tensors:
+        groups.setdefault(_NUMBERED.sub(r"\1.", name), []).append(name)
+    outputs = []
+    for merged, names in groups.items():
+        names.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
+        gguf_name = table.get_name(family.rename(merged), try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise UnsupportedError(f"{checkpoint.path}: gguf has no name for {merged} in {family.arch}")
+        make = _maker(family.transform(merged), config, stacked=merged != names[0])
+        shape = tuple(make([torch.empty(checkpoint.tensors[n].shape, device="meta") for n in names]).shape)
+        exact = len(shape) == 1 or gguf_name.endswith("_norm.weight") or "ffn_gate_inp" in gguf_name
+        outputs.append(Output(gguf_name, tuple(names), make, shape, torch.float32 if exact else torch_dtype))
+    return outputs
+
+
+def _maker(
+    transform: Transform | None, config: Config, *, stacked: bool
+) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+    def make(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        tensor = torch.stack(list(tensors)) if stacked else tensors[0]
+        return transform(tensor, config) if transform else tensor
+
+    return make
+
+
+def _load(source: TensorSource) -> torch.Tensor:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(source.path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(source.name)
     if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{path}: {name} holds NaN or infinity", "the checkpoint is damaged or diverged")
+        raise CheckpointError(
+            f"{source.path}: {source.name} holds NaN or infinity", "the checkpoint is damaged or diverged"
+        )
+    return tensor
+
+
+def _to_numpy(tensor: torch.Tensor, dtype: torch.dtype, source: TensorSource) -> np.ndarray:
+    import torch
+
     converted = tensor.to(dtype)
     if dtype == torch.float16 and not torch.isfinite(converted).all():
-        raise CheckpointError(f"{path}: {name} holds values beyond F16's 65504", "use --quant BF16 or F32")
+        raise CheckpointError(
+            f"{source.path}: {source.name} holds values beyond F16's 65504", "use --quant BF16 or F32"
+        )
     if dtype == torch.bfloat16:
         converted = converted.view(torch.uint16)
     array: np.ndarray = converted.contiguous().numpy()

@@ -12,6 +12,7 @@ from pi_gguf.scoring import LanguageModel, common_prefix
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 _CHUNK = 1024
 
@@ -63,17 +64,29 @@ class HfModel(LanguageModel):
         for start in range(known, len(ids), step):
             part = list(ids[start : start + step])
             with torch.inference_mode():
-                hidden = self._model.model(
-                    torch.tensor([part], device=self.device),
-                    position_ids=torch.arange(start, start + len(part), device=self.device)[None],
-                    past_key_values=self._cache,
-                    use_cache=True,
+                hidden = self._model.base_model(
+                    torch.tensor([part], device=self.device), past_key_values=self._cache, use_cache=True
                 ).last_hidden_state[0]
             self._evaluated += part
             for offset in range(max(0, first - start), len(part), _CHUNK):
-                with torch.inference_mode():
-                    logits = self._model.lm_head(hidden[offset : offset + _CHUNK]).float()
-                yield logits.cpu().numpy()
+                yield self._logits(hidden[offset : offset + _CHUNK]).cpu().numpy()
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits (T, V) of last hidden states (T, D): the model's own forward after its base, with whatever
+        a family does there (scaling, soft caps)."""
+        import torch
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        base = self._model.base_model
+        whole, base.forward = base.forward, lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        try:
+            with torch.inference_mode():
+                logits: torch.Tensor = self._model(
+                    torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
+                ).logits
+        finally:
+            base.forward = whole
+        return logits[0].float()
 
     def close(self) -> None:
         self._model = self._cache = None

@@ -261,7 +261,7 @@ def plan(
     checkpoint = load_checkpoint(model, config_only=True)
     if quant.upper() not in BITS_PER_WEIGHT:
         raise OptionError(f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}")
-    rope = checkpoint.rope if context is None else checkpoint.rope.interpolated(context)
+    rope = checkpoint.rope if context is None else checkpoint.interpolated(context)
     device = _device(device)
     training, seconds, memory = None, 0.0, 0
     n = checkpoint.n_parameters()
@@ -325,12 +325,11 @@ def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, 
 
 
 def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool) -> int:
-    config = checkpoint.config
-    layer = 34 * tokens * config["hidden_size"]
+    layer = 34 * tokens * checkpoint.hidden_size
     stored = (
-        2 * tokens * config["hidden_size"] * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
+        2 * tokens * checkpoint.hidden_size * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
     )
-    return int(16 * checkpoint.n_parameters() + stored + 12 * tokens * config["vocab_size"])
+    return int(16 * checkpoint.n_parameters() + stored + 12 * tokens * checkpoint.vocab_size)
 
 
 def free_memory(device: str) -> int:
@@ -347,7 +346,7 @@ def free_memory(device: str) -> int:
 def _train_operations(checkpoint: Checkpoint, length: int) -> float:
     """Return floating-point operations a token: 6 a parameter, and causal attention over half the length."""
     attention = 12 * checkpoint.n_layers * checkpoint.n_heads * checkpoint.head_dim * length / 2
-    tied = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"]
+    tied = checkpoint.vocab_size * checkpoint.hidden_size
     return 6 * (checkpoint.n_parameters() - (0 if checkpoint.tied else tied)) + attention
 
 

@@ -30,13 +30,16 @@ class RopeScaling:
     """How a model turns positions into angles, and up to which position.
 
     Args:
-        rope_type: `default` (no scaling), `linear` (Position Interpolation) or `llama3` (Llama 3.1's own).
+        rope_type: `default` (no scaling), `linear` (Position Interpolation), `llama3` (Llama 3.1's own) or `alibi` (no
+            rotation at all).
         factor: multiplier of the window, dimensionless; 1.0 for `default`.
         rope_theta: base of the angles, dimensionless.
         original_max_position_embeddings: trained window before scaling, in tokens.
         max_position_embeddings: window of the model now, in tokens.
         low_freq_factor: of `llama3`, dimensionless.
         high_freq_factor: of `llama3`, dimensionless.
+        sliding_rope_theta: base in layers with a sliding window, whose short distances are never scaled; None where
+            all layers are alike.
     """
 
     rope_type: str
@@ -46,6 +49,7 @@ class RopeScaling:
     max_position_embeddings: int
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
+    sliding_rope_theta: float | None = None
 
     @property
     def rope_freq_scale(self) -> float:
@@ -60,6 +64,11 @@ class RopeScaling:
             UnsupportedError: the model already scales its positions.
         """
         window = self.max_position_embeddings
+        if self.rope_type == "alibi":
+            raise UnsupportedError(
+                "Position Interpolation needs rotary positions; this family has ALiBi, biases that grow with distance",
+                "leave --context out to convert as is",
+            )
         if self.rope_type != "default":
             raise UnsupportedError(
                 f"rope_type must be default to be interpolated, got {self.rope_type} with factor {self.factor:g} "
@@ -118,28 +127,38 @@ class RopeScaling:
     # Hugging Face
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], path: str) -> RopeScaling:
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        path: str,
+        *,
+        window: int | None = None,
+        theta: float = DEFAULT_ROPE_THETA,
+        sliding_theta: float | None = None,
+    ) -> RopeScaling:
         """Read the scaling of a config, in the spelling of transformers 4 or 5.
 
         Args:
             config: the parsed config.json.
             path: of the file, for messages.
+            window: in tokens; `max_position_embeddings` of the config when None.
+            theta: base where the config names none, the family's default.
+            sliding_theta: base of the layers with a sliding window; None where all layers are alike.
 
         Raises:
             CheckpointError: a field is missing or no number.
             UnsupportedError: an unknown rope type.
         """
-        window = positive_int(config, "max_position_embeddings", path)
+        window = window or positive_int(config, "max_position_embeddings", path)
         field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
         rope = config.get(field) or {}
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"{path}: {field} must be an object, got {rope!r}")
+        rope = rope.get("full_attention", rope)
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        theta = positive_number(
-            rope.get("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA)), f"{field}.rope_theta", path
-        )
+        theta = positive_number(rope.get("rope_theta", config.get("rope_theta", theta)), f"{field}.rope_theta", path)
         if rope_type == "default":
-            return cls("default", 1.0, theta, window, window)
+            return cls("default", 1.0, theta, window, window, sliding_rope_theta=sliding_theta)
         if rope_type not in ("linear", "llama3"):
             raise UnsupportedError(
                 f"{path}: {field}.rope_type must be default, linear or llama3, got {rope_type!r}",
@@ -154,8 +173,9 @@ class RopeScaling:
             original = rope.get("original_max_position_embeddings")
             if config.get("max_sequence_length") == round(window * factor):
                 # Written for transformers 4 before it asked for an edited window: the new one is here.
-                return cls("linear", factor, theta, window, round(window * factor))
-            return cls("linear", factor, theta, original or round(window / factor), window)
+                original, window = window, round(window * factor)
+            original = original or round(window / factor)
+            return cls("linear", factor, theta, original, window, sliding_rope_theta=sliding_theta)
         low, high = (positive_number(rope.get(name), f"{field}.{name}", path) for name in _LLAMA3_FIELDS)
         if high <= low:
             raise CheckpointError(
@@ -166,7 +186,12 @@ class RopeScaling:
 
     def to_hf(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config with this scaling, spelled for transformers 5 and for transformers 4."""
+        if self.rope_type == "alibi":
+            return dict(config)
+        before = config.get("rope_parameters") or {}
         parameters: dict[str, Any] = {"rope_type": self.rope_type, "rope_theta": self.rope_theta}
+        if "partial_rotary_factor" in before:
+            parameters["partial_rotary_factor"] = before["partial_rotary_factor"]
         if self.rope_type != "default":
             parameters["factor"] = self.factor
         if self.rope_type == "llama3":
@@ -174,6 +199,13 @@ class RopeScaling:
             parameters["high_freq_factor"] = self.high_freq_factor
             parameters["original_max_position_embeddings"] = self.original_max_position_embeddings
         older = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        if self.sliding_rope_theta is not None:
+            sliding = {"rope_type": "default", "rope_theta": self.sliding_rope_theta}
+            return {
+                **{key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")},
+                "max_position_embeddings": self.max_position_embeddings,
+                "rope_parameters": {"full_attention": parameters, "sliding_attention": sliding},
+            }
         return {
             **config,
             "max_position_embeddings": self.max_position_embeddings,
@@ -191,10 +223,12 @@ class RopeScaling:
             arch: GGUF's name of the architecture, the prefix of the keys.
             finetuned: whether the model was trained with this scaling.
         """
-        keys: dict[str, int | float | str | bool] = {
-            f"{arch}.context_length": self.max_position_embeddings,
-            f"{arch}.rope.freq_base": self.rope_theta,
-        }
+        keys: dict[str, int | float | str | bool] = {f"{arch}.context_length": self.max_position_embeddings}
+        if self.rope_type == "alibi":
+            return keys
+        keys[f"{arch}.rope.freq_base"] = self.rope_theta
+        if self.sliding_rope_theta is not None:
+            keys[f"{arch}.rope.freq_base_swa"] = self.sliding_rope_theta
         if self.rope_type == "linear":
             keys[f"{arch}.rope.scaling.type"] = "linear"
             keys[f"{arch}.rope.scaling.factor"] = self.factor

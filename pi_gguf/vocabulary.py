@@ -45,7 +45,7 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
     """
     json_path, model_path = checkpoint.path / "tokenizer.json", checkpoint.path / "tokenizer.model"
     parsed = read_json(json_path) if json_path.exists() else {}
-    rows = checkpoint.config["vocab_size"]
+    rows = checkpoint.vocab_size
     byte_level = parsed and "ByteLevel" in str(parsed.get("pre_tokenizer"))
     if byte_level:
         keys = _byte_level_bpe(parsed, rows, str(json_path))
@@ -210,7 +210,7 @@ def _add_tokens(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Non
 def _pad_to_embedding(keys: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Fill holes, and rows of the embedding beyond the vocabulary, with unused tokens."""
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    rows = checkpoint.config["vocab_size"]
+    rows = checkpoint.vocab_size
     if len(tokens) > rows:
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer has {len(tokens)} tokens, config.json's vocab_size is {rows}",

@@ -21,9 +21,9 @@ README = (ROOT / "README.md").read_text()
 # Imports go downward only: a module may import those of the layers before its own. The README draws the same.
 LAYERS = [
     {"errors", "passkey", "progress", "data", "scoring", "tables", "provenance"},
-    {"rope", "files", "texts", "bundled"},
+    {"rope", "files", "texts", "bundled", "families"},
     {"checkpoint"},
-    {"llama", "vocabulary"},
+    {"vocabulary"},
     {"gguf_file", "hf_model"},
     {"runtime"},
     {"planning", "evaluate", "check", "inspection"},
@@ -46,7 +46,7 @@ def imports(path: Path) -> set[str]:
 
 def modules() -> dict[str, Path]:
     found = {p.stem: p for p in (ROOT / "pi_gguf").glob("*.py")}
-    return {**found, "bundled": ROOT / "pi_gguf" / "bundled" / "__init__.py"}
+    return {**found, **{name: ROOT / "pi_gguf" / name / "__init__.py" for name in ("bundled", "families")}}
 
 
 def test_every_module_has_its_layer_and_imports_go_downward():
@@ -101,7 +101,7 @@ def commands(group, prefix=()):
 def test_every_command_explains_every_option_and_shows_an_example():
     names = [" ".join(path) for path, _ in commands(main)]
     assert names == [
-        "plan", "extend", "convert", "quantize", "inspect", "eval perplexity", "eval passkey", "run", "demo",
+        "plan", "extend", "convert", "quantize", "inspect", "eval perplexity", "eval passkey", "models", "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):
         text = command.get_help(click.Context(command))
@@ -145,7 +145,7 @@ def test_inspect_shows_what_llama_cpp_reads(cli, llama, tmp_path):
 
 def test_the_readme_maps_every_file():
     mapped = set(re.findall(r"^\| `([\w./-]+)` \|", README, re.MULTILINE))
-    there = {p.name for p in (ROOT / "pi_gguf").glob("*.py")} | {"bundled/"}
+    there = {p.name for p in (ROOT / "pi_gguf").glob("*.py")} | {"bundled/", "families/"}
     there |= {f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py")}
     assert mapped == there
 

@@ -1,0 +1,27 @@
+"""Cohere Command-R and Aya: one norm before attention and feed-forward side by side, scaled logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pi_gguf.families.family import Config, Family, common_keys
+
+
+def _keys(config: Config) -> dict[str, Any]:
+    return {
+        **common_keys(config),
+        "attention.layer_norm_epsilon": float(config.layer_norm_eps),
+        "logit_scale": float(config.logit_scale),
+    }
+
+
+COHERE = Family(
+    "cohere",
+    "command-r",
+    "Command-R, Aya 23",
+    _keys,
+    handles={
+        "hidden_act": ("silu",),
+        "use_qk_norm": lambda config: (config.num_hidden_layers >= 64,),  # Command-R+ has it, and llama.cpp only there
+    },
+)

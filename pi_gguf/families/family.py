@@ -1,0 +1,162 @@
+"""What a family of models is to a conversion: GGUF's architecture, hyper-parameters and tensor transformations.
+
+In: the opened config of transformers, which knows each family's defaults. gguf's own tables give the tensor names, and
+transformers itself the tensors that a checkpoint must have; a family's file says only what differs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Config = Any
+"""A transformers `PretrainedConfig`."""
+
+Handled = Mapping[str, "Sequence[Any] | Callable[[Config], Sequence[Any]]"]
+"""Fields of a config -> the values that llama.cpp computes, or a function that gives them."""
+
+Transform = Callable[["torch.Tensor", Config], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Args:
+        model_type: of config.json.
+        arch: GGUF's name of the architecture, the prefix of its keys.
+        models: which models these are, for people.
+        keys: hyper-parameters by GGUF key without the prefix, all but those of position scaling.
+        transforms: what is done to a tensor, by a pattern found in its Hugging Face name; the first that is found.
+        handles: fields of the config of which llama.cpp computes some values only.
+        alibi: positions are biases of the attention, not rotations; Position Interpolation does not apply.
+        rename: of a Hugging Face name before it is looked up in gguf's tables.
+        rope_finetuned: llama.cpp reads `rope.scaling.finetuned` false as "no rotation" here, so it is always true.
+        fixed_rope: why positions cannot be interpolated though they rotate; empty where they can.
+        window: field of the config that holds the trained window, in tokens.
+        default_window: what a config without this field means; None where it must be there.
+    """
+
+    model_type: str
+    arch: str
+    models: str
+    keys: Callable[[Config], dict[str, Any]]
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    handles: Handled = field(default_factory=dict)
+    alibi: bool = False
+    rename: Callable[[str], str] = lambda name: name
+    rope_finetuned: bool = False
+    fixed_rope: str = ""
+    window: str = "max_position_embeddings"
+    default_window: int | None = None
+
+    def transform(self, name: str) -> Transform | None:
+        """Return what is done to a tensor, by its Hugging Face name; None when it is written as it is."""
+        return next((t for pattern, t in self.transforms.items() if re.search(pattern, name)), None)
+
+    def complaint(self, config: Config) -> tuple[str, Any, str] | None:
+        """Return field, value and what it must be, of the first field that llama.cpp cannot compute; None if none."""
+        for name, handled in self.handles.items():
+            values = handled(config) if callable(handled) else handled
+            try:
+                value = attrgetter(name)(config)
+            except AttributeError:  # a field that came later than the config; its default was always this
+                continue
+            if value not in values:
+                return name, value, " or ".join(map(str, values))
+        return None
+
+
+# Hyper-parameters that most families share
+
+
+def head_dim(config: Config) -> int:
+    """Return the size of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def kv_heads(config: Config) -> int:
+    """Return the number of key-value heads."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def full_attention(config: Config) -> Sequence[Any]:
+    """Return the values of `sliding_window` under which every layer sees the whole window, which is all that GGUF can
+    say for some families."""
+    window = config.sliding_window
+    return (None, window) if window is not None and window >= config.max_position_embeddings else (None,)
+
+
+def rotary_dim(config: Config) -> int:
+    """Return how many dimensions of a head are rotated."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+
+
+def common_keys(config: Config, *, feed_forward: int | None = None) -> dict[str, Any]:
+    """Return layers, widths, heads and rotary dimensions.
+
+    Args:
+        feed_forward: inner width; the config's `intermediate_size` when None.
+    """
+    return {
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": feed_forward or config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": kv_heads(config),
+        "attention.key_length": head_dim(config),
+        "attention.value_length": head_dim(config),
+        "rope.dimension_count": rotary_dim(config),
+        "vocab_size": config.vocab_size,
+    }
+
+
+def rms_keys(config: Config) -> dict[str, Any]:
+    """Return the common keys of a family that normalizes by the root mean square."""
+    return {**common_keys(config), "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}
+
+
+def expert_keys(config: Config) -> dict[str, Any]:
+    """Return how many experts there are and how many are used for a token."""
+    experts = getattr(config, "num_local_experts", None) or config.num_experts
+    return {"expert_count": experts, "expert_used_count": config.num_experts_per_tok}
+
+
+# Transformations that several families share. H heads, d head size, D width.
+
+
+def interleave(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Reorder the rows of a head: Hugging Face rotates element j with j + d/2, llama.cpp element 2j with 2j + 1.
+
+    Args:
+        tensor: weight (H * d, D) or bias (H * d).
+    """
+    rest = tensor.shape[1:]
+    return tensor.reshape(n_heads, 2, -1, *rest).transpose(1, 2).reshape(tensor.shape)
+
+
+INTERLEAVED_ROTARY: dict[str, Transform] = {
+    r"\.q_proj\.": lambda tensor, config: interleave(tensor, config.num_attention_heads),
+    r"\.k_proj\.": lambda tensor, config: interleave(tensor, kv_heads(config)),
+}
+"""Rows of Q and K in the order of llama.cpp's interleaved rotation."""
+
+NORM_PLUS_ONE: dict[str, Transform] = {r"norm\.weight$": lambda tensor, config: tensor.float() + 1}
+"""Norm weights stored around zero, where llama.cpp multiplies by the whole."""
+
+
+def ungroup_qkv(tensor: torch.Tensor, config: Config) -> torch.Tensor:
+    """Turn Q, K and V that alternate head by head into all of Q, all of K, all of V.
+
+    Args:
+        tensor: weight (H * 3 * d, D) or bias (H * 3 * d).
+    """
+    rest = tensor.shape[1:]
+    return tensor.reshape(config.num_attention_heads, 3, -1, *rest).transpose(0, 1).reshape(tensor.shape)

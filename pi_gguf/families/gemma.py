@@ -1,0 +1,64 @@
+"""Gemma 1, 2 and 3 (text): norm weights around zero, tied embeddings, soft caps (2), sliding layers (2, 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pi_gguf.families.family import NORM_PLUS_ONE, Config, Family, rms_keys
+
+
+def _gemma2_keys(config: Config) -> dict[str, Any]:
+    return {
+        **rms_keys(config),
+        "attn_logit_softcapping": float(config.attn_logit_softcapping),
+        "final_logit_softcapping": float(config.final_logit_softcapping),
+        "attention.sliding_window": config.sliding_window,
+    }
+
+
+def _gemma3_keys(config: Config) -> dict[str, Any]:
+    keys = {**rms_keys(config), "attention.sliding_window": config.sliding_window}
+    if config.final_logit_softcapping:
+        keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
+    return keys
+
+
+_GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
+
+
+def _attention_scale(layers_of_27b: int) -> Any:
+    """llama.cpp has no key for `query_pre_attn_scalar`: it is the head size, but for the model of 27 billion."""
+    return lambda config: (
+        config.hidden_size // config.num_attention_heads
+        if config.num_hidden_layers == layers_of_27b
+        else config.head_dim,
+    )
+
+
+def _full_every(n: int) -> Any:
+    """Every n-th layer sees the whole window, the others slide; llama.cpp knows no other pattern."""
+    return lambda config: (
+        ["sliding_attention" if (i + 1) % n else "full_attention" for i in range(config.num_hidden_layers)],
+    )
+
+
+_GELU = ("gelu_pytorch_tanh", "gelu")
+
+GEMMA = Family("gemma", "gemma", "Gemma, CodeGemma", rms_keys, NORM_PLUS_ONE, {"hidden_act": _GELU})
+GEMMA2 = Family(
+    "gemma2", "gemma2", "Gemma 2", _gemma2_keys, NORM_PLUS_ONE,
+    {
+        "query_pre_attn_scalar": _attention_scale(_GEMMA2_27B_LAYERS),
+        "layer_types": _full_every(2),
+        "hidden_activation": _GELU,
+    },
+)  # fmt: skip
+GEMMA3 = Family(
+    "gemma3_text", "gemma3", "Gemma 3, text", _gemma3_keys, NORM_PLUS_ONE,
+    {
+        "query_pre_attn_scalar": _attention_scale(_GEMMA3_27B_LAYERS),
+        "layer_types": _full_every(6),
+        "hidden_activation": _GELU,
+        "attn_logit_softcapping": (None,),
+    },
+)  # fmt: skip

@@ -1,0 +1,14 @@
+"""Nemotron 3, Minitron: layer norms with weights around zero, squared ReLU, partial rotation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pi_gguf.families.family import NORM_PLUS_ONE, Config, Family, common_keys
+
+
+def _keys(config: Config) -> dict[str, Any]:
+    return {**common_keys(config), "attention.layer_norm_epsilon": float(config.norm_eps)}
+
+
+NEMOTRON = Family("nemotron", "nemotron", "Nemotron 3, Minitron", _keys, NORM_PLUS_ONE, {"hidden_act": ("relu2",)})

@@ -1,0 +1,32 @@
+"""Phi: 1.5 and 2 with layer norms and partial rotation; 3 and later with fused projections, which GGUF keeps fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pi_gguf.families.family import Config, Family, common_keys, full_attention, rms_keys
+
+
+def _phi_keys(config: Config) -> dict[str, Any]:
+    return {**common_keys(config), "attention.layer_norm_epsilon": float(config.layer_norm_eps)}
+
+
+def _phi3_keys(config: Config) -> dict[str, Any]:
+    return {**rms_keys(config), "attention.sliding_window": config.sliding_window or 0}
+
+
+PHI = Family(
+    "phi",
+    "phi2",
+    "Phi 1, 1.5, 2",
+    _phi_keys,
+    handles={"qk_layernorm": (False,), "hidden_act": ("gelu_new", "gelu_pytorch_tanh", "gelu")},
+)
+PHI3 = Family(
+    "phi3",
+    "phi3",
+    "Phi 3, 3.5, 4",
+    _phi3_keys,
+    handles={"hidden_act": ("silu",), "sliding_window": full_attention},
+    fixed_rope="transformers opens Phi 3 with no scaling but longrope",
+)

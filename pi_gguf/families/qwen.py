@@ -1,0 +1,34 @@
+"""Qwen2 and Qwen3, dense and with experts: half-split rotation, biases on Q, K, V (2) or norms of Q and K (3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pi_gguf.families.family import Config, Family, expert_keys, rms_keys
+
+
+def _expert_keys(config: Config) -> dict[str, Any]:
+    return {
+        **rms_keys(config),
+        **expert_keys(config),
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+
+
+def _shared_expert_keys(config: Config) -> dict[str, Any]:
+    return {**_expert_keys(config), "expert_shared_feed_forward_length": config.shared_expert_intermediate_size}
+
+
+_HANDLES = {"hidden_act": ("silu",), "use_sliding_window": (False,)}
+_EXPERTS = {**_HANDLES, "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
+
+QWEN2 = Family("qwen2", "qwen2", "Qwen1.5, Qwen2, Qwen2.5", rms_keys, handles=_HANDLES)
+QWEN2_MOE = Family(
+    "qwen2_moe", "qwen2moe", "Qwen1.5-MoE, Qwen2-57B-A14B", _shared_expert_keys,
+    handles={**_EXPERTS, "norm_topk_prob": (False,)},
+)  # fmt: skip
+QWEN3 = Family("qwen3", "qwen3", "Qwen3", rms_keys, handles=_HANDLES)
+QWEN3_MOE = Family(
+    "qwen3_moe", "qwen3moe", "Qwen3-30B-A3B, Qwen3-235B-A22B", _expert_keys,
+    handles={**_EXPERTS, "norm_topk_prob": (True,)},
+)  # fmt: skip

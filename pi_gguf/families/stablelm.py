@@ -1,0 +1,18 @@
+"""StableLM: layer norms, partial rotation, optional norms of each head of Q and K."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pi_gguf.families.family import Config, Family, common_keys
+
+
+def _keys(config: Config) -> dict[str, Any]:
+    return {
+        **common_keys(config),
+        "attention.layer_norm_epsilon": float(config.layer_norm_eps),
+        "use_parallel_residual": bool(config.use_parallel_residual),
+    }
+
+
+STABLELM = Family("stablelm", "stablelm", "StableLM 2, 3B", _keys, handles={"hidden_act": ("silu",)})
