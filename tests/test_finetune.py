@@ -225,3 +225,12 @@ def test_a_growing_factor_needs_rows_of_the_original_window(llama):
     for said, options in refused.items():
         with pytest.raises(pi_gguf.errors.OptionError, match=said):
             training_plan(llama, **options)
+
+
+def test_texts_that_are_used_up_begin_again_in_another_order(llama):
+    plan = training_plan(llama, steps=8, train_window="16", batch_tokens=16 * 8)
+    text = {"a.txt": next(iter(pi_gguf.bundled.novels("train").values()))[:900]}
+    rows = [tuple(row) for batch in training_batches(load_checkpoint(str(llama)), plan, text, seed=0) for row in batch]
+    once = len(set(rows))
+    first, second = rows[:once], rows[once : 2 * once]
+    assert 3 < once <= 32 and set(first) == set(second) and first != second
