@@ -157,8 +157,9 @@ class Checkpoint:
                     "correct the config",
                 ) from error
 
+    @cached_property
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of every tensor that must be on disk; shapes as torch has them (out, in)."""
+        """Name and shape of every tensor that must be on disk; shapes as torch has them (out, in)."""
         from transformers.core_model_loading import revert_weight_conversion
 
         state = self._skeleton.state_dict()
@@ -167,7 +168,7 @@ class Checkpoint:
         return {name: tuple(tensor.shape) for name, tensor in on_disk.items() if name not in tied}
 
     def n_parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+        return sum(math.prod(shape) for shape in self.tensor_shapes.values())
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
@@ -180,12 +181,13 @@ class Checkpoint:
         found = {}
         for path in self._weight_files():
             found.update(_read_header(path))
-        wanted = self.tensor_shapes()
+        wanted = self.tensor_shapes
+        known = self._skeleton.state_dict()
         prefix = f"{self._skeleton.base_model_prefix}."
         for name in list(found):
             if name not in wanted and prefix + name in wanted:  # saved from the model without its head
                 found[prefix + name] = found.pop(name)
-            elif name not in wanted and (_IGNORED_TENSORS.search(name) or name in self._skeleton.state_dict()):
+            elif name not in wanted and (_IGNORED_TENSORS.search(name) or name in known):
                 del found[name]  # a buffer that follows from the config, or the head where it is tied
         missing = [name for name in wanted if name not in found]
         if missing:

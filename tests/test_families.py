@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tokenizer
+from safetensors.torch import load_file, save_file
 
 import pi_gguf
 from pi_gguf.checkpoint import load_checkpoint
@@ -59,6 +61,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, sliding beyond the window": ("phi3", {"sliding_window": WINDOW}),
     "gemma, erf": ("gemma", {"hidden_act": "gelu"}),
     "starcoder2, sliding beyond the window": ("starcoder2", {"sliding_window": 4 * WINDOW}),
+    "stablelm, half rotated": (
+        "stablelm",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
     "gpt_neox, sequential residual": ("gpt_neox", {"use_parallel_residual": False}),
 }
 KL_LIMIT = {"gemma": 1e-4, "gemma2": 1e-4, "gemma3_text": 1e-4, "nemotron": 2e-5, "olmo": 1e-5, "qwen3_moe": 1e-3}
@@ -111,6 +117,34 @@ def test_position_interpolation_is_refused_with_the_reason(family, reason, tmp_p
     with pytest.raises(UnsupportedError, match=reason):
         pi_gguf.convert(str(folder), tmp_path / "out.gguf", context=8192, steps=0)
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_names_without_the_prefix_of_the_base_model_are_the_same(tmp_path):
+    folder = make_model(tmp_path / "model", "bloom", {})
+    whole = load_checkpoint(str(folder)).tensors
+    path = folder / "model.safetensors"
+    save_file({name.removeprefix("transformer."): t for name, t in load_file(path).items()}, path, {"format": "pt"})
+    assert list(load_checkpoint(str(folder)).tensors) == list(whole)
+    assert pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32").checks[0].kl_divergence < 1e-6
+
+
+def test_a_falcon_config_without_a_window_means_2048(tmp_path):
+    folder = make_model(tmp_path / "model", "falcon", {})
+    config = json.loads((folder / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(str(folder)).rope.max_position_embeddings == 2048
+
+
+def test_an_older_gemma3_config_names_both_bases(tmp_path):
+    folder = make_model(tmp_path / "model", "gemma3_text", {})
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5, "rope_local_base_freq": 2e4}))
+    rope = load_checkpoint(str(folder)).rope
+    assert (rope.rope_theta, rope.sliding_rope_theta) == (5e5, 2e4)
+    result = pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+    assert result.checks[0].kl_divergence < KL_LIMIT["gemma3_text"]
 
 
 def test_a_window_beyond_what_slides_is_refused(tmp_path):

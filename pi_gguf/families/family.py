@@ -64,10 +64,7 @@ class Family:
         """Return field, value and what it must be, of the first field that llama.cpp cannot compute; None if none."""
         for name, handled in self.handles.items():
             values = handled(config) if callable(handled) else handled
-            try:
-                value = attrgetter(name)(config)
-            except AttributeError:  # a field that came later than the config; its default was always this
-                continue
+            value = attrgetter(name)(config)
             if value not in values:
                 return name, value, " or ".join(map(str, values))
         return None
