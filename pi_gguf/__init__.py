@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from pi_gguf.evaluate import evaluate_passkey as evaluate_passkey
     from pi_gguf.evaluate import evaluate_perplexity as evaluate_perplexity
     from pi_gguf.finetune import extend as extend
+    from pi_gguf.ggml import quantize as quantize
     from pi_gguf.inspection import inspect as inspect
     from pi_gguf.planning import plan as plan
     from pi_gguf.runtime import open_model as open
-    from pi_gguf.runtime import quantize as quantize
 
 _PUBLIC = {
     "convert": ("conversion", "convert"),
@@ -31,7 +31,7 @@ _PUBLIC = {
     "inspect": ("inspection", "inspect"),
     "open": ("runtime", "open_model"),
     "plan": ("planning", "plan"),
-    "quantize": ("runtime", "quantize"),
+    "quantize": ("ggml", "quantize"),
 }
 __all__ = ["convert", "evaluate_passkey", "evaluate_perplexity", "extend", "inspect", "open", "plan", "quantize"]
 

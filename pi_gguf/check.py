@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 LEVELS = ("quick", "full", "none")
 
-MAX_KL_DIVERGENCE = {"F32": 1e-4, "F16": 1e-3, "BF16": 3e-2}
+MAX_KL_DIVERGENCE = {"F32": 1e-4, "F16": 1e-3, "BF16": 3e-2, "Q8_0": 5e-2}
 """Largest mean KL divergence that is still rounding, in nats. llama.cpp rounds activations to the type of the weights:
-a mean of 1e-8, 2e-6 and 1e-4 is usual."""
+a mean of 1e-8, 2e-6 and 1e-4 is usual, and 1e-3 to 1e-2 for Q8_0."""
+
+MAX_KL_QUANTIZED = 1.0
+"""The same for all other types: small models at 2 bits reach 0.5, a wrong conversion is far above."""
 
 EXPERTS_SLACK = 30
 """How many times more a model with experts may differ: where two experts score alike, rounding picks the other one
@@ -169,8 +172,8 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
         if reference.logits is not None:
             logits = np.concatenate(list(model.logits_chunks(reference.ids, len(reference.logits))))
             kl, top1 = kl_divergence(reference.logits, logits)
-            limit = MAX_KL_DIVERGENCE.get(info.quantization)
-            if limit is not None and not kl <= (limit := limit * reference.slack):
+            limit = MAX_KL_DIVERGENCE.get(info.quantization, MAX_KL_QUANTIZED / reference.slack) * reference.slack
+            if not kl <= limit:
                 problems.append(f"{path}: KL divergence from Hugging Face is {kl:.3g}, above rounding ({limit:g})")
             if limit is None and not math.isfinite(kl):
                 problems.append(f"{path}: logits are not numbers after quantizing")

@@ -22,6 +22,8 @@ from pi_gguf.errors import PiGgufError
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
+_REPEATABLE = {"data": "PATH", "text": "PATH", "tensor_type": "PATTERN=TYPE"}
+"""What one value of an option that may be repeated is."""
 
 
 class Numbers(click.ParamType):
@@ -88,7 +90,7 @@ def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
     if parameter.name in _WINDOWS:
         options |= {"type": Numbers(), "show_default": ",".join(map(str, parameter.default))}
     elif typing.get_origin(hint) is Sequence or hint == Sequence[str]:
-        options |= {"multiple": True, "type": str, "metavar": "PATH"}
+        options |= {"multiple": True, "type": str, "metavar": _REPEATABLE[parameter.name]}
     elif hint is bool:
         flag = f"{flag}/--no-{flag[2:]}" if parameter.default else flag
         options |= {"is_flag": True}
@@ -172,8 +174,19 @@ def _show_extend(path: Path) -> str:
 
 
 def _show_convert(result: Any) -> str:
+    from pi_gguf.conversion import DryRun
     from pi_gguf.files import human_bytes
 
+    if isinstance(result, DryRun):
+        rows = [(name, "x".join(map(str, shape)), kind, f"{n:,}") for name, shape, kind, n in result.tensors]
+        table = text_table(
+            f"{result.path}, {result.quantization}", ("tensor", "shape", "type", "bytes"), rows, numbers=False
+        )
+        return (
+            f"{table}\nthe file: {result.nbytes:,} bytes, {result.header_bytes:,} of them before the first tensor\n"
+            f"memory: about {human_bytes(result.memory_bytes)} beside the mapped checkpoint; disk: "
+            f"{human_bytes(result.disk_bytes)}\nnothing was written"
+        )
     return (
         f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"
         f'next: pi-gguf run {result.path} --prompt "..."\n'
@@ -300,7 +313,7 @@ _COMMANDS = {
     ),
     "quantize": (
         "Quantize a GGUF file with llama.cpp.",
-        lambda: command("runtime:quantize", _show_quantize, reports=False),
+        lambda: command("ggml:quantize", _show_quantize, reports=False),
     ),
     "inspect": (
         "Show what a file states, what llama.cpp reads, and warnings.",

@@ -55,6 +55,18 @@ def check_free_disk(folder: Path, need_bytes: int) -> None:
 
 
 @contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's word that the disk is full into a `ResourceError`."""
+    try:
+        yield
+    except OSError as error:
+        short_write = error.errno is None and "requested and" in str(error)  # numpy's tofile names no errno
+        if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{path}: the disk is full", "free some disk space") from error
+        raise
+
+
+@contextmanager
 def replace_when_complete(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` on success, delete it on any failure.
 
@@ -64,20 +76,21 @@ def replace_when_complete(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     remove(partial)
     try:
-        yield partial
-        if partial.is_file():
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        if path.is_dir():
-            remove(path)
-        partial.replace(path)
-    except OSError as error:
-        short_write = error.errno is None and "requested and" in str(error)  # numpy's tofile names no errno
-        if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{path}: the disk is full; nothing was written", "free some disk space") from error
-        raise
+        with disk_errors(path):
+            yield partial
+            publish(partial, path)
     finally:
         remove(partial)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a complete file or folder its name, in place of what is there."""
+    if partial.is_file():
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    if path.is_dir():
+        remove(path)
+    partial.replace(path)
 
 
 def remove(path: Path) -> None:

@@ -1,38 +1,30 @@
-"""The door to GGUF files: write one from a checkpoint, tensor by tensor, and read metadata back.
+"""The door to GGUF files: read metadata and tensor lists, write headers, and name tensors.
 
-In: a `Checkpoint`, its tokenizer and a `RopeScaling`. Out: an unquantized GGUF (F32, F16 or BF16). One tensor is in
-memory at a time. Quantizing is llama.cpp's work and lives in `runtime`.
+In: a path. Out: a `GgufInfo`; or, from metadata and tensors, the part of a file before its data. The gguf library is
+imported nowhere else.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pi_gguf.checkpoint import Checkpoint, TensorSource
-from pi_gguf.errors import CheckpointError, GgufError, OptionError, UnsupportedError
-from pi_gguf.families.family import Config, Transform
-from pi_gguf.files import check_free_disk
-from pi_gguf.progress import progress_bar
+from pi_gguf.errors import GgufError
 from pi_gguf.rope import RopeScaling
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-UNQUANTIZED = ("F32", "F16", "BF16")
 FREQUENCY_FACTORS = "rope_freqs.weight"
 
-_NUMBERED = re.compile(r"(\.experts)\.\d+\.|\.norms\.\d+\.")
-"""Parts that a checkpoint stores one by one and GGUF as one tensor: experts, and norms of single heads."""
+ALIGNMENT = 32
+"""Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """A tensor of a file: its name, shape as torch has it, type, e.g. Q4_K, and bytes of data."""
+
     name: str
     shape: tuple[int, ...]
     type: str
@@ -113,172 +105,70 @@ def read_gguf(path: Path) -> GgufInfo:
     return GgufInfo(path, metadata, lengths, tensors)
 
 
-def write_gguf(
-    checkpoint: Checkpoint,
-    path: Path,
-    *,
-    rope: RopeScaling,
-    vocabulary: dict[str, Any],
-    general: dict[str, Any],
-    finetuned: bool,
-    quantization: str,
-) -> None:
-    """Write the checkpoint to `path`; one-dimensional tensors are always F32.
+def padded(nbytes: int) -> int:
+    """Return the bytes that a tensor takes in a file, up to where the next one may begin."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
+    """Write what comes before the data of a GGUF file.
 
     Args:
-        rope: the scaling to state in the file.
-        vocabulary: from `gguf_vocabulary`.
-        general: `general.*` keys.
-        finetuned: whether the weights were trained with `rope`.
-        quantization: F32, F16 or BF16.
-
-    Raises:
-        CheckpointError: a weight is not a number, or beyond F16.
-        OptionError: another quantization.
-        ResourceError: not enough disk.
+        metadata: keys and values; whole numbers are stored as 32-bit unsigned ones, but for numpy's own types.
+        tensors: in the order of their data.
     """
     import gguf
-    import torch
+    import numpy as np
 
-    if quantization not in UNQUANTIZED:
-        raise OptionError(f"quantization must be one of {', '.join(UNQUANTIZED)} here, got {quantization}")
-    arch = checkpoint.family.arch
     writer = gguf.GGUFWriter(path, arch)
-    file_type = {"F32": gguf.LlamaFileType.ALL_F32, "F16": gguf.LlamaFileType.MOSTLY_F16}
-    metadata = {
-        **general,
-        "general.file_type": int(file_type.get(quantization, gguf.LlamaFileType.MOSTLY_BF16)),
-        "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **{f"{arch}.{key}": value for key, value in checkpoint.family.keys(checkpoint.hf_config).items()},
-        **rope.to_gguf(arch, finetuned=finetuned or checkpoint.family.rope_finetuned),
-        **vocabulary,
-    }
+    add = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        np.uint16: writer.add_uint16, np.int32: writer.add_int32,
+    }  # fmt: skip
     for key, value in metadata.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
-
-    outputs = plan_tensors(checkpoint, quantization)
-    factors = rope.rope_factors(checkpoint.rotary_dim)
-    total = sum(output.nbytes for output in outputs)
-    for o in outputs:
-        writer.add_tensor_info(o.name, o.shape, _numpy_dtype(o.dtype), o.nbytes, _ggml_type(o.dtype))
-    if factors is not None:
-        writer.add_tensor_info(FREQUENCY_FACTORS, (len(factors),), _numpy_dtype(torch.float32), 4 * len(factors), None)
-    check_free_disk(path.parent, total)
+    for t in tensors:
+        writer.add_tensor_info(
+            t.name, t.shape, np.dtype(np.float32), t.nbytes, gguf.GGMLQuantizationType(tensor_types()[t.type])
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress_bar(f"write {quantization}", total, "bytes") as advance:
-            for output in outputs:
-                made = output.make([_load(checkpoint.tensors[name]) for name in output.sources])
-                array = _to_numpy(made, output.dtype, checkpoint.tensors[output.sources[0]])
-                writer.write_tensor_data(array)
-                advance(array.nbytes)
-        if factors is not None:
-            writer.write_tensor_data(torch.tensor(factors).numpy())
     finally:
         writer.close()
 
 
-@dataclass(frozen=True)
-class Output:
-    """A tensor of the GGUF file: what it is made of, and how.
-
-    Args:
-        name: GGUF's name.
-        sources: Hugging Face tensors; several are experts, stacked along a new first dimension.
-        make: of the sources' values.
-        shape: as torch has it.
-        dtype: in the file.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-    make: Callable[[Sequence[torch.Tensor]], torch.Tensor]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-def plan_tensors(checkpoint: Checkpoint, quantization: str) -> list[Output]:
-    """Return the tensors of the GGUF file in their order; nothing is read but their shapes.
-
-    Args:
-        quantization: F32, F16 or BF16.
-    """
-    import gguf
-    import torch
-
-    family, config = checkpoint.family, checkpoint.hf_config
-    torch_dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[quantization]
-    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.arch)
-    table = gguf.get_tensor_name_map(arch, checkpoint.n_layers)
-    groups: dict[str, list[str]] = {}
-    for name in checkpoint.tensors:
-        groups.setdefault(_NUMBERED.sub(r"\1.", name), []).append(name)
-    outputs = []
-    for merged, names in groups.items():
-        names.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
-        gguf_name = table.get_name(family.rename(merged), try_suffixes=(".weight", ".bias"))
-        if gguf_name is None:
-            raise UnsupportedError(f"{checkpoint.path}: gguf has no name for {merged} in {family.arch}")
-        make = _maker(family.transform(merged), config, stacked=merged != names[0])
-        shape = tuple(make([torch.empty(checkpoint.tensors[n].shape, device="meta") for n in names]).shape)
-        exact = len(shape) == 1 or gguf_name.endswith("_norm.weight") or "ffn_gate_inp" in gguf_name
-        outputs.append(Output(gguf_name, tuple(names), make, shape, torch.float32 if exact else torch_dtype))
-    return outputs
-
-
-def _maker(
-    transform: Transform | None, config: Config, *, stacked: bool
-) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
-    def make(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        import torch
-
-        tensor = torch.stack(list(tensors)) if stacked else tensors[0]
-        return transform(tensor, config) if transform else tensor
-
-    return make
-
-
-def _load(source: TensorSource) -> torch.Tensor:
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(source.path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(source.name)
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(
-            f"{source.path}: {source.name} holds NaN or infinity", "the checkpoint is damaged or diverged"
-        )
-    return tensor
-
-
-def _to_numpy(tensor: torch.Tensor, dtype: torch.dtype, source: TensorSource) -> np.ndarray:
-    import torch
-
-    converted = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.isfinite(converted).all():
-        raise CheckpointError(
-            f"{source.path}: {source.name} holds values beyond F16's 65504", "use --quant BF16 or F32"
-        )
-    if dtype == torch.bfloat16:
-        converted = converted.view(torch.uint16)
-    array: np.ndarray = converted.contiguous().numpy()
-    return array
-
-
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    import numpy as np
-
-    return np.dtype({2: "uint16", 4: "float32"}[dtype.itemsize])
-
-
-def _ggml_type(dtype: torch.dtype) -> Any:
+@cache
+def tensor_types() -> dict[str, int]:
+    """Return ggml's number of each tensor type, by name such as `Q4_K`."""
     import gguf
 
-    return gguf.GGMLQuantizationType[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(dtype)[6:]]]
+    return {kind.name: int(kind) for kind in gguf.GGMLQuantizationType}
+
+
+def tensor_nbytes(kind: str, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor's data; its rows must be whole blocks of the type."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor_types()[kind])]
+    rows = 1
+    for n in shape[:-1]:
+        rows *= n
+    return int(rows * (shape[-1] // block) * size)
+
+
+def quantization_version() -> int:
+    """Return the version of the formats of quantized blocks, which every file states."""
+    import gguf
+
+    return int(gguf.GGML_QUANT_VERSION)
+
+
+def tensor_namer(arch: str, n_layers: int) -> Callable[[str], str | None]:
+    """Return the function from Hugging Face's name of a tensor to GGUF's, None where it has none."""
+    import gguf
+
+    number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
+    table = gguf.get_tensor_name_map(number, n_layers)
+    return lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))

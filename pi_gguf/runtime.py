@@ -1,24 +1,20 @@
-"""The door to llama.cpp: open a GGUF file, complete, chat, tokenize and score with it, and quantize.
+"""Running a GGUF file in llama.cpp: complete, chat, tokenize and score.
 
-In: a path. Out: a `Model`, or a quantized file. The size of the KV cache is predicted and compared with free memory
-before anything is loaded. llama_cpp is imported nowhere else.
+In: a path. Out: a `Model`. The size of the KV cache is predicted and compared with free memory before anything is
+loaded.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
-import threading
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.files import check_free_disk, check_writable, human_bytes, replace_when_complete
+from pi_gguf.files import human_bytes
+from pi_gguf.ggml import cores, last_error, llama_cpp_library, log
 from pi_gguf.gguf_file import GgufInfo, read_gguf
-from pi_gguf.progress import progress_bar, say
+from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel, common_prefix
 
 if TYPE_CHECKING:
@@ -26,8 +22,6 @@ if TYPE_CHECKING:
 
 CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (2, 18 / 32)}
 """KV cache types: ggml's number and bytes an element."""
-
-NEED_IMPORTANCE_MATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S"}
 
 _BATCH = 512
 
@@ -82,9 +76,9 @@ class Model(LanguageModel):
         self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
         if not on_gpu:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
-        threads = n_threads or _cores()
-        llama_cpp = _llama_cpp()
-        _log.clear()
+        threads = n_threads or cores()
+        llama_cpp = llama_cpp_library()
+        log.clear()
         try:
             self._llama = llama_cpp.Llama(
                 str(path),
@@ -100,7 +94,7 @@ class Model(LanguageModel):
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:
-            raise GgufError(f"{path}: llama.cpp does not open it ({_last_error() or error})") from error
+            raise GgufError(f"{path}: llama.cpp does not open it ({last_error() or error})") from error
         self._evaluated: list[int] = []
 
     def __enter__(self) -> Model:
@@ -120,11 +114,11 @@ class Model(LanguageModel):
 
     @property
     def n_ctx_train(self) -> int:
-        return int(_llama_cpp().llama_model_n_ctx_train(self._llama.model))
+        return int(llama_cpp_library().llama_model_n_ctx_train(self._llama.model))
 
     @property
     def rope_freq_scale_train(self) -> float:
-        return float(_llama_cpp().llama_model_rope_freq_scale_train(self._llama.model))
+        return float(llama_cpp_library().llama_model_rope_freq_scale_train(self._llama.model))
 
     @property
     def bos(self) -> list[int]:
@@ -219,7 +213,7 @@ class Model(LanguageModel):
 
         if len(ids) > self.n_ctx:
             raise OptionError(f"{len(ids)} tokens do not fit the open window of {self.n_ctx}", "open a larger n_ctx")
-        llama_cpp = _llama_cpp()
+        llama_cpp = llama_cpp_library()
         first = len(ids) - last
         known = min(common_prefix(self._evaluated, ids), first)
         self._llama.reset()
@@ -239,7 +233,7 @@ class Model(LanguageModel):
                     batch.logits[i] = start + i >= first
                 outputs = min(len(part), max(0, start + len(part) - first))
                 if llama_cpp.llama_decode(self._llama.ctx, batch) != 0:
-                    raise ResourceError(f"{self.path}: llama.cpp could not read a batch ({_last_error()})")
+                    raise ResourceError(f"{self.path}: llama.cpp could not read a batch ({last_error()})")
                 self._evaluated += part
                 if outputs:
                     logits = np.ctypeslib.as_array(
@@ -286,135 +280,13 @@ def _check_memory(info: GgufInfo, cache_bytes: int, n_ctx: int) -> None:
         say(f"note: {sizes}; weights will be read from disk again and again")
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: the cores this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _use_gpu(device: str) -> bool:
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"device must be auto, cpu or cuda, got {device}")
-    built = bool(_llama_cpp().llama_supports_gpu_offload())
+    built = bool(llama_cpp_library().llama_supports_gpu_offload())
     if device == "cuda" and not built:
         raise OptionError(
             "device cuda: this llama.cpp was built without a GPU",
             "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python",
         )
     return built and device != "cpu"
-
-
-# Quantizing
-
-
-@cache
-def quantizations() -> dict[str, int]:
-    """Return every file type of the installed llama.cpp by name, such as `Q4_K_M`."""
-    prefix = re.compile(r"LLAMA_FTYPE_(?:ALL|MOSTLY)_(\w+)")
-    llama_cpp = _llama_cpp().llama_cpp
-    found = {name: prefix.fullmatch(name) for name in dir(llama_cpp)}
-    return {match[1]: int(getattr(llama_cpp, name)) for name, match in found.items() if match}
-
-
-def check_quantization(name: str) -> str:
-    """Return `name` in upper case if llama.cpp has that quantization.
-
-    Raises:
-        OptionError: otherwise, with the list; or it needs an importance matrix.
-    """
-    if name.upper() not in quantizations():
-        raise OptionError(f"quant must be one of {', '.join(sorted(quantizations()))}, got {name}")
-    if name.upper() in NEED_IMPORTANCE_MATRIX:
-        raise OptionError(
-            f"quant {name}: llama.cpp writes it with an importance matrix only, which is not made here",
-            "take Q2_K or a larger type",
-        )
-    return name.upper()
-
-
-def quantize(
-    source: str | Path,
-    target: str | Path,
-    *,
-    quant: str = "Q4_K_M",
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Path:
-    """Quantize a GGUF file with llama.cpp.
-
-    Args:
-        source: GGUF file to read; best F32, F16 or BF16.
-        target: GGUF file to write.
-        quant: any type llama.cpp has, e.g. Q8_0, Q5_K_M or Q4_K_M.
-        overwrite: replace the file that is there.
-        seed: taken like everywhere; nothing is random here.
-        device: taken like everywhere; llama.cpp quantizes on the CPU.
-
-    Returns:
-        The path written.
-
-    Example:
-        pi-gguf quantize model-f16.gguf model-q4_k_m.gguf --quant Q4_K_M
-    """
-    source, target, quant = Path(source), Path(target), check_quantization(quant)
-    info = read_gguf(source)
-    check_writable(target, overwrite)
-    if target.exists() and target.samefile(source):
-        raise OptionError(f"{target}: source and target are the same file", "give another target")
-    llama_cpp = _llama_cpp()
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = quantizations()[quant]
-    params.nthread = _cores()
-    params.allow_requantize = info.quantization not in ("F32", "F16", "BF16")
-    if params.allow_requantize:
-        say(f"note: {source} is {info.quantization} already; quantizing twice loses more than once")
-    check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 8)
-    with (
-        replace_when_complete(target) as partial,
-        progress_bar(f"quantize {quant}", len(info.tensors), "tensors") as bar,
-    ):
-        _log.clear()
-        result: list[int] = []
-        worker = threading.Thread(
-            target=lambda: result.append(
-                llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(params))
-            ),
-            daemon=True,  # Ctrl-C ends the process without waiting for it
-        )
-        worker.start()
-        done = 0
-        while worker.is_alive():
-            worker.join(0.1)
-            now = sum(1 for line in list(_log) if re.match(r"\[ *\d+/ *\d+\]", line))
-            bar(now - done)
-            done = now
-        if result != [0]:
-            check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 2)
-            raise GgufError(f"{source}: llama.cpp did not quantize it ({_last_error()})")
-    return target
-
-
-# The library
-
-_log: list[str] = []
-_callbacks: list[Any] = []  # ctypes callbacks must outlive the library's use of them
-
-
-@cache
-def _llama_cpp() -> Any:
-    import llama_cpp
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def collect(level: int, text: bytes, _: Any) -> None:
-        _log.append(text.decode(errors="replace"))
-        del _log[:-2000]
-
-    _callbacks.append(collect)
-    llama_cpp.llama_log_set(collect, None)
-    return llama_cpp
-
-
-def _last_error() -> str:
-    lines = [line.strip() for line in _log if "error" in line.lower() or "failed" in line.lower()]
-    return lines[0] if lines else ""

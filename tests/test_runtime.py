@@ -7,8 +7,9 @@ import pytest
 
 import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.ggml import quantizations
 from pi_gguf.gguf_file import read_gguf
-from pi_gguf.runtime import kv_cache_bytes, predict_kv_cache, quantizations
+from pi_gguf.runtime import kv_cache_bytes, predict_kv_cache
 
 
 @pytest.fixture(scope="module")
