@@ -74,6 +74,13 @@ def make_llama(path: Path, *, max_shard_size: str = "1GB", dtype: str = "float32
     return path
 
 
+def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
+    """Return type and data of every tensor of a GGUF file."""
+    import gguf
+
+    return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama, untied, float32, window 64. Not to be changed by a test."""

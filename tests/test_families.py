@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, tensors
 from safetensors.torch import load_file, save_file
 
 import pi_gguf
@@ -104,6 +104,10 @@ def test_a_family_computes_what_transformers_computes(variant, tmp_path):
     assert plain.checks[0].prompt_tokens == 600
     assert plain.checks[0].kl_divergence < KL_LIMIT.get(family, 1e-6)
     assert plain.checks[0].top1_agreement > 0.98
+    pi_gguf.convert(str(folder), tmp_path / "q.gguf", quant="Q4_K_M", check="none")
+    pi_gguf.quantize(tmp_path / "plain.gguf", tmp_path / "theirs.gguf", quant="Q4_K_M")
+    ours, theirs = tensors(tmp_path / "q.gguf"), tensors(tmp_path / "theirs.gguf")
+    assert ours == theirs and {"Q5_0", "Q8_0"} <= {kind for kind, _ in ours.values()}
     if not FAMILIES[family].alibi and not FAMILIES[family].fixed_rope:
         window = load_checkpoint(str(folder)).rope.max_position_embeddings
         scaled = pi_gguf.convert(str(folder), tmp_path / "scaled.gguf", quant="F32", context=4 * window, steps=0)

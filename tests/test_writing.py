@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, tensors
 from safetensors.torch import load_file, save_file
 
 import pi_gguf
@@ -37,10 +37,6 @@ def exact(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exact") / "exact.gguf"
     pi_gguf.convert(str(wide), path, quant="F32", check="none")
     return path
-
-
-def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
-    return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
 
 
 @pytest.mark.parametrize("quant", MIXTURES)
