@@ -247,10 +247,16 @@ class Checkpoint:
     # Opening with transformers
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
+        """Open the tokenizer; tokenizer.json is taken at its word.
 
+        The classes that transformers 5 would choose by model_type rebuild parts of it: a Qwen 2 gets Qwen's
+        pre-tokenizer and a padding token whatever its file says.
+        """
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        kind = PreTrainedTokenizerFast if (self.path / "tokenizer.json").exists() else AutoTokenizer
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+            tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a broken tokenizer
             raise CheckpointError(
                 f"{self.path}: the tokenizer does not open ({_one_line(error)})",

@@ -60,6 +60,13 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
     _add_tokens(keys, tokenizer)
     _pad_to_embedding(keys, checkpoint)
     _special_tokens(keys, tokenizer)
+    if keys["tokenizer.ggml.model"] == "llama":
+        if parsed:
+            first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
+        else:
+            first = _open_sentencepiece(str(model_path)).encode("a", out_type=str)[0]
+            keys["tokenizer.ggml.add_bos_token"] = _begins(checkpoint, tokenizer)
+        keys["tokenizer.ggml.add_space_prefix"] = first.startswith("▁")
     return keys
 
 
@@ -73,10 +80,23 @@ def reference_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, te
     model_path = checkpoint.path / "tokenizer.model"
     if (checkpoint.path / "tokenizer.json").exists() or not model_path.exists():
         return ids
-    begin = [] if tokenizer.bos_token_id is None or ids[:1] != [tokenizer.bos_token_id] else ids[:1]
+    begin = [tokenizer.bos_token_id] if _begins(checkpoint, tokenizer) else []
     end = [] if tokenizer.eos_token_id is None or ids[-1:] != [tokenizer.eos_token_id] else ids[-1:]
     pieces: list[int] = _open_sentencepiece(str(model_path)).encode(text)
     return begin + pieces + end
+
+
+def _begins(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether texts get a begin token where a folder has only `tokenizer.model`.
+
+    Without settings they do, as these models were trained; transformers 5 leaves it out for some families.
+    """
+    if tokenizer.bos_token_id is None:
+        return False
+    if not (checkpoint.path / "tokenizer_config.json").exists():
+        return True
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return ids[:1] == [tokenizer.bos_token_id]
 
 
 def _byte_level_bpe(parsed: dict[str, Any], rows: int, path: str) -> dict[str, Any]:
@@ -239,8 +259,5 @@ def _special_tokens(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     ids = tokenizer("a")["input_ids"]
     keys["tokenizer.ggml.add_bos_token"] = named["bos"] is not None and ids[:1] == [named["bos"]]
     keys["tokenizer.ggml.add_eos_token"] = named["eos"] is not None and ids[-1:] == [named["eos"]]
-    if keys["tokenizer.ggml.model"] == "llama":
-        first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
-        keys["tokenizer.ggml.add_space_prefix"] = first.startswith("▁")
     if isinstance(tokenizer.chat_template, str):
         keys["tokenizer.chat_template"] = tokenizer.chat_template
