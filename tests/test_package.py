@@ -151,6 +151,14 @@ def test_the_readme_maps_every_file():
     assert mapped == there
 
 
+def test_every_package_is_installed():
+    import tomllib
+
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "pi_gguf").rglob("__init__.py")}
+    assert set(named) == there
+
+
 def test_the_readme_table_is_the_recorded_one():
     from pi_gguf.demo import markdown_table
 

@@ -15,6 +15,7 @@ import argparse
 import collections
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -64,10 +65,12 @@ REASONS = {
     "general.file_type": "ours names the type; theirs is 'guessed' for some",
     "tokenizer.ggml.add_bos_token": "ours is what the tokenizer does; theirs is left out where its settings are silent",
     "tokenizer.ggml.add_eos_token": "as add_bos_token",
-    "tokenizer.ggml.unknown_token_id": "ours is what tokenizer.json says; theirs what a class chosen by model_type says",
+    "tokenizer.ggml.unknown_token_id": "ours is tokenizer.json's; theirs that of a class chosen by model_type",
     "tokenizer.ggml.padding_token_id": "as unknown_token_id",
     "tokenizer.ggml.add_space_prefix": "theirs takes every Gemma's tokenizer for SentencePiece; these are not",
     "tokenizer.ggml.eot_token_id": "theirs is a fixed number for Gemma, right for its own tokenizer only",
+    "qwen.* tokenizer.ggml.tokens": "theirs has one more, of a class chosen by model_type; ours tokenizer.json's",
+    "qwen.* tokenizer.ggml.token_type": "as tokens",
     ".rope.scaling.": "'none' is stated by one and left out by the other; llama.cpp reads both alike",
     ".rope.dimension_count": "stated by ours for every family",
     ".attention.key_length": "stated by ours for every family",
@@ -83,7 +86,7 @@ REASONS = {
     "gemma3 token_embd.weight": "theirs cuts rows beyond the tokenizer's tokens; ours keeps them as unused tokens",
     "gemma3.vocab_size": "as token_embd.weight",
 }
-"""What may differ, by a part of its name, and why."""
+"""What may differ, by a pattern found in the architecture, a space and its name, and why."""
 
 
 def fetch_reference() -> Path:
@@ -100,6 +103,11 @@ def fetch_reference() -> Path:
             CACHE.mkdir(parents=True, exist_ok=True)
             next(Path(download).glob("llama_cpp_python-*/vendor/llama.cpp")).rename(folder)
     return folder
+
+
+def reason(arch: str, name: str) -> str | None:
+    """Return the pattern in REASONS that fits a key or tensor, if any."""
+    return next((pattern for pattern in REASONS if re.search(pattern, f"{arch} {name}")), None)
 
 
 def metadata(path: Path) -> dict[str, Any]:
@@ -127,7 +135,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for i, variant in enumerate(args.only or makers):
             folder = makers[variant](Path(scratch) / f"model{i}")
-            stored = {source.dtype for source in load_checkpoint(str(folder)).tensors.values()}.pop()
+            checkpoint = load_checkpoint(str(folder))
+            arch, stored = checkpoint.family.arch, next(iter(checkpoint.tensors.values())).dtype
             for kind in ("f32", "auto"):
                 ours, theirs = Path(scratch) / f"{i}-{kind}-ours.gguf", Path(scratch) / f"{i}-{kind}-theirs.gguf"
                 print(f"{folder}\t{kind}\t{theirs}", file=reference.stdin, flush=True)
@@ -141,14 +150,14 @@ def main() -> None:
                     continue
                 a, b = tensors(ours), tensors(theirs)
                 wrong = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
-                wrong = [name for name in wrong if f"{load_checkpoint(str(folder)).family.arch} {name}" not in REASONS]
+                wrong = [name for name in wrong if not reason(arch, name)]
                 keys, other = metadata(ours), metadata(theirs)
                 unexplained = []
                 for key in sorted(keys.keys() | other.keys()):
                     if keys.get(key) != other.get(key):
-                        reason = next((part for part in REASONS if part in key), None)
-                        differing[reason or key].append(f"{variant}: {key} {keys.get(key)!r} / {other.get(key)!r}")
-                        if reason is None:
+                        why = reason(arch, key)
+                        differing[why or key].append(f"{variant}: {key} {keys.get(key)!r} / {other.get(key)!r}")
+                        if why is None:
                             unexplained.append(f"{key}: ours {keys.get(key)!r}, theirs {other.get(key)!r}"[:200])
                 verdict = f"{len(a)} tensors equal to the byte" if not wrong else f"DIFFERENT: {wrong[:5]}"
                 bad += bool(wrong or unexplained)

@@ -1,0 +1,120 @@
+"""Time and peak memory of `pi-gguf convert` against llama.cpp's own two steps, alternating in one run.
+
+In: nothing; a random bf16 Llama of about 1 GB is made. Out: `benchmarks/convert.json`, with every run and the ratios of
+medians. The peers are the converter of llama-cpp-python's source distribution and llama.cpp's quantizer; `cp` of the
+checkpoint's folder is the physical limit of a conversion that changes nothing. All are whole commands, the start of
+Python and its imports included; the checkpoint is in the page cache.
+
+Example (about 8 minutes on 2 cores, 5 GB of disk):
+    python benchmarks/convert.py --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from compare_with_reference import REFERENCE, fetch_reference  # noqa: E402
+
+from pi_gguf import bundled  # noqa: E402
+from pi_gguf.provenance import provenance  # noqa: E402
+
+REFERENCE_ONCE = REFERENCE.replace("for line in sys.stdin:", "for line in [sys.argv[2]]:")
+
+
+def make_model(folder: Path, layers: int) -> int:
+    """Save a random bf16 Llama, 2048 wide, with the bundled tokenizer; return the bytes of its weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5504, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=16, vocab_size=32000, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1,
+        dtype="bfloat16",
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in bundled.TINY_DIR.glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def measure(commands: list[list[str]]) -> dict[str, float]:
+    """Run commands one after the other; return seconds of all and the largest peak memory in MiB."""
+    started, peak = time.perf_counter(), 0
+    for command in commands:
+        pid = os.posix_spawnp(command[0], command, os.environ, file_actions=[
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0), (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+        ])  # fmt: skip
+        _, status, usage = os.wait4(pid, 0)
+        if status:
+            raise RuntimeError(f"{' '.join(command)[:300]}: ended with {os.waitstatus_to_exitcode(status)}")
+        peak = max(peak, usage.ru_maxrss)
+    return {"seconds": round(time.perf_counter() - started, 2), "peak_mib": round(peak / 1024)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2, help="times everything is run")
+    parser.add_argument("--layers", type=int, default=8, help="of the model; 8 make 1.07 GB")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "convert.json")
+    args = parser.parse_args()
+    vendor = fetch_reference()
+    runs: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, out, exact = Path(scratch) / "model", Path(scratch) / "out.gguf", Path(scratch) / "exact.gguf"
+        nbytes = make_model(folder, args.layers)
+        ours = [sys.executable, "-m", "pi_gguf", "convert", str(folder), str(out), "--check", "none", "--quant"]
+        theirs = [sys.executable, "-c", REFERENCE_ONCE, str(vendor), f"{folder}\tf16\t{exact}"]
+        quantize = [sys.executable, "-m", "pi_gguf", "quantize", str(exact), str(out), "--quant"]
+        contenders = {
+            "cp": [["cp", "-r", str(folder), str(Path(scratch) / "copy")]],
+            "F16, pi-gguf": [[*ours, "F16"]],
+            "F16, llama.cpp": [theirs],
+            "Q8_0, pi-gguf": [[*ours, "Q8_0"]],
+            "Q8_0, llama.cpp": [theirs, [*quantize, "Q8_0"]],
+            "Q4_K_M, pi-gguf": [[*ours, "Q4_K_M"]],
+            "Q4_K_M, llama.cpp": [theirs, [*quantize, "Q4_K_M"]],
+        }
+        for turn in range(args.rounds):
+            for name, commands in contenders.items():
+                measured = measure(commands)
+                runs.setdefault(name, []).append(measured)
+                print(f"round {turn + 1}: {name}: {measured['seconds']} s, {measured['peak_mib']} MiB", flush=True)
+                for path in (out, exact):
+                    path.unlink(missing_ok=True)
+                shutil.rmtree(Path(scratch) / "copy", ignore_errors=True)
+    medians = {
+        name: {key: statistics.median(run[key] for run in all_runs) for key in ("seconds", "peak_mib")}
+        for name, all_runs in runs.items()
+    }
+    ratios: dict[str, Any] = {
+        f"{quant}, {key}": round(medians[f"{quant}, pi-gguf"][key] / medians[f"{quant}, llama.cpp"][key], 3)
+        for quant in ("F16", "Q8_0", "Q4_K_M")
+        for key in ("seconds", "peak_mib")
+    }
+    ratios["F16, seconds, pi-gguf / cp"] = round(medians["F16, pi-gguf"]["seconds"] / medians["cp"]["seconds"], 2)
+    record = {
+        "model_bytes": nbytes,
+        "medians": medians,
+        "ratios": ratios,
+        "runs": runs,
+        **provenance(seed=0, device="cpu"),
+    }
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(ratios, indent=1))
+
+
+if __name__ == "__main__":
+    main()
