@@ -251,9 +251,21 @@ class Checkpoint:
 
         The classes that transformers 5 would choose by model_type rebuild parts of it: a Qwen 2 gets Qwen's
         pre-tokenizer and a padding token whatever its file says.
+
+        Raises:
+            CheckpointError: it does not open, or is code of the checkpoint's own, which is never run.
         """
+        import transformers
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        settings_path = self.path / "tokenizer_config.json"
+        settings = read_json(settings_path) if settings_path.exists() else {}
+        name = str(settings.get("tokenizer_class"))
+        if settings.get("auto_map") and not hasattr(transformers, name):
+            raise CheckpointError(
+                f"{settings_path}: tokenizer_class: the tokenizer {name[:80]!r} is code of its own, which is not run",
+                "remove auto_map if tokenizer.json alone gives the right tokens",
+            )
         kind = PreTrainedTokenizerFast if (self.path / "tokenizer.json").exists() else AutoTokenizer
         try:
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.path, trust_remote_code=False)
