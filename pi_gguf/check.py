@@ -120,6 +120,8 @@ class Reference:
         window, length = rope.max_position_embeddings, _PLAIN_TOKENS
         if rope.rope_type == "linear":
             length = rope.original_max_position_embeddings + _SCORED_TOKENS
+        elif rope.own is not None and rope.own.switches:
+            length = rope.own.fields["original_max_position_embeddings"] + _SCORED_TOKENS
         length = window if level == "full" else min(window, length)
         need, free = 4 * checkpoint.n_parameters() + _cache_bytes(checkpoint, length), psutil.virtual_memory().available
         if need > free:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,14 @@ from pi_gguf import bundled
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
-from pi_gguf.rope import DEFAULT_ROPE_THETA, RopeScaling, positive_int, positive_number
+from pi_gguf.rope import (
+    DEFAULT_ROPE_THETA,
+    FACTOR_TENSORS,
+    RopeScaling,
+    divisors_scaling,
+    positive_int,
+    positive_number,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -83,16 +90,15 @@ class Checkpoint:
 
         Raises:
             OptionError: `context` is not above the window.
-            UnsupportedError: the model already scales its positions, or its family cannot be interpolated.
+            UnsupportedError: its family has no rotation, or llama.cpp no way to read the composition.
         """
-        if self.family.fixed_rope:
-            raise UnsupportedError(
-                f"{self.path}: positions of {self.family.model_type} cannot be interpolated: {self.family.fixed_rope}",
-                "leave --context out to convert as is",
-            )
-        rope = self.rope.interpolated(context)
         path = self.path / "config.json"
-        _check_variant(self.family, _open_config(rope.to_hf(self.config), path), path)
+        rope = self.rope.interpolated(context, self.rotary_dim)
+        if self.family.longrope_only and rope.own is None:
+            rope = replace(rope, own=divisors_scaling([1.0] * (self.rotary_dim // 2)))
+        hf_config = _open_config(rope.to_hf(self.config), path)
+        _check_variant(self.family, hf_config, path)
+        _check_rope(rope, self.family, hf_config, path)
         return rope
 
     # Shapes, by the standard names of transformers
@@ -329,8 +335,9 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
             "use the checkpoint in 16 or 32 bits",
         )
     rope = _read_rope(config, FAMILIES[model_type], str(config_path))
-    hf_config = _open_config(config, config_path)
+    hf_config = _open_config(rope.to_hf(config), config_path)
     _check_variant(FAMILIES[model_type], hf_config, config_path)
+    _check_rope(rope, FAMILIES[model_type], hf_config, config_path)
     if not config_only:
         path = _resolve(model, config_only=False)  # from the Hub only now, when the config is known to be handled
     return Checkpoint(model, path, config, hf_config, rope)
@@ -375,6 +382,24 @@ def _check_variant(family: Family, config: PretrainedConfig, path: Path) -> None
             else f"{path}: {name} must be {handled}, got {value!r}",
             "llama.cpp has no such variant of this family; a config edited to that converts as what it then says",
         )
+
+
+def _check_rope(rope: RopeScaling, family: Family, config: PretrainedConfig, path: Path) -> None:
+    """Refuse frequencies that llama.cpp has no way to read for this family."""
+    if rope.needs_factor_tensors and family.arch not in FACTOR_TENSORS:
+        assert rope.own is not None
+        raise UnsupportedError(
+            f"{path}: rope_type {rope.own.rope_type} needs a number for each frequency, which llama.cpp reads in "
+            f"{', '.join(FACTOR_TENSORS)} only, got {family.arch}",
+            "leave --context out to convert as is" if rope.own.has_keys else "take a checkpoint without this scaling",
+        )
+    pairs = rotary_dim(config) // 2
+    for name, divisors in rope.factor_tensors(family.arch, 2 * pairs).items():
+        if len(divisors) != pairs:
+            field = "short_factor" if "short" in name else "long_factor"
+            raise CheckpointError(
+                f"{path}: {field} must be a list of {pairs} numbers, got {len(divisors)}", "correct the config"
+            )
 
 
 def _read_rope(config: dict[str, Any], family: Family, path: str) -> RopeScaling:

@@ -280,10 +280,7 @@ def models(as_json: bool) -> None:
     from pi_gguf.families import FAMILIES
 
     header = ("model_type", "models", "GGUF architecture", "Position Interpolation")
-    rows = [
-        (f.model_type, f.models, f.arch, "no: ALiBi" if f.alibi else f"no: {f.fixed_rope}" if f.fixed_rope else "yes")
-        for f in FAMILIES.values()
-    ]
+    rows = [(f.model_type, f.models, f.arch, "no: ALiBi" if f.alibi else "yes") for f in FAMILIES.values()]
     if as_json:
         click.echo(json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=1))
     else:

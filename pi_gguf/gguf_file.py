@@ -15,8 +15,6 @@ from typing import Any
 from pi_gguf.errors import GgufError
 from pi_gguf.rope import RopeScaling
 
-FREQUENCY_FACTORS = "rope_freqs.weight"
-
 ALIGNMENT = 32
 """Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
 

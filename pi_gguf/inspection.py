@@ -9,7 +9,7 @@ from typing import Any
 
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, ResourceError
-from pi_gguf.gguf_file import FREQUENCY_FACTORS, read_gguf
+from pi_gguf.gguf_file import read_gguf
 from pi_gguf.rope import RopeScaling, check_consistent
 
 
@@ -73,8 +73,7 @@ def _inspect_gguf(path: Path) -> Inspection:
     except (GgufError, ResourceError) as error:
         warnings.append(str(error))
     keys = {key: value for key, value in info.metadata.items() if ".rope." in key or key.endswith("context_length")}
-    if any(t.name == FREQUENCY_FACTORS for t in info.tensors):
-        keys[FREQUENCY_FACTORS] = "tensor"
+    keys |= {t.name: "tensor" for t in info.tensors if t.name.startswith("rope_")}
     return Inspection(
         path=str(path),
         format="GGUF",

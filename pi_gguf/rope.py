@@ -10,7 +10,7 @@ Source: arXiv 2306.15595, section 2.4.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,133 @@ if TYPE_CHECKING:
 DEFAULT_ROPE_THETA = 10000.0
 """What transformers takes for Llama when a config names no base."""
 
-_LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor")
+FACTOR_TENSORS = {
+    "llama": ("rope_freqs.weight",),
+    "granite": ("rope_freqs.weight",),
+    "phi3": ("rope_factors_long.weight", "rope_factors_short.weight"),
+}
+"""Tensors that hold a divisor for each frequency, by GGUF's name of the architecture; others have none."""
+
+_LONGROPE_TENSORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""The only values that llama.cpp computes with when it reads `yarn` off a file."""
+
+
+@dataclass(frozen=True)
+class OwnScaling:
+    """How a model scales its frequencies before any Position Interpolation of ours.
+
+    Args:
+        rope_type: `llama3` (Llama 3.1), `yarn` or `longrope`.
+        fields: the numbers it is made of, checked, by their names in a Hugging Face config.
+
+    Source: of `yarn` arXiv 2309.00071, of `longrope` arXiv 2402.13753; `llama3` as transformers computes it.
+    """
+
+    rope_type: str
+    fields: Mapping[str, Any]
+
+    @property
+    def switches(self) -> bool:
+        """Whether prompts beyond the original window have other frequencies than shorter ones."""
+        return self.rope_type == "longrope" and self.fields["short_factor"] != self.fields["long_factor"]
+
+    @property
+    def attention_factor(self) -> float:
+        """What sine and cosine are multiplied by, dimensionless."""
+        given = self.fields.get("attention_factor")
+        return 1.0 if self.rope_type == "llama3" else self._default_attention_factor if given is None else float(given)
+
+    @property
+    def _default_attention_factor(self) -> float:
+        factor = self.fields["factor"]
+        if self.rope_type == "yarn":
+            return 1 + 0.1 * math.log(max(factor, 1.0))
+        return math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(self.fields["original_max_position_embeddings"]))
+
+    def divisors(self, theta: float, rotary_dim: int, *, short: bool = False) -> list[float]:
+        """Return what each frequency is divided by, from the fastest pair to the slowest: `rotary_dim / 2` numbers.
+
+        Args:
+            theta: base of the angles, dimensionless.
+            rotary_dim: dimensions of a head that are rotated; even.
+            short: those of prompts within the original window, where they differ.
+        """
+        if self.rope_type == "longrope":
+            return list(self.fields["short_factor" if short else "long_factor"])
+        pairs = range(rotary_dim // 2)
+        kept = self._kept_yarn if self.rope_type == "yarn" else self._kept_llama3
+        shares = [min(max(kept(pair, theta, rotary_dim), 0.0), 1.0) for pair in pairs]  # 1: fast, kept as it is
+        return [1 / (share + (1 - share) / self.fields["factor"]) for share in shares]
+
+    def _kept_llama3(self, pair: int, theta: float, rotary_dim: int) -> float:
+        low, high = self.fields["low_freq_factor"], self.fields["high_freq_factor"]
+        turns = self.fields["original_max_position_embeddings"] * theta ** (-2 * pair / rotary_dim) / (2 * math.pi)
+        return float((turns - low) / (high - low))
+
+    def _kept_yarn(self, pair: int, theta: float, rotary_dim: int) -> float:
+        def pair_that_turns(times: float) -> float:
+            window = self.fields["original_max_position_embeddings"]
+            return rotary_dim * math.log(window / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = pair_that_turns(self.fields["beta_fast"]), pair_that_turns(self.fields["beta_slow"])
+        if self.fields["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        return 1 - (pair - low) / (high - low or 0.001)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether llama.cpp can compute it from keys, with no tensor."""
+        return self.rope_type == "yarn" and self.fields["truncate"] and _YARN_DEFAULTS.items() <= self.fields.items()
+
+    @classmethod
+    def from_hf(
+        cls, rope_type: str, rope: Mapping[str, Any], config: Mapping[str, Any], window: int, field: str, path: str
+    ) -> OwnScaling:
+        """Read and check the fields of a `rope_parameters` object."""
+
+        def number(name: str, default: float | None = None) -> float:
+            value = rope.get(name)
+            return default if value is None and default is not None else positive_number(value, f"{field}.{name}", path)
+
+        holder = rope if rope.get("original_max_position_embeddings") is not None else config
+        fields: dict[str, Any] = {
+            "original_max_position_embeddings": positive_int(holder, "original_max_position_embeddings", path)
+        }
+        original = fields["original_max_position_embeddings"]
+        fields["factor"] = number("factor", window / original if rope_type == "longrope" else None)
+        if fields["factor"] < 1:
+            raise CheckpointError(
+                f"{path}: {field}.factor must be at least 1, got {fields['factor']:g}", "correct the config"
+            )
+        if rope_type == "llama3":
+            fields |= {name: number(name) for name in ("low_freq_factor", "high_freq_factor")}
+            if fields["high_freq_factor"] <= fields["low_freq_factor"]:
+                raise CheckpointError(
+                    f"{path}: {field}.high_freq_factor must be above low_freq_factor "
+                    f"{fields['low_freq_factor']:g}, got {fields['high_freq_factor']:g}"
+                )
+            return cls(rope_type, fields)
+        if rope.get("attention_factor") is not None:
+            fields["attention_factor"] = number("attention_factor")
+        if rope_type == "longrope":
+            for name in ("short_factor", "long_factor"):
+                values = rope.get(name)
+                if not isinstance(values, list) or not values:
+                    raise CheckpointError(
+                        f"{path}: {field}.{name} must be a list of numbers, got {repr(values)[:80]}",
+                        "correct the config",
+                    )
+                fields[name] = [positive_number(value, f"{field}.{name}", path) for value in values]
+            return cls(rope_type, fields)
+        fields |= {name: number(name, default) for name, default in _YARN_DEFAULTS.items()}
+        fields["truncate"] = rope.get("truncate", True) is not False
+        if rope.get("mscale") and rope.get("mscale_all_dim") and "attention_factor" not in fields:
+            scales = [1 + 0.1 * number(name) * math.log(fields["factor"]) for name in ("mscale", "mscale_all_dim")]
+            fields["attention_factor"] = scales[0] / scales[1]
+        return cls(rope_type, fields)
 
 
 @dataclass(frozen=True)
@@ -30,14 +156,12 @@ class RopeScaling:
     """How a model turns positions into angles, and up to which position.
 
     Args:
-        rope_type: `default` (no scaling), `linear` (Position Interpolation), `llama3` (Llama 3.1's own) or `alibi` (no
-            rotation at all).
-        factor: multiplier of the window, dimensionless; 1.0 for `default`.
+        rope_type: `default` (no interpolation), `linear` (Position Interpolation) or `alibi` (no rotation at all).
+        factor: of the interpolation, the new window by the original one, dimensionless; 1.0 for `default`.
         rope_theta: base of the angles, dimensionless.
-        original_max_position_embeddings: trained window before scaling, in tokens.
+        original_max_position_embeddings: window before the interpolation, in tokens.
         max_position_embeddings: window of the model now, in tokens.
-        low_freq_factor: of `llama3`, dimensionless.
-        high_freq_factor: of `llama3`, dimensionless.
+        own: scaling of its frequencies that the model had before; None for most.
         sliding_rope_theta: base in layers with a sliding window, whose short distances are never scaled; None where
             all layers are alike.
     """
@@ -47,33 +171,35 @@ class RopeScaling:
     rope_theta: float
     original_max_position_embeddings: int
     max_position_embeddings: int
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    own: OwnScaling | None = None
     sliding_rope_theta: float | None = None
 
     @property
     def rope_freq_scale(self) -> float:
-        """What llama.cpp multiplies every position by; 1 unless the scaling is linear."""
+        """What llama.cpp multiplies every position by; 1 but for linear scaling and for YaRN told by keys."""
+        if self.own is not None and self._as_keys:
+            return 1 / float(self.own.fields["factor"])
         return 1 / self.factor if self.rope_type == "linear" else 1.0
 
-    def interpolated(self, context: int) -> RopeScaling:
+    def interpolated(self, context: int, rotary_dim: int) -> RopeScaling:
         """Return the Position Interpolation of this model to a window of `context` tokens.
+
+        Where the model already scales, the two are composed: linear factors multiply, and a scaling of its own
+        stays as the divisor of each frequency (of `longrope` that of long prompts, at any length) below the factor.
+
+        Args:
+            context: new window, in tokens.
+            rotary_dim: dimensions of a head that are rotated.
 
         Raises:
             OptionError: `context` is not above the window.
-            UnsupportedError: the model already scales its positions.
+            UnsupportedError: there is no rotation.
         """
         window = self.max_position_embeddings
         if self.rope_type == "alibi":
             raise UnsupportedError(
                 "Position Interpolation needs rotary positions; this family has ALiBi, biases that grow with distance",
                 "leave --context out to convert as is",
-            )
-        if self.rope_type != "default":
-            raise UnsupportedError(
-                f"rope_type must be default to be interpolated, got {self.rope_type} with factor {self.factor:g} "
-                f"(window {window})",
-                "start from the checkpoint before its scaling, or convert without --context",
             )
         if context <= window:
             raise OptionError(
@@ -82,7 +208,16 @@ class RopeScaling:
             )
         if context >= 2**31:
             raise OptionError(f"context must be below 2^31 tokens, got {context}")
-        return replace(self, rope_type="linear", factor=context / window, max_position_embeddings=context)
+        if self.rope_type == "linear":
+            return replace(self, factor=self.factor * context / window, max_position_embeddings=context)
+        return replace(
+            self, rope_type="linear", factor=context / window, original_max_position_embeddings=window,
+            max_position_embeddings=context, own=self.own and self._as_divisors(self.own, rotary_dim),
+        )  # fmt: skip
+
+    def _as_divisors(self, own: OwnScaling, rotary_dim: int) -> OwnScaling:
+        """Return a scaling of the same angles that is one list of divisors, whatever the prompt's length."""
+        return divisors_scaling(own.divisors(self.rope_theta, rotary_dim), own.attention_factor)
 
     def grown(self, share: float) -> RopeScaling:
         """Return the interpolation part of the way from no scaling to this one; its factor grows geometrically.
@@ -103,26 +238,31 @@ class RopeScaling:
         """
         return (positions * (self.factor / other.factor)).astype("float32")
 
-    def rope_factors(self, rotary_dim: int) -> list[float] | None:
-        """Return the divisor of each frequency for GGUF's `rope_freqs.weight`, or None when no tensor is needed.
+    def factor_tensors(self, arch: str, rotary_dim: int) -> dict[str, list[float]]:
+        """Return the divisors of the frequencies by the name of the GGUF tensor that holds them; empty for most models.
 
         Args:
+            arch: GGUF's name of the architecture.
             rotary_dim: dimensions of a head that are rotated; even.
-
-        Returns:
-            `rotary_dim / 2` divisors, dimensionless, from the fastest pair to the slowest.
         """
-        if self.rope_type != "llama3":
-            return None
-        assert self.low_freq_factor is not None and self.high_freq_factor is not None
-        divisors = []
-        for pair in range(0, rotary_dim, 2):
-            freq = self.rope_theta ** (-pair / rotary_dim)
-            turns = self.original_max_position_embeddings * freq / (2 * math.pi)
-            share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            share = min(max(share, 0.0), 1.0)  # 1: fast, kept as it is; 0: slow, divided by the whole factor
-            divisors.append(1 / (share + (1 - share) / self.factor))
-        return divisors
+        own = self.own
+        if own is None or not self.needs_factor_tensors:
+            return {}
+        names = (
+            _LONGROPE_TENSORS if self.rope_type == "default" and own.rope_type == "longrope" else FACTOR_TENSORS[arch]
+        )
+        return {name: own.divisors(self.rope_theta, rotary_dim, short="short" in name) for name in names}
+
+    @property
+    def _as_keys(self) -> bool:
+        return self.own is not None and self.rope_type == "default" and self.own.has_keys
+
+    @property
+    def needs_factor_tensors(self) -> bool:
+        """Whether keys alone cannot tell llama.cpp the frequencies."""
+        if self.own is None or self._as_keys:
+            return False
+        return self.rope_type == "default" or set(self.own.fields["long_factor"]) != {1.0}
 
     # Hugging Face
 
@@ -157,11 +297,15 @@ class RopeScaling:
         rope = rope.get("full_attention", rope)
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = positive_number(rope.get("rope_theta", config.get("rope_theta", theta)), f"{field}.rope_theta", path)
+        plain = cls("default", 1.0, theta, window, window, sliding_rope_theta=sliding_theta)
         if rope_type == "default":
-            return cls("default", 1.0, theta, window, window, sliding_rope_theta=sliding_theta)
-        if rope_type not in ("linear", "llama3"):
+            return plain
+        if rope_type in ("llama3", "yarn", "longrope", "su") and sliding_theta is None:
+            own = OwnScaling.from_hf("longrope" if rope_type == "su" else rope_type, rope, config, window, field, path)
+            return _with_own(plain, own, path)
+        if rope_type != "linear":
             raise UnsupportedError(
-                f"{path}: {field}.rope_type must be default, linear or llama3, got {rope_type!r}",
+                f"{path}: {field}.rope_type must be default, linear, llama3, yarn or longrope, got {rope_type!r}",
                 "convert a checkpoint that uses one of these",
             )
         factor = positive_number(rope.get("factor"), f"{field}.factor", path)
@@ -169,20 +313,16 @@ class RopeScaling:
             raise CheckpointError(
                 f"{path}: {field}.factor must be from 1 to the window of {window}, got {factor:g}", "correct the config"
             )
-        if rope_type == "linear":
-            original = rope.get("original_max_position_embeddings")
-            if config.get("max_sequence_length") == round(window * factor):
-                # Written for transformers 4 before it asked for an edited window: the new one is here.
-                original, window = window, round(window * factor)
-            original = original or round(window / factor)
-            return cls("linear", factor, theta, original, window, sliding_rope_theta=sliding_theta)
-        low, high = (positive_number(rope.get(name), f"{field}.{name}", path) for name in _LLAMA3_FIELDS)
-        if high <= low:
-            raise CheckpointError(
-                f"{path}: {field}.high_freq_factor must be above low_freq_factor {low:g}, got {high:g}"
-            )
-        original = positive_int(rope, "original_max_position_embeddings", path)
-        return cls("llama3", factor, theta, original, window, low, high)
+        original = round(window / factor)
+        if rope.get("original_max_position_embeddings") is not None:
+            original = positive_int(rope, "original_max_position_embeddings", path)
+        if original == window or config.get("max_sequence_length") == round(window * factor):
+            # The window was not edited, as transformers 4 once asked for; the new one is the product.
+            original, window = window, round(window * factor)
+        return replace(
+            plain, rope_type="linear", factor=factor, original_max_position_embeddings=original,
+            max_position_embeddings=window,
+        )  # fmt: skip
 
     def to_hf(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config with this scaling, spelled for transformers 5 and for transformers 4."""
@@ -192,12 +332,22 @@ class RopeScaling:
         parameters: dict[str, Any] = {"rope_type": self.rope_type, "rope_theta": self.rope_theta}
         if "partial_rotary_factor" in before:
             parameters["partial_rotary_factor"] = before["partial_rotary_factor"]
-        if self.rope_type != "default":
+        if self.own is not None and self.rope_type == "default":
+            parameters |= {"rope_type": self.own.rope_type, **self.own.fields}
+        elif self.own is not None:
+            divisors = [self.factor * divisor for divisor in self.own.fields["long_factor"]]
+            parameters |= {
+                "rope_type": "longrope",
+                "factor": self.factor,
+                "short_factor": divisors,
+                "long_factor": divisors,
+                "attention_factor": self.own.attention_factor,
+                "original_max_position_embeddings": self.original_max_position_embeddings,
+            }
+        elif self.rope_type == "linear":
             parameters["factor"] = self.factor
-        if self.rope_type == "llama3":
-            parameters["low_freq_factor"] = self.low_freq_factor
-            parameters["high_freq_factor"] = self.high_freq_factor
-            parameters["original_max_position_embeddings"] = self.original_max_position_embeddings
+        if "original_max_position_embeddings" in config and "original_max_position_embeddings" in parameters:
+            config = {**config, "original_max_position_embeddings": parameters["original_max_position_embeddings"]}
         older = {key: value for key, value in parameters.items() if key != "rope_theta"}
         if self.sliding_rope_theta is not None:
             sliding = {"rope_type": "default", "rope_theta": self.sliding_rope_theta}
@@ -211,7 +361,7 @@ class RopeScaling:
             "max_position_embeddings": self.max_position_embeddings,
             "rope_parameters": parameters,
             "rope_theta": self.rope_theta,
-            "rope_scaling": older if self.rope_type != "default" else None,
+            "rope_scaling": older if parameters["rope_type"] != "default" else None,
         }
 
     # GGUF
@@ -234,6 +384,17 @@ class RopeScaling:
             keys[f"{arch}.rope.scaling.factor"] = self.factor
             keys[f"{arch}.rope.scaling.original_context_length"] = self.original_max_position_embeddings
             keys[f"{arch}.rope.scaling.finetuned"] = finetuned
+        if self.own is None:
+            return keys
+        attention = self.own.attention_factor
+        if self.rope_type == "default" and (self._as_keys or self.own.rope_type == "longrope"):
+            keys[f"{arch}.rope.scaling.type"] = self.own.rope_type
+            if self._as_keys:
+                keys[f"{arch}.rope.scaling.factor"] = self.own.fields["factor"]
+                attention /= 1 + 0.1 * math.log(self.own.fields["factor"])  # llama.cpp multiplies by this by itself
+            keys[f"{arch}.rope.scaling.original_context_length"] = self.own.fields["original_max_position_embeddings"]
+        if abs(attention - 1) > 1e-7:
+            keys[f"{arch}.rope.scaling.attn_factor"] = attention
         return keys
 
     @classmethod
@@ -265,6 +426,33 @@ class RopeScaling:
             raise GgufError(str(error), "write the file again from its checkpoint") from error
         original = metadata.get(f"{arch}.rope.scaling.original_context_length", round(window / factor))
         return cls("default" if rope_type == "none" else rope_type, factor, theta, original, window)
+
+
+def divisors_scaling(divisors: Sequence[float], attention_factor: float = 1.0) -> OwnScaling:
+    """Return the scaling that divides each frequency by a number, at any length, and the attention by none."""
+    listed = list(divisors)
+    return OwnScaling("longrope", {"short_factor": listed, "long_factor": listed, "attention_factor": attention_factor})
+
+
+def _with_own(plain: RopeScaling, own: OwnScaling, path: str) -> RopeScaling:
+    """Return window and interpolation of a config that scales its frequencies.
+
+    One list of divisors at any length, with a factor between its windows, is Position Interpolation as `to_hf` spells
+    it where the model had a scaling of its own, or where transformers takes no other spelling.
+    """
+    window, original, factor = plain.max_position_embeddings, own.fields["original_max_position_embeddings"], 1.0
+    if own.rope_type == "longrope":
+        factor = own.fields["factor"]
+        if own.switches or factor == 1 or abs(original * factor - window) > 1:
+            return replace(plain, own=own)
+        divisors = [divisor / factor for divisor in own.fields["long_factor"]]
+        return replace(
+            plain, rope_type="linear", factor=factor, original_max_position_embeddings=original,
+            own=divisors_scaling(divisors, own.attention_factor),
+        )  # fmt: skip
+    if own.rope_type == "yarn":
+        window = max(window, round(original * own.fields["factor"]))  # an unedited window is the original one
+    return replace(plain, original_max_position_embeddings=window, max_position_embeddings=window, own=own)
 
 
 def check_consistent(scaling: RopeScaling, path: str) -> list[str]:

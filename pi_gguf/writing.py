@@ -28,7 +28,6 @@ from pi_gguf.families.family import Config, Transform
 from pi_gguf.files import check_free_disk, disk_errors
 from pi_gguf.ggml import cores, mixture, quantizations, quantize_rows
 from pi_gguf.gguf_file import (
-    FREQUENCY_FACTORS,
     TensorInfo,
     padded,
     quantization_version,
@@ -140,9 +139,7 @@ def plan_file(
         **vocabulary,
     }
     outputs = _exact_outputs(checkpoint)
-    factors = rope.rope_factors(checkpoint.rotary_dim)
-    if factors is not None:
-        outputs.append(_frequency_factors(factors))
+    outputs += [_divisors(*item) for item in rope.factor_tensors(arch, checkpoint.rotary_dim).items()]
     if quantization in UNQUANTIZED:
         outputs = [o if _stays_exact(o) else _typed(o, quantization) for o in outputs]
     else:
@@ -188,13 +185,13 @@ def _maker(
     return make
 
 
-def _frequency_factors(factors: Sequence[float]) -> Output:
+def _divisors(name: str, divisors: Sequence[float]) -> Output:
     def make(_: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
-        return torch.tensor(factors)
+        return torch.tensor(divisors)
 
-    return Output(FREQUENCY_FACTORS, (len(factors),), "F32", 4 * len(factors), (), make)
+    return Output(name, (len(divisors),), "F32", 4 * len(divisors), (), make)
 
 
 def _stays_exact(output: Output) -> bool:

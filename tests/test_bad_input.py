@@ -390,9 +390,7 @@ def test_the_model_type_is_not_handled(cli, llama_copy, out_folder, value):
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
-        ({"rope_parameters": ABSENT, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "got 'yarn'"),
         ({"rope_parameters": ABSENT, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "got 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "got 'longrope'"),
         ({"rope_parameters": {"rope_type": ["linear"], "factor": 4.0}}, "got ['linear']"),
     ],
 )
@@ -443,19 +441,32 @@ def test_llama_3_scaling_is_incomplete(cli, llama_copy, out_folder, changes, say
     assert contents(out_folder) == {}
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+LONGROPE = {**YARN, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({**YARN, "original_max_position_embeddings": None}, "original_max_position_embeddings"),
+        ({**YARN, "factor": None}, "rope_parameters.factor"),
+        ({**YARN, "factor": 0.5}, "rope_parameters.factor must be at least 1"),
+        ({**YARN, "beta_fast": "many"}, "beta_fast"),
+        ({**YARN, "attention_factor": -1}, "attention_factor"),
+        ({**LONGROPE, "short_factor": None}, "short_factor must be a list"),
+        ({**LONGROPE, "long_factor": [1.0, "x"]}, "long_factor must be a positive number"),
+        ({**LONGROPE, "long_factor": [2.0] * 7}, "long_factor must be a list of"),
+    ],
+)
+def test_a_scaling_of_the_models_own_is_incomplete(cli, llama_copy, out_folder, rope, says):
+    path = edit_config(llama_copy, rope_parameters=rope)
+    assert_not_converted(cli, llama_copy, out_folder, CHECKPOINT, path, says)
+
+
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 def test_the_scaling_is_not_an_object(cli, llama_copy, out_folder, field):
     path = edit_config(llama_copy, **{"rope_parameters": ABSENT, field: "linear"})
     assert_not_converted(cli, llama_copy, out_folder, CHECKPOINT, path, field, "'linear'")
-
-
-@pytest.mark.parametrize("rope", [{**LINEAR, "factor": 4.0}, {**LLAMA3, "rope_theta": 1e4}])
-def test_a_model_that_is_scaled_already_is_not_interpolated_again(cli, llama_copy, out_folder, rope):
-    edit_config(llama_copy, rope_parameters=rope)
-    assert_not_converted(
-        cli, llama_copy, out_folder, UNSUPPORTED, f"got {rope['rope_type']}", f"factor {rope['factor']:g}",
-        hint="without --context",
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1e-6, "small", 1e39])

@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in SHAPES},
     "falcon, new decoder": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "stablelm, norms of heads, parallel": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
-    "phi3, sliding beyond the window": ("phi3", {"sliding_window": WINDOW}),
+    "phi3, sliding beyond the window": ("phi3", {"sliding_window": 4 * WINDOW}),
     "gemma, erf": ("gemma", {"hidden_act": "gelu"}),
     "starcoder2, sliding beyond the window": ("starcoder2", {"sliding_window": 4 * WINDOW}),
     "stablelm, half rotated": (
@@ -108,19 +108,85 @@ def test_a_family_computes_what_transformers_computes(variant, tmp_path):
     pi_gguf.quantize(tmp_path / "plain.gguf", tmp_path / "theirs.gguf", quant="Q4_K_M")
     ours, theirs = tensors(tmp_path / "q.gguf"), tensors(tmp_path / "theirs.gguf")
     assert ours == theirs and {"Q5_0", "Q8_0"} <= {kind for kind, _ in ours.values()}
-    if not FAMILIES[family].alibi and not FAMILIES[family].fixed_rope:
+    if not FAMILIES[family].alibi:
         window = load_checkpoint(str(folder)).rope.max_position_embeddings
         scaled = pi_gguf.convert(str(folder), tmp_path / "scaled.gguf", quant="F32", context=4 * window, steps=0)
         assert scaled.checks[0].kl_divergence < KL_LIMIT.get(family, 1e-6)
         assert read_gguf(tmp_path / "scaled.gguf").rope.factor == 4
 
 
-@pytest.mark.parametrize(("family", "reason"), [("mpt", "ALiBi"), ("bloom", "ALiBi"), ("phi3", "longrope")])
-def test_position_interpolation_is_refused_with_the_reason(family, reason, tmp_path):
+@pytest.mark.parametrize("family", ["mpt", "bloom"])
+def test_position_interpolation_is_refused_with_the_reason(family, tmp_path):
     folder = make_model(tmp_path / "model", family, {})
-    with pytest.raises(UnsupportedError, match=reason):
+    with pytest.raises(UnsupportedError, match="ALiBi"):
         pi_gguf.convert(str(folder), tmp_path / "out.gguf", context=8192, steps=0)
     assert not (tmp_path / "out.gguf").exists()
+
+
+ORIGINAL = {"rope_theta": 1e4, "original_max_position_embeddings": WINDOW // 2}
+LLAMA3 = {**ORIGINAL, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {**ORIGINAL, "rope_type": "yarn", "factor": 2.0}
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    lists = {"short_factor": [1.0] * (pairs // 2) + [1.5] * (pairs // 2), "long_factor": [1 + i for i in range(pairs)]}
+    return {**ORIGINAL, "rope_type": "longrope", **lists}
+
+
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("llama", LLAMA3),
+        ("llama", YARN),
+        ("llama", {**YARN, "attention_factor": 1.5}),
+        ("llama", {**YARN, "beta_fast": 8.0, "beta_slow": 0.5}),
+        ("llama", longrope(16)),
+        ("granite", LLAMA3),
+        ("granite", longrope(8)),
+        ("phi3", longrope(8)),
+    ],
+    ids=[
+        "llama llama3",
+        "llama yarn",
+        "llama yarn attention",
+        "llama yarn betas",
+        "llama longrope",
+        "granite llama3",
+        "granite longrope",
+        "phi3 longrope",
+    ],
+)
+def test_a_scaling_of_the_models_own_is_written_and_composed(family, own, tmp_path):
+    changes = {"original_max_position_embeddings": WINDOW // 2} if family == "phi3" else {}
+    folder = make_model(tmp_path / "model", family, {"rope_parameters": own, **changes})
+    for name, context in (("as it is", None), ("interpolated", 4 * WINDOW)):
+        out = tmp_path / f"{name}.gguf"
+        result = pi_gguf.convert(str(folder), out, quant="F32", context=context, steps=0)
+        assert result.checks[0].prompt_tokens > WINDOW // 2  # beyond LongRoPE's switch
+        assert result.checks[0].kl_divergence < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "context", "said"),
+    [
+        ("qwen2", YARN, 4 * WINDOW, "rope_type longrope needs a number for each frequency"),
+        ("qwen2", {**YARN, "beta_fast": 16.0}, None, "rope_type yarn needs a number for each frequency"),
+        ("qwen3", {**LLAMA3}, None, "rope_type llama3 .* only, got qwen3"),
+        ("llama", {**ORIGINAL, "rope_type": "dynamic", "factor": 2.0}, None, "got 'dynamic'"),
+    ],
+)
+def test_a_scaling_that_llama_cpp_cannot_read_is_refused(family, own, context, said, tmp_path):
+    folder = make_model(tmp_path / "model", family, {"rope_parameters": own})
+    with pytest.raises(UnsupportedError, match=said):
+        pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32", context=context, steps=0)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_yarn_is_keys_where_llama_cpp_has_no_tensor(tmp_path):
+    folder = make_model(tmp_path / "model", "qwen2", {"rope_parameters": YARN})
+    result = pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+    assert result.checks[0].kl_divergence < 1e-6
+    assert read_gguf(tmp_path / "out.gguf").metadata["qwen2.rope.scaling.type"] == "yarn"
 
 
 def test_names_without_the_prefix_of_the_base_model_are_the_same(tmp_path):

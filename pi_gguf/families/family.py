@@ -38,7 +38,7 @@ class Family:
         alibi: positions are biases of the attention, not rotations; Position Interpolation does not apply.
         rename: of a Hugging Face name before it is looked up in gguf's tables.
         rope_finetuned: llama.cpp reads `rope.scaling.finetuned` false as "no rotation" here, so it is always true.
-        fixed_rope: why positions cannot be interpolated though they rotate; empty where they can.
+        longrope_only: transformers takes no other scaling in the config, so that Position Interpolation is spelled so.
         window: field of the config that holds the trained window, in tokens.
         default_window: what a config without this field means; None where it must be there.
     """
@@ -52,7 +52,7 @@ class Family:
     alibi: bool = False
     rename: Callable[[str], str] = lambda name: name
     rope_finetuned: bool = False
-    fixed_rope: str = ""
+    longrope_only: bool = False
     window: str = "max_position_embeddings"
     default_window: int | None = None
 

@@ -28,5 +28,5 @@ PHI3 = Family(
     "Phi 3, 3.5, 4",
     _phi3_keys,
     handles={"hidden_act": ("silu",), "sliding_window": full_attention},
-    fixed_rope="transformers opens Phi 3 with no scaling but longrope",
+    longrope_only=True,
 )
