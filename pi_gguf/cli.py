@@ -179,11 +179,11 @@ def _show_convert(result: Any) -> str:
 
     if isinstance(result, DryRun):
         rows = [(name, "x".join(map(str, shape)), kind, f"{n:,}") for name, shape, kind, n in result.tensors]
-        table = text_table(
-            f"{result.path}, {result.quantization}", ("tensor", "shape", "type", "bytes"), rows, numbers=False
-        )
+        title = f"{result.files[0][0]}, {result.quantization}"
+        table = text_table(title, ("tensor", "shape", "type", "bytes"), rows, numbers=False)
+        files = "".join(f"{path}: {nbytes:,} bytes\n" for path, nbytes in result.files)
         return (
-            f"{table}\nthe file: {result.nbytes:,} bytes, {result.header_bytes:,} of them before the first tensor\n"
+            f"{table}\n{files}all: {result.nbytes:,} bytes, {result.header_bytes:,} of them before the first tensor\n"
             f"memory: about {human_bytes(result.memory_bytes)} beside the mapped checkpoint; disk: "
             f"{human_bytes(result.disk_bytes)}\nnothing was written"
         )

@@ -21,14 +21,15 @@ from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import gguf_vocabulary
-from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_file, write_file
+from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_file, split_paths, write_file
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: the file, its size in bytes, and what was checked."""
+    """What was written: the file to open, the size of all in bytes, and what was checked."""
 
     path: str
+    files: list[str]
     nbytes: int
     quantization: str
     checks: list[CheckReport]
@@ -39,12 +40,12 @@ class Conversion:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What would be written: tensors (GGUF name, shape as torch has it, type, bytes) and exact size in bytes.
+    """What would be written: files and tensors (GGUF name, shape as torch has it, type, bytes), exact sizes in bytes.
 
     `memory_bytes` is what writing takes beyond the mapped checkpoint, about; `disk_bytes` includes the fine-tune's.
     """
 
-    path: str
+    files: list[tuple[str, int]]
     quantization: str
     tensors: list[tuple[str, list[int], str, int]]
     header_bytes: int
@@ -74,6 +75,7 @@ def convert(
     device: str = "auto",
     overwrite: bool = False,
     tensor_type: Sequence[str] = (),
+    split_max_size: str | None = None,
     dry_run: bool = False,
 ) -> Conversion | DryRun:
     """Convert a Hugging Face model to GGUF; with --context, interpolate its positions and fine-tune it first.
@@ -101,6 +103,8 @@ def convert(
         overwrite: replace what is there; a fine-tune or a file of the same settings is still used or gone on with.
         tensor_type: PATTERN=TYPE: another type for the tensors whose GGUF name has the pattern in it, e.g. attn_v=Q8_0.
             Repeatable; the first that fits holds.
+        split_max_size: of a file, e.g. 4G or 500M (decimal): larger models become OUT-00001-of-00003.gguf and so on;
+            one file when left out.
         dry_run: print every tensor with type and bytes, and the exact size, memory and disk needed; write nothing.
 
     Example:
@@ -114,6 +118,7 @@ def convert(
         raise OptionError(f"{out}: the name must end in .gguf")
     if check not in LEVELS:
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
+    max_bytes = None if split_max_size is None else _read_size(split_max_size)
     if not dry_run:
         check_writable(out, overwrite)
     checkpoint = load_checkpoint(model)
@@ -129,22 +134,31 @@ def convert(
         )  # fmt: skip
         trained = {"source": checkpoint.source, "steps": steps, "tokens": planned.tokens}
 
-    def plan_of(checkpoint: Checkpoint, trained: dict[str, Any]) -> FilePlan:
-        return plan_file(
+    def plans_of(checkpoint: Checkpoint, trained: dict[str, Any]) -> list[FilePlan]:
+        plan = plan_file(
             checkpoint, rope=rope, vocabulary=vocabulary, general=_general(model, rope, trained),
             finetuned=rope.rope_type == "linear" and trained.get("steps", 0) > 0, quantization=quant,
             overrides=overrides,
         )  # fmt: skip
+        return [plan] if max_bytes is None else plan.split(max_bytes)
 
-    plan = plan_of(checkpoint, trained)
+    plans = plans_of(checkpoint, trained)
+    nbytes = sum(plan.nbytes for plan in plans)
     if dry_run:
+        names = [str(path) for path in split_paths(out, len(plans))]
+        outputs = [output for plan in plans for output in plan.outputs]
         return DryRun(
-            str(out), quant, [(o.name, list(o.shape), o.type, o.nbytes) for o in plan.outputs], len(plan.header),
-            plan.nbytes, plan.memory_bytes, plan.nbytes + (training_disk_bytes(checkpoint) if fine_tune else 0),
-        )  # fmt: skip
+            files=list(zip(names, (plan.nbytes for plan in plans), strict=True)),
+            quantization=quant,
+            tensors=[(o.name, list(o.shape), o.type, o.nbytes) for o in outputs],
+            header_bytes=sum(len(plan.header) for plan in plans),
+            nbytes=nbytes,
+            memory_bytes=max(plan.memory_bytes for plan in plans),
+            disk_bytes=nbytes + (training_disk_bytes(checkpoint) if fine_tune else 0),
+        )
     if fine_tune:
         assert context is not None
-        check_free_disk(out.parent, plan.nbytes)
+        check_free_disk(out.parent, nbytes)
         hf_dir = out.with_name(out.stem + "-hf")
         extend(
             model, hf_dir, context=context, data=data, steps=steps, train_window=train_window,
@@ -152,25 +166,38 @@ def convert(
             seed=seed, device=device, overwrite=overwrite,
         )  # fmt: skip
         checkpoint = load_checkpoint(str(hf_dir))
-        plan = plan_of(checkpoint, checkpoint.provenance)
+        plans = plans_of(checkpoint, checkpoint.provenance)
     work_dir = out.with_name(out.name + ".partial")
+    finals = split_paths(out, len(plans))
+    for final in finals:  # all but the first may be there from a run that was stopped while it gave them their names
+        check_writable(final, overwrite or (final != finals[0] and work_dir.exists()))
     if not work_dir.exists():
-        check_free_disk(out.parent, plan.nbytes)
+        check_free_disk(out.parent, nbytes)
         work_dir.mkdir()
-    partial = work_dir / out.name
+    partials = [work_dir / final.name for final in finals]
     checks = []
     try:
-        write_file(plan, partial, overwrite=overwrite)
+        for plan, partial in zip(plans, partials, strict=True):
+            write_file(plan, partial, overwrite=overwrite)
         if check != "none":
-            checks.append(check_gguf(partial, Reference(checkpoint, rope, check)))
+            checks.append(check_gguf(partials[0], Reference(checkpoint, rope, check)))
             say(str(checks[-1]))
     except (CheckError, CheckpointError):
         remove(work_dir)  # nothing there is worth going on with
         raise
     with disk_errors(out):
-        publish(partial, out)
+        for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
+            publish(partial, final)
     remove(work_dir)
-    return Conversion(str(out), out.stat().st_size, quant, checks)
+    return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks)
+
+
+def _read_size(text: str) -> int:
+    """Read a number of bytes such as 500M or 4G."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", text.upper())
+    if not match or int(match[1]) < 1:
+        raise OptionError(f"split-max-size must be a number of bytes such as 500M or 4G, got {text!r}")
+    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
 
 
 def _read_override(text: str) -> tuple[str, str]:

@@ -105,6 +105,47 @@ class FilePlan:
         read = [sum(shapes[name].nbytes for name in output.sources) for output in self.outputs]
         return 2 * max(read) + 2 * max(output.nbytes for output in self.outputs)
 
+    def split(self, max_bytes: int) -> list[FilePlan]:
+        """Return plans of files of at most `max_bytes` each, which llama.cpp opens together by the name of the first.
+
+        The first has the metadata. A plan that is small enough stays one.
+
+        Raises:
+            OptionError: a tensor, or the metadata, is larger than a file may be.
+        """
+        if self.nbytes <= max_bytes:
+            return [self]
+        room = max_bytes - len(self._part(0, 1, self.outputs).header)  # no part has a longer one
+        groups: list[list[Output]] = [[]]
+        for output in self.outputs:
+            if padded(output.nbytes) > room:
+                raise OptionError(
+                    f"split-max-size must be at least {max_bytes - room + padded(output.nbytes)} bytes for "
+                    f"{output.name} and the metadata, got {max_bytes}",
+                    "raise it, or leave it out",
+                )
+            if sum(padded(o.nbytes) for o in [*groups[-1], output]) > room:
+                groups.append([])
+            groups[-1].append(output)
+        return [self._part(number, len(groups), outputs) for number, outputs in enumerate(groups)]
+
+    def _part(self, number: int, count: int, outputs: list[Output]) -> FilePlan:
+        import numpy as np
+
+        keys = {
+            "split.no": np.uint16(number),
+            "split.count": np.uint16(count),
+            "split.tensors.count": np.int32(len(self.outputs)),
+        }
+        return replace(self, metadata={**(self.metadata if number == 0 else {}), **keys}, outputs=outputs)
+
+
+def split_paths(path: Path, count: int) -> list[Path]:
+    """Return the names of the files that a model is split into, as llama.cpp asks for them; `path` itself for one."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
 
 def plan_file(
     checkpoint: Checkpoint,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,35 @@ def test_a_dry_run_of_a_fine_tune_is_exact_too(cli, llama, tmp_path):
     planned = json.loads(cli(*arguments, "--dry-run", "--json")[1])
     assert cli(*arguments, "--check", "none")[0] == 0
     assert (tmp_path / "out.gguf").stat().st_size == planned["nbytes"]
+
+
+@pytest.mark.parametrize("quant", ["F16", "Q8_0"])
+def test_a_model_in_several_files_is_the_same_model(cli, wide, tmp_path, quant):
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    convert = ("convert", wide, "--quant", quant, "--context", "128", "--steps", "0")
+    assert cli(*convert, whole, "--check", "none")[0] == 0
+    limit = whole.stat().st_size // 3
+    planned = json.loads(cli(*convert, out, "--split-max-size", str(limit), "--dry-run", "--json")[1])
+    code, text, err = cli(*convert, out, "--split-max-size", str(limit), "--json")
+    assert code == 0, err
+    result = json.loads(text)
+    names = sorted(path.name for path in tmp_path.glob("out*"))
+    assert len(names) >= 3 and names[0] == f"out-00001-of-{len(names):05}.gguf"
+    assert result["files"] == [str(tmp_path / name) for name in names] and result["path"] == result["files"][0]
+    assert [[name, Path(name).stat().st_size] for name in result["files"]] == planned["files"]
+    assert max(nbytes for _, nbytes in planned["files"]) <= limit
+    parts = [tensors(tmp_path / name) for name in names]
+    assert {name: data for part in parts for name, data in part.items()} == tensors(whole)
+    assert result["checks"][0]["prompt_tokens"] > 64  # llama.cpp opened it by the first file
+    code, _, err = cli(*convert, out, "--split-max-size", str(limit))
+    assert code == 2 and f"{names[0]}: exists" in err
+    assert pi_gguf.convert(str(wide), out, quant=quant, check="none", split_max_size="1G").files == [str(out)]
+
+
+@pytest.mark.parametrize(("size", "says"), [("2.5G", "such as 500M or 4G"), ("0", "such as"), ("9K", "at least")])
+def test_a_size_of_files_that_cannot_be(cli, wide, tmp_path, size, says):
+    code, _, err = cli("convert", wide, tmp_path / "out.gguf", "--split-max-size", size)
+    assert code == 2 and says in err and not list(tmp_path.iterdir())
 
 
 def test_types_of_single_tensors_can_be_chosen(wide, tmp_path):
@@ -238,3 +269,30 @@ def test_a_weight_that_is_not_a_number_leaves_nothing(llama_copy, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["copy"]
         values["model.layers.1.mlp.up_proj.weight"] = torch.zeros_like(values["model.layers.1.mlp.up_proj.weight"])
         save_file(values, weights, {"format": "pt"})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_model_in_several_files_goes_on_where_it_was_killed(wide, tmp_path):
+    def sizes(limit: int) -> list[int]:
+        planned = pi_gguf.convert(str(wide), tmp_path / "x.gguf", quant="F16", split_max_size=str(limit), dry_run=True)
+        return [nbytes for _, nbytes in planned.files]
+
+    limit = next(limit for limit in range(400_000, 900_000, 50_000) if max(sizes(limit)) > sizes(limit)[0])
+    arguments = {"quant": "F16", "check": "none", "split_max_size": str(limit)}
+    child = os.fork()
+    if child == 0:  # the kernel kills it in a file behind the first
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes(limit)) - 1000,) * 2)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        pi_gguf.convert(str(wide), tmp_path / "two.gguf", **arguments)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["two.gguf.partial"]
+    first, *rest = sorted((tmp_path / "two.gguf.partial").glob("*.gguf"))
+    assert rest and first.stat().st_size == sizes(limit)[0]
+    begun = first.stat().st_ino
+    two = pi_gguf.convert(str(wide), tmp_path / "two.gguf", **arguments).files
+    assert Path(two[0]).stat().st_ino == begun
+    one = pi_gguf.convert(str(wide), tmp_path / "one.gguf", **arguments).files
+    assert [Path(path).read_bytes() for path in one] == [Path(path).read_bytes() for path in two]
+    assert not list(tmp_path.glob("*.partial"))
