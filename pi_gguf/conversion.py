@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pi_gguf.adapters import AdaptedCheckpoint, with_adapters
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CheckError, CheckpointError, OptionError
@@ -21,7 +22,7 @@ from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import gguf_vocabulary
-from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_file, write_file
+from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_adapter_file, plan_file, write_file
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def convert(
     device: str = "auto",
     overwrite: bool = False,
     tensor_type: Sequence[str] = (),
+    lora: Sequence[str] = (),
+    adapter_only: bool = False,
     dry_run: bool = False,
 ) -> Conversion | DryRun:
     """Convert a Hugging Face model to GGUF; with --context, interpolate its positions and fine-tune it first.
@@ -81,6 +84,11 @@ def convert(
     The fine-tuned model stays beside OUT as a Hugging Face folder, OUT without .gguf plus -hf; the same command
     uses it again. A conversion that stops leaves OUT.partial, and the same command goes on behind the last whole
     tensor.
+
+    With --lora, adapters as peft saves them are merged on the way. Where an adapter's folder states the position
+    scaling it was trained with, in config.json or pi_gguf.json, the file has it. An adapter that was trained with
+    scaled positions and states nothing (SuperHOT: positions times 0.25) takes --context 8192 --steps 0 on a model of
+    2048 tokens: factor 4.
 
     Args:
         model: Hugging Face folder, Hub id or bundled:tiny.
@@ -101,6 +109,9 @@ def convert(
         overwrite: replace what is there; a fine-tune or a file of the same settings is still used or gone on with.
         tensor_type: PATTERN=TYPE: another type for the tensors whose GGUF name has the pattern in it, e.g. attn_v=Q8_0.
             Repeatable; the first that fits holds.
+        lora: folder with a LoRA adapter of the model to merge: adapter_config.json and adapter_model.safetensors.
+            Repeatable. With --context it needs --steps 0.
+        adapter_only: write the adapter alone, as a GGUF file for llama.cpp to apply to the base's; F32 or F16.
         dry_run: print every tensor with type and bytes, and the exact size, memory and disk needed; write nothing.
 
     Example:
@@ -114,12 +125,15 @@ def convert(
         raise OptionError(f"{out}: the name must end in .gguf")
     if check not in LEVELS:
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
+    _check_adapter_options(lora, context, steps, adapter_only, quant)
     if not dry_run:
         check_writable(out, overwrite)
     checkpoint = load_checkpoint(model)
+    if lora:
+        checkpoint = with_adapters(checkpoint, lora)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     rope = checkpoint.interpolated(context) if context is not None else checkpoint.rope
-    vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
+    vocabulary = {} if adapter_only else gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
     trained = checkpoint.provenance
     fine_tune = context is not None and steps != 0
     if dry_run and fine_tune:
@@ -130,9 +144,17 @@ def convert(
         trained = {"source": checkpoint.source, "steps": steps, "tokens": planned.tokens}
 
     def plan_of(checkpoint: Checkpoint, trained: dict[str, Any]) -> FilePlan:
+        adapters: list[str] = []
+        stated = False
+        if isinstance(checkpoint, AdaptedCheckpoint):
+            adapters, stated = [adapter.name for adapter in checkpoint.adapters], checkpoint.rope_stated
+        general = _general(model, rope, trained, adapters)
+        if adapter_only:
+            assert isinstance(checkpoint, AdaptedCheckpoint)
+            return plan_adapter_file(checkpoint, general=general, quantization=quant)
         return plan_file(
-            checkpoint, rope=rope, vocabulary=vocabulary, general=_general(model, rope, trained),
-            finetuned=rope.rope_type == "linear" and trained.get("steps", 0) > 0, quantization=quant,
+            checkpoint, rope=rope, vocabulary=vocabulary, general=general,
+            finetuned=rope.rope_type == "linear" and (stated or trained.get("steps", 0) > 0), quantization=quant,
             overrides=overrides,
         )  # fmt: skip
 
@@ -161,7 +183,7 @@ def convert(
     checks = []
     try:
         write_file(plan, partial, overwrite=overwrite)
-        if check != "none":
+        if check != "none" and not adapter_only:
             checks.append(check_gguf(partial, Reference(checkpoint, rope, check)))
             say(str(checks[-1]))
     except (CheckError, CheckpointError):
@@ -171,6 +193,27 @@ def convert(
         publish(partial, out)
     remove(work_dir)
     return Conversion(str(out), out.stat().st_size, quant, checks)
+
+
+def _check_adapter_options(
+    lora: Sequence[str], context: int | None, steps: int, adapter_only: bool, quant: str
+) -> None:
+    if lora and context is not None and steps:
+        raise OptionError(
+            f"steps must be 0 with lora and context, got {steps}: an adapter is for the weights before the fine-tune",
+            "--steps 0 if the adapter was trained with this scaling; to fine-tune, merge it first with peft "
+            "(merge_and_unload, save_pretrained)",
+        )
+    if not adapter_only:
+        return
+    if len(lora) != 1:
+        raise OptionError(f"adapter-only writes one adapter, got {len(lora)}", "give one --lora")
+    if context is not None:
+        raise OptionError(
+            f"adapter-only has no window, got context {context}", "give --context to the conversion of the base"
+        )
+    if quant not in ("F32", "F16"):
+        raise OptionError(f"quant must be F32 or F16 with adapter-only, got {quant}", "give --quant F16")
 
 
 def _read_override(text: str) -> tuple[str, str]:
@@ -188,7 +231,7 @@ def _read_override(text: str) -> tuple[str, str]:
     return pattern, kind.upper()
 
 
-def _general(source: str, rope: RopeScaling, trained: dict[str, Any]) -> dict[str, Any]:
+def _general(source: str, rope: RopeScaling, trained: dict[str, Any], adapters: Sequence[str]) -> dict[str, Any]:
     """Return the `general.*` keys that say where a file comes from."""
     source = str(trained.get("source", source))
     name = source.removeprefix("bundled:") if ":" in source else Path(source).name
@@ -197,13 +240,17 @@ def _general(source: str, rope: RopeScaling, trained: dict[str, Any]) -> dict[st
     keys: dict[str, Any] = {"general.type": "model", "general.name": name, "general.source.repository": source}
     made = [f"pi-gguf {package_version()}"]
     made += [f"{library} {number}" for library, number in library_versions().items()]
+    if adapters:
+        keys["general.pi_gguf.adapters"] = ", ".join(adapters)
     if rope.rope_type == "linear":
         steps, tokens = trained.get("steps", 0), trained.get("tokens", 0)
+        known = bool(trained) or not adapters
         keys["general.description"] = (
             f"Position Interpolation {rope.original_max_position_embeddings} -> {rope.max_position_embeddings} "
-            f"(factor {rope.factor:g}), {steps} steps, {tokens} tokens"
+            f"(factor {rope.factor:g}), {f'{steps} steps, {tokens} tokens' if known else 'training not recorded'}"
         )
-        keys["general.pi_gguf.steps"] = int(steps)
-        keys["general.pi_gguf.tokens"] = str(tokens)
+        if known:
+            keys["general.pi_gguf.steps"] = int(steps)
+            keys["general.pi_gguf.tokens"] = str(tokens)
     keys["general.pi_gguf.versions"] = ", ".join(made)
     return keys

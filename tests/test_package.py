@@ -23,6 +23,7 @@ LAYERS = [
     {"errors", "passkey", "progress", "data", "scoring", "tables", "provenance"},
     {"rope", "files", "texts", "bundled", "families"},
     {"checkpoint"},
+    {"adapters"},
     {"vocabulary"},
     {"gguf_file", "hf_model"},
     {"ggml"},
