@@ -33,7 +33,6 @@ from pi_gguf.rope import RopeScaling, positive_int, positive_number
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
 
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -231,13 +230,10 @@ class AdaptedCheckpoint(Checkpoint):
             )
         return self.rope
 
-    def _open_model(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    def _open_model(self, config: Any, dtype: torch.dtype) -> Any:
         files: dict[Path, Any] = {}
         weights = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
-        model: PreTrainedModel = type(self._skeleton).from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype
-        )
-        return model
+        return type(self._skeleton).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 def with_adapters(checkpoint: Checkpoint, folders: Sequence[str]) -> AdaptedCheckpoint:

@@ -187,11 +187,10 @@ def _show_convert(result: Any) -> str:
             f"memory: about {human_bytes(result.memory_bytes)} beside the mapped checkpoint; disk: "
             f"{human_bytes(result.disk_bytes)}\nnothing was written"
         )
-    return (
-        f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"
-        f'next: pi-gguf run {result.path} --prompt "..."\n'
-        f"      pi-gguf eval passkey {result.path}"
-    )
+    wrote = f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"
+    if result.adapter_only:
+        return f'{wrote}next: pi-gguf run BASE.gguf --lora {result.path} --prompt "..."'
+    return f'{wrote}next: pi-gguf run {result.path} --prompt "..."\n      pi-gguf eval passkey {result.path}'
 
 
 def _show_quantize(path: Path) -> str:

@@ -27,12 +27,14 @@ from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_adapter_file, plan_file,
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: the file, its size in bytes, and what was checked."""
+    """What was written: the file, its size in bytes, and what was checked; nothing for an adapter alone, which
+    llama.cpp opens on its base's file only."""
 
     path: str
     nbytes: int
     quantization: str
     checks: list[CheckReport]
+    adapter_only: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,6 +153,11 @@ def convert(
         general = _general(model, rope, trained, adapters)
         if adapter_only:
             assert isinstance(checkpoint, AdaptedCheckpoint)
+            if stated:
+                say(
+                    f"note: trained at {rope.max_position_embeddings} tokens, factor {rope.factor:g}; the base's file "
+                    f"must state it: convert it with --context {rope.max_position_embeddings} --steps 0"
+                )
             return plan_adapter_file(checkpoint, general=general, quantization=quant)
         return plan_file(
             checkpoint, rope=rope, vocabulary=vocabulary, general=general,
@@ -192,7 +199,7 @@ def convert(
     with disk_errors(out):
         publish(partial, out)
     remove(work_dir)
-    return Conversion(str(out), out.stat().st_size, quant, checks)
+    return Conversion(str(out), out.stat().st_size, quant, checks, adapter_only)
 
 
 def _check_adapter_options(

@@ -168,18 +168,23 @@ def test_a_quantized_file_with_an_adapter_is_checked_and_planned_to_the_byte(mod
     assert result.checks[0].kl_divergence < 5e-2
 
 
-def test_experts_of_an_adapter_saved_by_older_releases_are_merged(models, tmp_path):
-    base = models["mixtral"]
+def adapter_of_an_expert(base: Path, adapter: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Save an adapter of one expert, as peft did before transformers fused them; return it and the merged weights."""
     weights = load_file(base / "model.safetensors")
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     out_width, in_width = weights[name].shape
     a, b = torch.randn(4, in_width), torch.randn(out_width, 4)
-    adapter = tmp_path / "adapter"
     adapter.mkdir()
     module = f"base_model.model.{name.removesuffix('.weight')}"
     save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2}))
     weights[name] += 0.5 * (b @ a)
+    return adapter, weights
+
+
+def test_experts_of_an_adapter_saved_by_older_releases_are_merged(models, tmp_path):
+    base = models["mixtral"]
+    adapter, weights = adapter_of_an_expert(base, tmp_path / "adapter")
     theirs = Path(shutil.copytree(base, tmp_path / "merged"))
     save_file(weights, theirs / "model.safetensors", {"format": "pt"})
     pi_gguf.convert(str(theirs), tmp_path / "theirs.gguf", quant="F32", check="none")
@@ -231,7 +236,7 @@ def test_an_adapter_file_says_what_it_is(models, adapter, tmp_path, cli):
     out = tmp_path / "lora.gguf"
     code, said, _ = cli("convert", models["llama"], out, "--lora", adapter, "--adapter-only", "--quant", "F16")
     info = read_gguf(out)
-    assert code == 0 and "lora.gguf" in said
+    assert code == 0 and f"next: pi-gguf run BASE.gguf --lora {out}" in said
     keys = ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha")
     assert [info.metadata[key] for key in keys] == ["adapter", "llama", "lora", 6.0]
     assert info.tensors[0].name == "blk.0.attn_q.weight.lora_a" and {t.type for t in info.tensors} == {"F16"}
@@ -500,6 +505,12 @@ def test_a_replaced_tensor_belongs_to_one_adapter(models, tmp_path, cli):
     replacing = make_adapter(models["llama"], tmp_path / "one", target_modules=["q_proj"], modules_to_save=["lm_head"])
     adding = make_adapter(models["llama"], tmp_path / "two", target_modules=["lm_head"])
     refused(cli, models["llama"], tmp_path, "both change lm_head.weight", "--lora", replacing, "--lora", adding)
+
+
+def test_an_adapter_of_single_experts_does_not_fit_an_adapter_file(models, tmp_path, cli):
+    adapter = adapter_of_an_expert(models["mixtral"], tmp_path / "adapter")[0]
+    said = "experts.2.w1.weight is part of another tensor in llama"
+    refused(cli, models["mixtral"], tmp_path, said, "--lora", adapter, "--adapter-only")
 
 
 @pytest.mark.parametrize(
