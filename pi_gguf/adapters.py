@@ -23,6 +23,7 @@ from pi_gguf.checkpoint import (
     PROVENANCE_FILE,
     Checkpoint,
     TensorSource,
+    is_file,
     read_json,
     read_provenance,
     read_rope,
@@ -298,12 +299,12 @@ def low_rank_changes(checkpoint: AdaptedCheckpoint) -> dict[str, LowRank]:
 
 
 def _load_adapter(folder: str, checkpoint: Checkpoint) -> Adapter:
-    path = Path(folder).expanduser()
+    path = Path(folder)
     config_path, weights_path = path / _CONFIG_FILE, path / _WEIGHTS_FILE
     for wanted in (config_path, weights_path):
-        if not wanted.is_file():
+        if not is_file(wanted):
             hint = "--lora takes a folder as peft saves it"
-            if path.is_dir() and wanted is weights_path and (path / "adapter_model.bin").exists():
+            if wanted is weights_path and is_file(path / "adapter_model.bin"):
                 hint = "only safetensors are read: save the adapter again with save_pretrained"
             raise CheckpointError(f"{path}: {wanted.name} is missing", hint)
     config = read_json(config_path)

@@ -245,7 +245,7 @@ class Checkpoint:
                 raise CheckpointError(f"{index_path}: weight_map must map tensors to files", "download it again")
             paths = [self.path / name for name in sorted(set(weight_map.values()))]
             for path in paths:
-                if not _is_file(path) or path.parent != self.path:
+                if not is_file(path) or path.parent != self.path:
                     raise CheckpointError(
                         f"{index_path}: names {path.name[:80]!r}, which is absent from the folder",
                         "download the missing shard",
@@ -434,7 +434,7 @@ def _resolve(model: str, *, config_only: bool) -> Path:
         raise CheckpointError(f"{model}: no such folder ({_one_line(error)})", "check the spelling") from error
     if is_folder:
         return path
-    if _is_file(path):
+    if is_file(path):
         raise CheckpointError(f"{model}: is a file; MODEL must be a Hugging Face folder", f"try {path.parent}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or (path.parent.is_dir() and str(path.parent) != "."):
         raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
@@ -450,10 +450,11 @@ def _resolve(model: str, *, config_only: bool) -> Path:
         ) from error
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there; False for a name that no file can have."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):
         return False
 
 

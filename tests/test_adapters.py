@@ -473,7 +473,8 @@ def test_a_missing_or_broken_file_is_an_error(models, adapter_copy, tmp_path, cl
     assert name in refused(cli, models["llama"], tmp_path, "", "--lora", adapter_copy)
     (adapter_copy / name).unlink()
     refused(cli, models["llama"], tmp_path, f"{name} is missing", "--lora", adapter_copy)
-    refused(cli, models["llama"], tmp_path, "adapter_config.json is missing", "--lora", tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", "x" * 5000, "~nobody/x", ""):
+        refused(cli, models["llama"], tmp_path, "adapter_config.json is missing", "--lora", nowhere)
 
 
 @pytest.mark.parametrize(
