@@ -62,6 +62,19 @@ class TensorSource:
             size *= side
         return size
 
+    def read(self, files: dict[Path, Any]) -> torch.Tensor:
+        """Return its values.
+
+        Args:
+            files: opened files by path, filled as they are needed.
+        """
+        from safetensors import safe_open
+
+        if self.path not in files:
+            files[self.path] = safe_open(self.path, framework="pt")
+        tensor: torch.Tensor = files[self.path].get_tensor(self.name)
+        return tensor
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -138,15 +151,12 @@ class Checkpoint:
     @property
     def provenance(self) -> dict[str, Any]:
         """What `extend` recorded of the training, empty for any other checkpoint."""
-        path = self.path / PROVENANCE_FILE
-        if not path.exists():
-            return {}
-        record = read_json(path)
-        for name in ("steps", "tokens"):
-            value = record.setdefault(name, 0)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise CheckpointError(f"{path}: {name} must be a whole number, got {value!r}", "delete the file")
-        return record
+        return read_provenance(self.path)
+
+    @property
+    def adapter_hashes(self) -> dict[str, str]:
+        """A hash of each adapter that is merged into the tensors, by what it is called in messages."""
+        return {}
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
@@ -168,10 +178,14 @@ class Checkpoint:
         """Name and shape of every tensor that must be on disk; shapes as torch has them (out, in)."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        state = self._skeleton.state_dict()
-        tied = (self._skeleton._tied_weights_keys or {}) if self.tied else {}
+        state, tied = self._skeleton.state_dict(), self.tied_tensors
         on_disk = revert_weight_conversion(self._skeleton, state)
         return {name: tuple(tensor.shape) for name, tensor in on_disk.items() if name not in tied}
+
+    @property
+    def tied_tensors(self) -> dict[str, str]:
+        """Names of tensors that are not on disk, as each is the same as another: whose name is the value."""
+        return dict(self._skeleton._tied_weights_keys or {}) if self.tied else {}
 
     def n_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes.values())
@@ -186,7 +200,7 @@ class Checkpoint:
         """
         found = {}
         for path in self._weight_files():
-            found.update(_read_header(path))
+            found.update(read_tensor_list(path))
         wanted = self.tensor_shapes
         known = self._skeleton.state_dict()
         prefix = f"{self._skeleton.base_model_prefix}."
@@ -237,7 +251,7 @@ class Checkpoint:
                 raise CheckpointError(f"{index_path}: weight_map must map tensors to files", "download it again")
             paths = [self.path / name for name in sorted(set(weight_map.values()))]
             for path in paths:
-                if not _is_file(path) or path.parent != self.path:
+                if not is_file(path) or path.parent != self.path:
                     raise CheckpointError(
                         f"{index_path}: names {path.name[:80]!r}, which is absent from the folder",
                         "download the missing shard",
@@ -293,18 +307,23 @@ class Checkpoint:
             rope: scaling to apply instead of the config's own.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         config = AutoConfig.for_model(**(rope or self.rope).to_hf(self.config))
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-            return model.to(device)
+            return self._open_model(config, dtype).to(device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ResourceError(f"{self.path}: the model does not fit in memory ({_one_line(error)})") from error
+
+    def _open_model(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        return model
 
 
 def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
@@ -334,7 +353,7 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
             f"{config_path}: quantization_config: the weights are already quantized",
             "use the checkpoint in 16 or 32 bits",
         )
-    rope = _read_rope(config, FAMILIES[model_type], str(config_path))
+    rope = read_rope(config, FAMILIES[model_type], str(config_path))
     hf_config = _open_config(rope.to_hf(config), config_path)
     _check_variant(FAMILIES[model_type], hf_config, config_path)
     _check_rope(rope, FAMILIES[model_type], hf_config, config_path)
@@ -402,8 +421,13 @@ def _check_rope(rope: RopeScaling, family: Family, config: PretrainedConfig, pat
             )
 
 
-def _read_rope(config: dict[str, Any], family: Family, path: str) -> RopeScaling:
-    """Read window and scaling off the config itself, before transformers fills in or refuses anything."""
+def read_rope(config: dict[str, Any], family: Family, path: str) -> RopeScaling:
+    """Read window and scaling off the config itself, before transformers fills in or refuses anything.
+
+    Raises:
+        CheckpointError: a field is missing or no number.
+        UnsupportedError: an unknown rope type.
+    """
     from transformers import CONFIG_MAPPING
 
     absent = family.default_window is not None and config.get(family.window) is None
@@ -435,7 +459,7 @@ def _resolve(model: str, *, config_only: bool) -> Path:
         raise CheckpointError(f"{model}: no such folder ({_one_line(error)})", "check the spelling") from error
     if is_folder:
         return path
-    if _is_file(path):
+    if is_file(path):
         raise CheckpointError(f"{model}: is a file; MODEL must be a Hugging Face folder", f"try {path.parent}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or (path.parent.is_dir() and str(path.parent) != "."):
         raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
@@ -451,14 +475,21 @@ def _resolve(model: str, *, config_only: bool) -> Path:
         ) from error
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there; False for a name that no file can have."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):
         return False
 
 
-def _read_header(path: Path) -> dict[str, TensorSource]:
+def read_tensor_list(path: Path) -> dict[str, TensorSource]:
+    """Read names, shapes and dtypes of the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is truncated or no safetensors.
+        UnsupportedError: a dtype that is not handled.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -471,8 +502,25 @@ def _read_header(path: Path) -> dict[str, TensorSource]:
         ) from error
     for name, (_, dtype) in shapes.items():
         if dtype not in DTYPE_BYTES and not _IGNORED_TENSORS.search(name):
-            raise UnsupportedError(f"{path}: {name} must be F32, F16 or BF16, got {dtype}")
+            raise UnsupportedError(f"{path}: {name} must be F32, F16 or BF16, got {dtype}", "save it in one of these")
     return {name: TensorSource(path, name, shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Read what `extend` recorded of a training; empty where there is no record.
+
+    Raises:
+        CheckpointError: steps or tokens are no whole numbers.
+    """
+    path = folder / PROVENANCE_FILE
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    for name in ("steps", "tokens"):
+        value = record.setdefault(name, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(f"{path}: {name} must be a whole number, got {value!r}", "delete the file")
+    return record
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pi_gguf.errors import PiGgufError
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
-_REPEATABLE = {"data": "PATH", "text": "PATH", "tensor_type": "PATTERN=TYPE"}
+_REPEATABLE = {"data": "PATH", "text": "PATH", "tensor_type": "PATTERN=TYPE", "lora": "ADAPTER"}
 """What one value of an option that may be repeated is."""
 
 
@@ -187,11 +187,10 @@ def _show_convert(result: Any) -> str:
             f"memory: about {human_bytes(result.memory_bytes)} beside the mapped checkpoint; disk: "
             f"{human_bytes(result.disk_bytes)}\nnothing was written"
         )
-    return (
-        f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"
-        f'next: pi-gguf run {result.path} --prompt "..."\n'
-        f"      pi-gguf eval passkey {result.path}"
-    )
+    wrote = f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"
+    if result.adapter_only:
+        return f'{wrote}next: pi-gguf run BASE.gguf --lora {result.path} --prompt "..."'
+    return f'{wrote}next: pi-gguf run {result.path} --prompt "..."\n      pi-gguf eval passkey {result.path}'
 
 
 def _show_quantize(path: Path) -> str:
@@ -237,6 +236,9 @@ def _show_passkey(report: Any) -> str:
 @click.option("--prompt", help="text to continue; standard input when left out")
 @click.option("--max-tokens", type=int, help="limit in tokens, e.g. 100; up to 256 when left out")
 @click.option("--chat", is_flag=True, help="treat the prompt as a message, with the file's chat template")
+@click.option(
+    "--lora", multiple=True, metavar="ADAPTER.gguf", help="adapter to apply, as --adapter-only writes it; repeatable"
+)
 @click.option("--n-ctx", type=int, help="window to open, in tokens; the file's own when left out")
 @click.option("--type-k", default="f16", show_default=True, help="K cache: f32, f16, q8_0 or q4_0")
 @click.option("--type-v", default="f16", show_default=True, help="V cache: f32, f16, q8_0 or q4_0")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pi_gguf.adapters import AdaptedCheckpoint, with_adapters
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CheckError, CheckpointError, OptionError
@@ -21,18 +22,20 @@ from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import gguf_vocabulary
-from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_file, split_paths, write_file
+from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_adapter_file, plan_file, split_paths, write_file
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: the file to open, the size of all in bytes, and what was checked."""
+    """What was written: the file to open, the size of all in bytes, and what was checked; nothing for an adapter alone,
+    which llama.cpp opens on its base's file only."""
 
     path: str
     files: list[str]
     nbytes: int
     quantization: str
     checks: list[CheckReport]
+    adapter_only: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +79,8 @@ def convert(
     overwrite: bool = False,
     tensor_type: Sequence[str] = (),
     split_max_size: str | None = None,
+    lora: Sequence[str] = (),
+    adapter_only: bool = False,
     dry_run: bool = False,
 ) -> Conversion | DryRun:
     """Convert a Hugging Face model to GGUF; with --context, interpolate its positions and fine-tune it first.
@@ -83,6 +88,11 @@ def convert(
     The fine-tuned model stays beside OUT as a Hugging Face folder, OUT without .gguf plus -hf; the same command
     uses it again. A conversion that stops leaves OUT.partial, and the same command goes on behind the last whole
     tensor.
+
+    With --lora, adapters as peft saves them are merged on the way. Where an adapter's folder states the position
+    scaling it was trained with, in config.json or pi_gguf.json, the file has it. An adapter that was trained with
+    scaled positions and states nothing (SuperHOT: positions times 0.25) takes --context 8192 --steps 0 on a model of
+    2048 tokens: factor 4.
 
     Args:
         model: Hugging Face folder, Hub id or bundled:tiny.
@@ -105,6 +115,9 @@ def convert(
             Repeatable; the first that fits holds.
         split_max_size: of a file, e.g. 4G or 500M (decimal): larger models become OUT-00001-of-00003.gguf and so on;
             one file when left out.
+        lora: folder with a LoRA adapter of the model to merge: adapter_config.json and adapter_model.safetensors.
+            Repeatable. With --context it needs --steps 0.
+        adapter_only: write the adapter alone, as a GGUF file for llama.cpp to apply to the base's; F32 or F16.
         dry_run: print every tensor with type and bytes, and the exact size, memory and disk needed; write nothing.
 
     Example:
@@ -119,12 +132,15 @@ def convert(
     if check not in LEVELS:
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
     max_bytes = None if split_max_size is None else _read_size(split_max_size)
+    _check_adapter_options(lora, context, steps, adapter_only, quant)
     if not dry_run:
         check_writable(out, overwrite)
     checkpoint = load_checkpoint(model)
+    if lora:
+        checkpoint = with_adapters(checkpoint, lora)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     rope = checkpoint.interpolated(context) if context is not None else checkpoint.rope
-    vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
+    vocabulary = {} if adapter_only else gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
     trained = checkpoint.provenance
     fine_tune = context is not None and steps != 0
     if dry_run and fine_tune:
@@ -135,9 +151,22 @@ def convert(
         trained = {"source": checkpoint.source, "steps": steps, "tokens": planned.tokens}
 
     def plans_of(checkpoint: Checkpoint, trained: dict[str, Any]) -> list[FilePlan]:
+        adapters: list[str] = []
+        stated = False
+        if isinstance(checkpoint, AdaptedCheckpoint):
+            adapters, stated = [adapter.name for adapter in checkpoint.adapters], checkpoint.rope_stated
+        general = _general(model, rope, trained, adapters)
+        if adapter_only:
+            assert isinstance(checkpoint, AdaptedCheckpoint)
+            if stated:
+                say(
+                    f"note: trained at {rope.max_position_embeddings} tokens, factor {rope.factor:g}; the base's file "
+                    f"must state it: convert it with --context {rope.max_position_embeddings} --steps 0"
+                )
+            return [plan_adapter_file(checkpoint, general=general, quantization=quant)]
         plan = plan_file(
-            checkpoint, rope=rope, vocabulary=vocabulary, general=_general(model, rope, trained),
-            finetuned=rope.rope_type == "linear" and trained.get("steps", 0) > 0, quantization=quant,
+            checkpoint, rope=rope, vocabulary=vocabulary, general=general,
+            finetuned=rope.rope_type == "linear" and (stated or trained.get("steps", 0) > 0), quantization=quant,
             overrides=overrides,
         )  # fmt: skip
         return [plan] if max_bytes is None else plan.split(max_bytes)
@@ -179,7 +208,7 @@ def convert(
     try:
         for plan, partial in zip(plans, partials, strict=True):
             write_file(plan, partial, overwrite=overwrite)
-        if check != "none":
+        if check != "none" and not adapter_only:
             checks.append(check_gguf(partials[0], Reference(checkpoint, rope, check)))
             say(str(checks[-1]))
     except (CheckError, CheckpointError):
@@ -189,7 +218,7 @@ def convert(
         for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
             publish(partial, final)
     remove(work_dir)
-    return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks)
+    return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks, adapter_only)
 
 
 def _read_size(text: str) -> int:
@@ -198,6 +227,27 @@ def _read_size(text: str) -> int:
     if not match or int(match[1]) < 1:
         raise OptionError(f"split-max-size must be a number of bytes such as 500M or 4G, got {text!r}")
     return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
+
+
+def _check_adapter_options(
+    lora: Sequence[str], context: int | None, steps: int, adapter_only: bool, quant: str
+) -> None:
+    if lora and context is not None and steps:
+        raise OptionError(
+            f"steps must be 0 with lora and context, got {steps}: an adapter is for the weights before the fine-tune",
+            "--steps 0 if the adapter was trained with this scaling; to fine-tune, merge it first with peft "
+            "(merge_and_unload, save_pretrained)",
+        )
+    if not adapter_only:
+        return
+    if len(lora) != 1:
+        raise OptionError(f"adapter-only writes one adapter, got {len(lora)}", "give one --lora")
+    if context is not None:
+        raise OptionError(
+            f"adapter-only has no window, got context {context}", "give --context to the conversion of the base"
+        )
+    if quant not in ("F32", "F16"):
+        raise OptionError(f"quant must be F32 or F16 with adapter-only, got {quant}", "give --quant F16")
 
 
 def _read_override(text: str) -> tuple[str, str]:
@@ -215,7 +265,7 @@ def _read_override(text: str) -> tuple[str, str]:
     return pattern, kind.upper()
 
 
-def _general(source: str, rope: RopeScaling, trained: dict[str, Any]) -> dict[str, Any]:
+def _general(source: str, rope: RopeScaling, trained: dict[str, Any], adapters: Sequence[str]) -> dict[str, Any]:
     """Return the `general.*` keys that say where a file comes from."""
     source = str(trained.get("source", source))
     name = source.removeprefix("bundled:") if ":" in source else Path(source).name
@@ -224,13 +274,17 @@ def _general(source: str, rope: RopeScaling, trained: dict[str, Any]) -> dict[st
     keys: dict[str, Any] = {"general.type": "model", "general.name": name, "general.source.repository": source}
     made = [f"pi-gguf {package_version()}"]
     made += [f"{library} {number}" for library, number in library_versions().items()]
+    if adapters:
+        keys["general.pi_gguf.adapters"] = ", ".join(adapters)
     if rope.rope_type == "linear":
         steps, tokens = trained.get("steps", 0), trained.get("tokens", 0)
+        known = bool(trained) or not adapters
         keys["general.description"] = (
             f"Position Interpolation {rope.original_max_position_embeddings} -> {rope.max_position_embeddings} "
-            f"(factor {rope.factor:g}), {steps} steps, {tokens} tokens"
+            f"(factor {rope.factor:g}), {f'{steps} steps, {tokens} tokens' if known else 'training not recorded'}"
         )
-        keys["general.pi_gguf.steps"] = int(steps)
-        keys["general.pi_gguf.tokens"] = str(tokens)
+        if known:
+            keys["general.pi_gguf.steps"] = int(steps)
+            keys["general.pi_gguf.tokens"] = str(tokens)
     keys["general.pi_gguf.versions"] = ", ".join(made)
     return keys

@@ -85,6 +85,31 @@ def check_quantization(name: str) -> str:
     return name.upper()
 
 
+def apply_adapters(llama: Any, paths: Sequence[str | Path]) -> None:
+    """Apply GGUF adapters to an opened model; llama.cpp frees them together with it.
+
+    Args:
+        llama: llama_cpp's `Llama`.
+        paths: of the adapters.
+
+    Raises:
+        GgufError: a file is no adapter, or not of this model.
+    """
+    llama_cpp = llama_cpp_library()
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * len(paths))()
+    for i, path in enumerate(paths):
+        read_gguf(Path(path))
+        log.clear()
+        adapters[i] = llama_cpp.llama_adapter_lora_init(llama.model, str(path).encode())
+        if not adapters[i]:
+            raise GgufError(
+                f"{path}: llama.cpp does not apply it to {llama.model_path} ({last_error()})",
+                "it must be an adapter of this very model, written with --adapter-only",
+            )
+    scales = (ctypes.c_float * len(paths))(*[1.0] * len(paths))
+    llama_cpp.llama_set_adapters_lora(llama.ctx, adapters, len(paths), scales)
+
+
 # Quantizing tensor by tensor
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.files import human_bytes
-from pi_gguf.ggml import cores, last_error, llama_cpp_library, log
+from pi_gguf.ggml import apply_adapters, cores, last_error, llama_cpp_library, log
 from pi_gguf.gguf_file import GgufInfo, read_gguf
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel, common_prefix
@@ -43,9 +43,10 @@ class Model(LanguageModel):
         flash_attn: use flash attention; needed for a quantized V cache.
         device: `auto` (GPU when llama.cpp was built for one), `cpu` or `cuda`.
         n_threads: threads; all cores when None.
+        lora: GGUF adapters to apply, of this model.
 
     Raises:
-        GgufError: the file does not open.
+        GgufError: the file, or an adapter, does not open.
         OptionError: an option that cannot work.
         ResourceError: weights and cache do not fit in free memory.
     """
@@ -60,6 +61,7 @@ class Model(LanguageModel):
         flash_attn: bool = True,
         device: str = "auto",
         n_threads: int | None = None,
+        lora: Sequence[str | Path] = (),
     ) -> None:
         info = read_gguf(Path(path))
         self.info, self.path, self.name = info, Path(path), str(path)
@@ -95,6 +97,11 @@ class Model(LanguageModel):
             )
         except (ValueError, RuntimeError) as error:
             raise GgufError(f"{path}: llama.cpp does not open it ({last_error() or error})") from error
+        try:
+            apply_adapters(self._llama, lora)
+        except GgufError:
+            self.close()
+            raise
         self._evaluated: list[int] = []
 
     def __enter__(self) -> Model:

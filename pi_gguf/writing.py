@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pi_gguf.adapters import AdaptedCheckpoint, ScaledTensor, low_rank_changes
 from pi_gguf.checkpoint import Checkpoint, TensorSource
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
@@ -59,12 +60,12 @@ class Output(TensorInfo):
     """A tensor of the GGUF file: what it is made of, and how.
 
     Args:
-        sources: Hugging Face tensors; several are experts, stacked along a new first dimension; none for the
-            factors of the rotation's frequencies.
+        sources: tensors on disk; several are experts, stacked along a new first dimension; none for the factors of
+            the rotation's frequencies.
         make: of the sources' values.
     """
 
-    sources: tuple[str, ...]
+    sources: tuple[TensorSource, ...]
     make: Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
@@ -101,8 +102,7 @@ class FilePlan:
     @property
     def memory_bytes(self) -> int:
         """What writing takes beside the mapped checkpoint, about: two of the largest tensors read, two written."""
-        shapes = self.checkpoint.tensors
-        read = [sum(shapes[name].nbytes for name in output.sources) for output in self.outputs]
+        read = [sum(source.nbytes for source in output.sources) for output in self.outputs]
         return 2 * max(read) + 2 * max(output.nbytes for output in self.outputs)
 
     def split(self, max_bytes: int) -> list[FilePlan]:
@@ -209,8 +209,9 @@ def _exact_outputs(checkpoint: Checkpoint) -> list[Output]:
         if written is None:
             raise UnsupportedError(f"{checkpoint.path}: gguf has no name for {merged} in {family.arch}")
         make = _maker(family.transform(merged), config, stacked=merged != names[0])
-        shape = tuple(make([torch.empty(checkpoint.tensors[n].shape, device="meta") for n in names]).shape)
-        outputs.append(Output(written, shape, "F32", 4 * math.prod(shape), tuple(names), make))
+        sources = tuple(checkpoint.tensors[name] for name in names)
+        shape = tuple(make([torch.empty(source.shape, device="meta") for source in sources]).shape)
+        outputs.append(Output(written, shape, "F32", 4 * math.prod(shape), sources, make))
     return outputs
 
 
@@ -224,6 +225,73 @@ def _maker(
         return transform(tensor, config) if transform else tensor
 
     return make
+
+
+def plan_adapter_file(checkpoint: AdaptedCheckpoint, *, general: dict[str, Any], quantization: str) -> FilePlan:
+    """Decide every key and tensor of a GGUF file that holds the checkpoint's one adapter, for its base's own file.
+
+    llama.cpp multiplies by alpha / rank, with one alpha for all: where a tensor's scaling is another, B carries the
+    difference.
+
+    Args:
+        general: `general.*` keys.
+        quantization: F32 or F16.
+
+    Raises:
+        UnsupportedError: the adapter changes something that GGUF holds in a way no product of low rank can follow.
+    """
+    family, config = checkpoint.family, checkpoint.hf_config
+    gguf_name = tensor_namer(family.arch, checkpoint.n_layers)
+    path = checkpoint.adapters[0].path
+    alpha, outputs = 0.0, []
+    for name, change in low_rank_changes(checkpoint).items():
+        transform = family.transform(name)
+        rows = checkpoint.tensors[name].shape[0]
+        written = gguf_name(family.rename(name))
+        if _NUMBERED.search(name) or written is None or (transform and not _permutes_rows(transform, config, rows)):
+            raise UnsupportedError(
+                f"{path}: {name} is part of another tensor in {family.arch}, or other than a reordering of its rows",
+                "convert without --adapter-only: the adapter is then merged",
+            )
+        if change.embedding and transform:
+            raise UnsupportedError(
+                f"{path}: {name} has its rows reordered in {family.arch}", "leave out --adapter-only"
+            )
+        alpha = alpha or change.scaling * change.rank
+        by = change.scaling * change.rank / alpha if alpha else 0.0
+        b = change.b
+        if not math.isclose(by, 1, rel_tol=1e-12):
+            b = ScaledTensor(b.path, b.name, b.shape, "F32", by)
+        swap = _maker(lambda tensor, _: tensor.T, config, stacked=False)
+        parts = {
+            "lora_a": (change.a, swap if change.embedding else _maker(None, config, stacked=False)),
+            "lora_b": (b, _maker(transform, config, stacked=False)),
+        }
+        for suffix, (source, make) in parts.items():
+            shape = source.shape[::-1] if make is swap else source.shape
+            output = Output(f"{written}.{suffix}", shape, "F32", 4 * math.prod(shape), (source,), make)
+            outputs.append(_typed(output, quantization))
+    metadata = {
+        **general,
+        "general.type": "adapter",
+        "general.file_type": quantizations()[quantization],
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha or 1.0),
+    }
+    return FilePlan(checkpoint, quantization, metadata, outputs)
+
+
+def _permutes_rows(transform: Transform, config: Config, rows: int) -> bool:
+    """Tell whether a transformation only reorders rows, so that transform(B A) is transform(B) A."""
+    import torch
+
+    numbers = torch.arange(rows)
+    made = transform(torch.stack([numbers, numbers + rows], 1), config)
+    return (
+        made.shape == (rows, 2)
+        and bool((made[:, 0].sort().values == numbers).all())
+        and bool((made[:, 1] == made[:, 0] + rows).all())
+    )
 
 
 def _divisors(name: str, divisors: Sequence[float]) -> Output:
@@ -287,7 +355,7 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
             state.flush()
             advance(output.nbytes)
 
-        reading = (reader.submit(_values, output, plan.checkpoint, files) for output in left)
+        reading = (reader.submit(_values, output, files) for output in left)
         coming, writing = next(reading, None), None
         for output in left:
             assert coming is not None
@@ -339,6 +407,7 @@ def _identity(plan: FilePlan) -> dict[str, str]:
         **{str(path.name): f"{stat.st_size} bytes, {stat.st_mtime_ns}" for path, stat in stats.items()},
         "the checkpoint": plan.checkpoint.fingerprint(),
         "settings": hashlib.sha256(plan.header).hexdigest(),
+        **plan.checkpoint.adapter_hashes,
     }
 
 
@@ -374,21 +443,17 @@ def _whole_tensors(plan: FilePlan, path: Path, recorded: list[list[Any]]) -> lis
     return whole
 
 
-def _values(output: Output, checkpoint: Checkpoint, files: dict[Path, Any]) -> torch.Tensor:
+def _values(output: Output, files: dict[Path, Any]) -> torch.Tensor:
     """Read a tensor's sources and make it of them.
 
     Args:
         files: opened files by path, filled as they are needed.
     """
-    return output.make([_load(checkpoint.tensors[name], output.type, files) for name in output.sources])
+    return output.make([_load(source, output.type, files) for source in output.sources])
 
 
 def _load(source: TensorSource, kind: str, files: dict[Path, Any]) -> torch.Tensor:
-    from safetensors import safe_open
-
-    if source.path not in files:
-        files[source.path] = safe_open(source.path, framework="pt")
-    tensor: torch.Tensor = files[source.path].get_tensor(source.name)
+    tensor = source.read(files)
     low, high = (float(value) for value in tensor.aminmax())
     if not math.isfinite(high - low) and not (math.isfinite(low) and math.isfinite(high)):
         raise CheckpointError(

@@ -23,6 +23,7 @@ LAYERS = [
     {"errors", "passkey", "progress", "data", "scoring", "tables", "provenance"},
     {"rope", "files", "texts", "bundled", "families"},
     {"checkpoint"},
+    {"adapters"},
     {"vocabulary"},
     {"gguf_file", "hf_model"},
     {"ggml"},
@@ -65,6 +66,7 @@ def test_every_module_has_its_layer_and_imports_go_downward():
         ("llama_cpp", {"ggml"}),
         ("gguf", {"gguf_file"}),
         ("transformers", {"checkpoint", "hf_model", "finetune", "vocabulary"}),
+        ("peft", set()),
     ],
 )
 def test_each_library_has_few_doors(library, doors):
