@@ -13,15 +13,16 @@ from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CheckError, CheckpointError, OptionError
 from pi_gguf.files import check_free_disk, check_writable, disk_errors, publish, remove
 from pi_gguf.finetune import extend
-from pi_gguf.ggml import check_quantization
+from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
+from pi_gguf.imatrix import read_imatrix
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import gguf_vocabulary
-from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_file, write_file
+from pi_gguf.writing import FilePlan, plan_file, write_file
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def convert(
     device: str = "auto",
     overwrite: bool = False,
     tensor_type: Sequence[str] = (),
+    imatrix: str | None = None,
     dry_run: bool = False,
 ) -> Conversion | DryRun:
     """Convert a Hugging Face model to GGUF; with --context, interpolate its positions and fine-tune it first.
@@ -101,12 +103,13 @@ def convert(
         overwrite: replace what is there; a fine-tune or a file of the same settings is still used or gone on with.
         tensor_type: PATTERN=TYPE: another type for the tensors whose GGUF name has the pattern in it, e.g. attn_v=Q8_0.
             Repeatable; the first that fits holds.
+        imatrix: importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.
         dry_run: print every tensor with type and bytes, and the exact size, memory and disk needed; write nothing.
 
     Example:
         pi-gguf convert bundled:tiny tiny-32k.gguf --context 32768 --quant Q8_0 --steps 100
     """
-    out, quant = Path(out), check_quantization(quant)
+    out, quant = Path(out), check_quantization(quant, importance=imatrix is not None)
     overrides = [_read_override(text) for text in tensor_type]
     if overrides and quant in UNQUANTIZED:
         raise OptionError(f"tensor-type is for quantized files, quant is {quant}", "give --quant Q8_0 or another")
@@ -116,6 +119,7 @@ def convert(
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
     if not dry_run:
         check_writable(out, overwrite)
+    matrix = read_imatrix(Path(imatrix)) if imatrix is not None else None
     checkpoint = load_checkpoint(model)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     rope = checkpoint.interpolated(context) if context is not None else checkpoint.rope
@@ -130,11 +134,17 @@ def convert(
         trained = {"source": checkpoint.source, "steps": steps, "tokens": planned.tokens}
 
     def plan_of(checkpoint: Checkpoint, trained: dict[str, Any]) -> FilePlan:
-        return plan_file(
-            checkpoint, rope=rope, vocabulary=vocabulary, general=_general(model, rope, trained),
+        keys = matrix.keys() if matrix else {}
+        plan = plan_file(
+            checkpoint, rope=rope, vocabulary=vocabulary, general={**_general(model, rope, trained), **keys},
             finetuned=rope.rope_type == "linear" and trained.get("steps", 0) > 0, quantization=quant,
-            overrides=overrides,
+            overrides=overrides, importance=matrix.importance if matrix else {},
         )  # fmt: skip
+        if matrix:
+            shapes = {output.name: output.shape for output in plan.outputs}
+            matrix.check_fits(model, shapes, {o.name for o in plan.outputs if o.type not in UNQUANTIZED})
+        _check_importance(plan)
+        return plan
 
     plan = plan_of(checkpoint, trained)
     if dry_run:
@@ -171,6 +181,16 @@ def convert(
         publish(partial, out)
     remove(work_dir)
     return Conversion(str(out), out.stat().st_size, quant, checks)
+
+
+def _check_importance(plan: FilePlan) -> None:
+    """Check that no tensor is to have a type that needs an importance matrix and has none."""
+    for output in plan.outputs:
+        if output.type in TENSORS_NEED_IMPORTANCE and output.name not in plan.importance:
+            raise OptionError(
+                f"{output.name}: llama.cpp writes {output.type} with an importance matrix only, and it has none",
+                "make one with pi-gguf imatrix and give it with --imatrix, or another --tensor-type",
+            )
 
 
 def _read_override(text: str) -> tuple[str, str]:
