@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from pi_gguf.evaluate import evaluate_passkey as evaluate_passkey
     from pi_gguf.evaluate import evaluate_perplexity as evaluate_perplexity
     from pi_gguf.finetune import extend as extend
-    from pi_gguf.ggml import quantize as quantize
+    from pi_gguf.imatrix import compute_imatrix as compute_imatrix
     from pi_gguf.inspection import inspect as inspect
     from pi_gguf.planning import plan as plan
+    from pi_gguf.quantizing import quantize as quantize
     from pi_gguf.runtime import open_model as open
 
 _PUBLIC = {
+    "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("conversion", "convert"),
     "evaluate_passkey": ("evaluate", "evaluate_passkey"),
     "evaluate_perplexity": ("evaluate", "evaluate_perplexity"),
@@ -31,9 +33,19 @@ _PUBLIC = {
     "inspect": ("inspection", "inspect"),
     "open": ("runtime", "open_model"),
     "plan": ("planning", "plan"),
-    "quantize": ("ggml", "quantize"),
+    "quantize": ("quantizing", "quantize"),
 }
-__all__ = ["convert", "evaluate_passkey", "evaluate_perplexity", "extend", "inspect", "open", "plan", "quantize"]
+__all__ = [
+    "compute_imatrix",
+    "convert",
+    "evaluate_passkey",
+    "evaluate_perplexity",
+    "extend",
+    "inspect",
+    "open",
+    "plan",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -199,6 +199,15 @@ def _show_quantize(path: Path) -> str:
     return f"wrote {path} ({human_bytes(path.stat().st_size)})\nnext: pi-gguf inspect {path}"
 
 
+def _show_imatrix(report: Any) -> str:
+    text = (
+        f"wrote {report.path} ({report.tensors} tensors, {report.tokens:,} tokens in {report.windows} windows of "
+        f"{report.context})\nnext: pi-gguf "
+    )
+    verb = "quantize" if report.model.endswith(".gguf") else "convert"
+    return f"{text}{verb} {report.model} OUT.gguf --quant IQ3_XXS --imatrix {report.path}"
+
+
 def _show_inspect(report: Any) -> str:
     from pi_gguf.files import human_bytes
 
@@ -312,7 +321,11 @@ _COMMANDS = {
     ),
     "quantize": (
         "Quantize a GGUF file with llama.cpp.",
-        lambda: command("ggml:quantize", _show_quantize, reports=False),
+        lambda: command("quantizing:quantize", _show_quantize, reports=False),
+    ),
+    "imatrix": (
+        "Compute an importance matrix over long texts.",
+        lambda: command("imatrix:compute_imatrix", _show_imatrix, name="imatrix"),
     ),
     "inspect": (
         "Show what a file states, what llama.cpp reads, and warnings.",

@@ -14,15 +14,16 @@ from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CheckError, CheckpointError, OptionError
 from pi_gguf.files import check_free_disk, check_writable, disk_errors, publish, remove
 from pi_gguf.finetune import extend
-from pi_gguf.ggml import check_quantization
+from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
+from pi_gguf.imatrix import read_imatrix
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import gguf_vocabulary
-from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_adapter_file, plan_file, split_paths, write_file
+from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, write_file
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def convert(
     split_max_size: str | None = None,
     lora: Sequence[str] = (),
     adapter_only: bool = False,
+    imatrix: str | None = None,
     dry_run: bool = False,
 ) -> Conversion | DryRun:
     """Convert a Hugging Face model to GGUF; with --context, interpolate its positions and fine-tune it first.
@@ -118,12 +120,13 @@ def convert(
         lora: folder with a LoRA adapter of the model to merge: adapter_config.json and adapter_model.safetensors.
             Repeatable. With --context it needs --steps 0.
         adapter_only: write the adapter alone, as a GGUF file for llama.cpp to apply to the base's; F32 or F16.
+        imatrix: importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.
         dry_run: print every tensor with type and bytes, and the exact size, memory and disk needed; write nothing.
 
     Example:
         pi-gguf convert bundled:tiny tiny-32k.gguf --context 32768 --quant Q8_0 --steps 100
     """
-    out, quant = Path(out), check_quantization(quant)
+    out, quant = Path(out), check_quantization(quant, importance=imatrix is not None)
     overrides = [_read_override(text) for text in tensor_type]
     if overrides and quant in UNQUANTIZED:
         raise OptionError(f"tensor-type is for quantized files, quant is {quant}", "give --quant Q8_0 or another")
@@ -135,6 +138,7 @@ def convert(
     _check_adapter_options(lora, context, steps, adapter_only, quant)
     if not dry_run:
         check_writable(out, overwrite)
+    matrix = read_imatrix(Path(imatrix)) if imatrix is not None else None
     checkpoint = load_checkpoint(model)
     if lora:
         checkpoint = with_adapters(checkpoint, lora)
@@ -165,10 +169,14 @@ def convert(
                 )
             return [plan_adapter_file(checkpoint, general=general, quantization=quant)]
         plan = plan_file(
-            checkpoint, rope=rope, vocabulary=vocabulary, general=general,
+            checkpoint, rope=rope, vocabulary=vocabulary, general={**general, **(matrix.keys() if matrix else {})},
             finetuned=rope.rope_type == "linear" and (stated or trained.get("steps", 0) > 0), quantization=quant,
-            overrides=overrides,
+            overrides=overrides, importance=matrix.importance if matrix else {},
         )  # fmt: skip
+        if matrix:
+            shapes = {output.name: output.shape for output in plan.outputs}
+            matrix.check_fits(model, shapes, {o.name for o in plan.outputs if o.type not in UNQUANTIZED})
+        _check_importance(plan)
         return [plan] if max_bytes is None else plan.split(max_bytes)
 
     plans = plans_of(checkpoint, trained)
@@ -248,6 +256,16 @@ def _check_adapter_options(
         )
     if quant not in ("F32", "F16"):
         raise OptionError(f"quant must be F32 or F16 with adapter-only, got {quant}", "give --quant F16")
+
+
+def _check_importance(plan: FilePlan) -> None:
+    """Check that no tensor is to have a type that needs an importance matrix and has none."""
+    for output in plan.outputs:
+        if output.type in TENSORS_NEED_IMPORTANCE and output.name not in plan.importance:
+            raise OptionError(
+                f"{output.name}: llama.cpp writes {output.type} with an importance matrix only, and it has none",
+                "make one with pi-gguf imatrix and give it with --imatrix, or another --tensor-type",
+            )
 
 
 def _read_override(text: str) -> tuple[str, str]:

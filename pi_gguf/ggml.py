@@ -1,4 +1,4 @@
-"""The door to llama.cpp's libraries: its log, its quantization types, and the quantizer itself.
+"""The door to llama.cpp's libraries: its log, its quantization types, the quantizer, and what a model multiplies.
 
 In: rows of weights as 32-bit floats, or a whole GGUF file. Out: quantized bytes, or another file. llama_cpp is imported
 nowhere else.
@@ -10,21 +10,25 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.files import check_free_disk, check_writable, replace_when_complete
 from pi_gguf.gguf_file import read_gguf, tensor_types
-from pi_gguf.progress import progress_bar, say
+from pi_gguf.progress import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
 
+UNQUANTIZED = ("F32", "F16", "BF16")
+
 NEED_IMPORTANCE_MATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 """File types that llama.cpp writes with an importance matrix only."""
+
+TENSORS_NEED_IMPORTANCE = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
+"""Types of a single tensor for which the same holds."""
 
 log: list[str] = []
 """What llama.cpp has said, in pieces of lines."""
@@ -69,19 +73,25 @@ def quantizations() -> dict[str, int]:
     return {match[1]: int(getattr(llama_cpp, name)) for name, match in found.items() if match}
 
 
-def check_quantization(name: str) -> str:
+def check_quantization(name: str, *, importance: bool = False) -> str:
     """Return `name` in upper case if llama.cpp has that quantization.
 
+    Args:
+        name: file type, e.g. q4_k_m.
+        importance: whether there is an importance matrix.
+
     Raises:
-        OptionError: otherwise, with the list; or it needs an importance matrix.
+        OptionError: otherwise, with the list; or it needs an importance matrix, or has no use for one.
     """
     if name.upper() not in quantizations():
         raise OptionError(f"quant must be one of {', '.join(sorted(quantizations()))}, got {name}")
-    if name.upper() in NEED_IMPORTANCE_MATRIX:
+    if name.upper() in NEED_IMPORTANCE_MATRIX and not importance:
         raise OptionError(
-            f"quant {name}: llama.cpp writes it with an importance matrix only, which is not made here",
-            "take Q2_K or a larger type",
+            f"quant {name}: llama.cpp writes it with an importance matrix only",
+            "make one with pi-gguf imatrix and give it with --imatrix, or take Q2_K or a larger type",
         )
+    if name.upper() in UNQUANTIZED and importance:
+        raise OptionError(f"imatrix is for quantized files, quant is {name}", "give --quant Q4_K_M or another")
     return name.upper()
 
 
@@ -207,56 +217,46 @@ def quantize_rows(
 # Quantizing a file
 
 
-def quantize(
-    source: str | Path,
-    target: str | Path,
+def quantize_file(
+    source: Path,
+    target: Path,
+    quant: str,
     *,
-    quant: str = "Q4_K_M",
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Path:
-    """Quantize a GGUF file with llama.cpp.
+    n_tensors: int,
+    requantize: bool,
+    importance: Mapping[str, np.ndarray],
+    keys: Mapping[str, int | str],
+) -> None:
+    """Have llama.cpp quantize a file, beside this thread.
 
     Args:
-        source: GGUF file to read; best F32, F16 or BF16.
+        source: GGUF file to read.
         target: GGUF file to write.
-        quant: any type llama.cpp has, e.g. Q8_0, Q5_K_M or Q4_K_M.
-        overwrite: replace the file that is there.
-        seed: taken like everywhere; nothing is random here.
-        device: taken like everywhere; llama.cpp quantizes on the CPU.
+        quant: file type, e.g. Q4_K_M.
+        n_tensors: of the source, for the progress bar.
+        requantize: whether the source may be quantized already.
+        importance: weight of each column by tensor, float32 (matrices, columns).
+        keys: metadata to add.
 
-    Returns:
-        The path written.
-
-    Example:
-        pi-gguf quantize model-f16.gguf model-q4_k_m.gguf --quant Q4_K_M
+    Raises:
+        GgufError: llama.cpp did not do it.
     """
-    source, target, quant = Path(source), Path(target), check_quantization(quant)
-    info = read_gguf(source)
-    check_writable(target, overwrite)
-    if target.exists() and target.samefile(source):
-        raise OptionError(f"{target}: source and target are the same file", "give another target")
     llama_cpp = llama_cpp_library()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = quantizations()[quant]
-    params.nthread = cores()
-    params.allow_requantize = info.quantization not in ("F32", "F16", "BF16")
-    if params.allow_requantize:
-        say(f"note: {source} is {info.quantization} already; quantizing twice loses more than once")
-    check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 8)
-    with (
-        replace_when_complete(target) as partial,
-        progress_bar(f"quantize {quant}", len(info.tensors), "tensors") as bar,
-    ):
-        log.clear()
-        result: list[int] = []
-        worker = threading.Thread(
-            target=lambda: result.append(
-                llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(params))
-            ),
-            daemon=True,  # Ctrl-C ends the process without waiting for it
-        )
+    params.ftype, params.nthread, params.allow_requantize = quantizations()[quant], cores(), requantize
+    if importance:
+        params.imatrix = _importance_list(importance)
+    if keys:
+        params.kv_overrides = _key_list(keys)
+    log.clear()
+    result: list[int] = []
+    worker = threading.Thread(
+        target=lambda: result.append(
+            llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+        ),
+        daemon=True,  # Ctrl-C ends the process without waiting for it
+    )
+    with progress_bar(f"quantize {quant}", n_tensors, "tensors") as bar:
         worker.start()
         done = 0
         while worker.is_alive():
@@ -264,7 +264,194 @@ def quantize(
             now = sum(1 for line in list(log) if re.match(r"\[ *\d+/ *\d+\]", line))
             bar(now - done)
             done = now
-        if result != [0]:
-            check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 2)
-            raise GgufError(f"{source}: llama.cpp did not quantize it ({last_error()})")
-    return target
+    if result != [0]:
+        raise GgufError(f"{source}: llama.cpp did not quantize it ({last_error()})")
+
+
+def _key_list(keys: Mapping[str, int | str]) -> Any:
+    """Return llama.cpp's list of keys to add; its texts hold 127 bytes."""
+    structures = llama_cpp_library().llama_cpp
+    entries = (structures.llama_model_kv_override * (len(keys) + 1))()
+    for entry, (key, value) in zip(entries, keys.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, int):
+            entry.tag, entry.value.val_i64 = structures.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            entry.tag, entry.value.val_str = structures.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+    return entries
+
+
+# Watching what a model multiplies
+
+
+class _Tensor(ctypes.Structure):
+    """ggml's own record of a tensor, which no function of the library reads whole; `_products` compares the two."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
+    ]
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+_OBJECT_BYTES = 32
+"""What ggml keeps beside each tensor."""
+
+
+@cache
+def _products() -> tuple[int, int]:
+    """Return ggml's numbers of the product with a matrix and of that with chosen ones.
+
+    Raises:
+        OptionError: the installed library lays tensors out otherwise than `_Tensor`.
+    """
+    library = _ggml()
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    library.ggml_init.argtypes, library.ggml_init.restype = [_InitParams], pointer
+    library.ggml_free.argtypes, library.ggml_free.restype = [pointer], None
+    for name, arguments in {
+        "ggml_new_tensor_2d": [pointer, ctypes.c_int, count, count],
+        "ggml_new_tensor_3d": [pointer, ctypes.c_int, count, count, count],
+        "ggml_mul_mat": [pointer] * 3,
+        "ggml_mul_mat_id": [pointer] * 4,
+        "ggml_transpose": [pointer] * 2,
+        "ggml_set_name": [pointer, ctypes.c_char_p],
+        "ggml_get_name": [pointer],
+        "ggml_get_data": [pointer],
+    }.items():
+        getattr(library, name).argtypes, getattr(library, name).restype = arguments, pointer
+    library.ggml_tensor_overhead.restype = ctypes.c_size_t
+    library.ggml_nbytes.argtypes, library.ggml_nbytes.restype = [pointer], ctypes.c_size_t
+    library.ggml_op_name.argtypes, library.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
+    library.ggml_backend_tensor_get.argtypes = [pointer, pointer, ctypes.c_size_t, ctypes.c_size_t]
+    library.ggml_backend_tensor_get.restype = None
+
+    context = library.ggml_init(_InitParams(2**16, None, False))
+    types = tensor_types()
+    weights = library.ggml_new_tensor_3d(context, types["F32"], 5, 3, 2)
+    inputs = library.ggml_new_tensor_3d(context, types["F32"], 5, 2, 4)
+    chosen = library.ggml_new_tensor_2d(context, types["I32"], 2, 4)
+    plain = library.ggml_mul_mat(context, weights, inputs)
+    expert = library.ggml_mul_mat_id(context, weights, inputs, chosen)
+    turned = library.ggml_transpose(context, weights)
+    label = b"n" * 63
+    library.ggml_set_name(weights, label)
+    w, i, p, e, t = (_Tensor.from_address(a) for a in (chosen, inputs, plain, expert, turned))
+    n = _Tensor.from_address(weights)
+    fits = {
+        "size": ctypes.sizeof(_Tensor) + _OBJECT_BYTES == library.ggml_tensor_overhead(),
+        "type": (n.type, w.type) == (types["F32"], types["I32"]),
+        "ne": (list(n.ne), list(i.ne)) == ([5, 3, 2, 1], [5, 2, 4, 1]),
+        "nb": (list(n.nb), list(t.nb)) == ([4, 20, 60, 120], [20, 4, 60, 120]),
+        "src": (p.src[0], p.src[1], e.src[2], p.src[2]) == (weights, inputs, chosen, None),
+        "view_src": t.view_src == weights,
+        "data": n.data is not None and n.data == library.ggml_get_data(weights),
+        "name": n.name == label and weights + _Tensor.name.offset == library.ggml_get_name(weights),
+        "op": [library.ggml_op_name(x.op) if 0 < x.op < 64 else None for x in (p, e)] == [b"MUL_MAT", b"MUL_MAT_ID"],
+    }
+    products = (p.op, e.op)
+    library.ggml_free(context)
+    wrong = [field for field, fit in fits.items() if not fit]
+    if wrong:
+        raise OptionError(
+            f"imatrix: the installed llama.cpp lays out a tensor's {', '.join(wrong)} otherwise than it is read here",
+            "install the llama-cpp-python of constraints.txt",
+        )
+    return products
+
+
+Receive = Callable[[str, "np.ndarray", "np.ndarray | None", int], None]
+
+
+class ProductWatch:
+    """Sees what a model multiplies its weights with, while llama.cpp evaluates it.
+
+    Args:
+        names: weights to watch, by their names in the file.
+        receive: called for each product with the weight's name; its inputs, float32 (tokens, slots, columns); for a
+            weight of several matrices which of them each took, int (tokens, used), where the k-th has the input of
+            slot k modulo the slots, None for a single matrix; and how many matrices there are.
+
+    Raises:
+        OptionError: the installed llama.cpp is laid out otherwise.
+    """
+
+    def __init__(self, names: Container[str], receive: Receive) -> None:
+        self._names, self._receive = names, receive
+        self._one, self._chosen = _products()
+        self._error: BaseException | None = None
+        self.stopping = False
+        """Set it, and llama.cpp leaves out the rest of what it computes."""
+        self.callback = llama_cpp_library().llama_cpp.ggml_backend_sched_eval_callback(self._called)
+
+    def check(self) -> None:
+        """Raise what went wrong inside llama.cpp's call."""
+        if self._error is not None:
+            raise self._error
+
+    def _called(self, address: int, ask: bool, _: Any) -> bool:
+        """Answer llama.cpp: first, whether a result is of interest; then, when it is there, whether to go on."""
+        if self.stopping:
+            return ask
+        try:
+            result = _Tensor.from_address(address)
+            if result.op not in (self._one, self._chosen):
+                return False
+            weight = _Tensor.from_address(result.src[0])
+            name = _weight_name(weight.name.decode(errors="replace"))
+            if name not in self._names:
+                return False
+            if not ask:
+                self._see(name, result, weight)
+        except BaseException as error:  # nothing may pass through llama.cpp's own code
+            self._error, self.stopping = error, True
+            return ask
+        return True
+
+    def _see(self, name: str, result: _Tensor, weight: _Tensor) -> None:
+        import numpy as np
+
+        inputs = _values(result.src[1], np.dtype(np.float32), "F32", name)
+        matrices = weight.ne[2] * weight.ne[3]
+        columns = inputs.shape[-1]
+        if result.op == self._chosen:
+            self._receive(name, inputs[0], _values(result.src[2], np.dtype(np.int32), "I32", name)[0, 0], matrices)
+        elif matrices == 1:
+            self._receive(name, inputs.reshape(-1, 1, columns), None, 1)
+        else:
+            outer, inner, tokens, _ = inputs.shape
+            matrix = (np.arange(outer)[:, None] % weight.ne[3]) * weight.ne[2] + np.arange(inner) % weight.ne[2]
+            slots = inputs.transpose(2, 0, 1, 3).reshape(tokens, outer * inner, columns)
+            self._receive(name, slots, np.broadcast_to(matrix.reshape(-1), slots.shape[:2]), matrices)
+
+
+def _values(address: int, dtype: np.dtype[Any], kind: str, name: str) -> np.ndarray:
+    """Return a tensor's values from wherever they lie, in four dimensions, the fastest last."""
+    import numpy as np
+
+    tensor, library = _Tensor.from_address(address), _ggml()
+    if tensor.type != tensor_types()[kind]:
+        raise GgufError(f"{name}: llama.cpp multiplies it with values that are not {kind}", "take an F16 or F32 file")
+    data = np.empty(library.ggml_nbytes(address), np.uint8)
+    library.ggml_backend_tensor_get(address, data.ctypes.data, 0, data.nbytes)
+    return np.ndarray(tuple(tensor.ne)[::-1], dtype, data, strides=tuple(tensor.nb)[::-1])
+
+
+def _weight_name(name: str) -> str:
+    """Return the name in the file: a copy on another device is DEVICE#NAME#NUMBER."""
+    return name.split("#")[1] if "#" in name else name

@@ -6,14 +6,18 @@ imported nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError
 from pi_gguf.rope import RopeScaling
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ALIGNMENT = 32
 """Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
@@ -79,14 +83,7 @@ def read_gguf(path: Path) -> GgufInfo:
     """
     import gguf
 
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        is_file = False
-    if not is_file:
-        raise GgufError(f"{path}: no such file", "check the spelling")
-    try:
-        reader = gguf.GGUFReader(path)
+    with _reader(path) as reader:
         metadata, lengths = {}, {}
         for name, field in reader.fields.items():
             if field.types[:1] == [gguf.GGUFValueType.ARRAY]:
@@ -97,10 +94,40 @@ def read_gguf(path: Path) -> GgufInfo:
             TensorInfo(t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name, int(t.n_bytes))
             for t in reader.tensors
         ]
+    return GgufInfo(path, metadata, lengths, tensors)
+
+
+def read_array(path: Path, key: str) -> list[Any]:
+    """Read an array of a file's metadata; an empty one when it is not there."""
+    with _reader(path) as reader:
+        field = reader.fields.get(key)
+        return list(field.contents()) if field is not None and len(field.data) else []
+
+
+def read_values(path: Path) -> dict[str, np.ndarray]:
+    """Read the values of all F32 tensors of a file, by name, in the shapes that torch has."""
+    import numpy as np
+
+    with _reader(path) as reader:
+        return {t.name: np.array(t.data, np.float32) for t in reader.tensors if t.tensor_type.name == "F32"}
+
+
+@contextmanager
+def _reader(path: Path) -> Iterator[Any]:
+    """Open a file with gguf, and turn what can go wrong inside into a `GgufError`."""
+    import gguf
+
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        is_file = False
+    if not is_file:
+        raise GgufError(f"{path}: no such file", "check the spelling")
+    try:
+        yield gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GgufError(f"{path}: truncated or not a GGUF file ({reason})", "copy or convert the file again") from error
-    return GgufInfo(path, metadata, lengths, tensors)
 
 
 def padded(nbytes: int) -> int:
@@ -135,6 +162,17 @@ def write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Se
         writer.write_ti_data_to_file()
     finally:
         writer.close()
+
+
+def write_values(path: Path, arch: str, metadata: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> None:
+    """Write a whole file of F32 tensors, in the shapes that torch has."""
+    tensors = [TensorInfo(name, array.shape, "F32", 4 * array.size) for name, array in values.items()]
+    write_header(path, arch, metadata, tensors)
+    with path.open("ab") as file:
+        file.write(bytes(padded(file.tell()) - file.tell()))
+        for array in values.values():
+            data = array.astype("<f4").tobytes()
+            file.write(data + bytes(padded(len(data)) - len(data)))
 
 
 @cache

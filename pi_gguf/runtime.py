@@ -7,12 +7,13 @@ loaded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.files import human_bytes
-from pi_gguf.ggml import apply_adapters, cores, last_error, llama_cpp_library, log
+from pi_gguf.ggml import ProductWatch, apply_adapters, cores, last_error, llama_cpp_library, log
 from pi_gguf.gguf_file import GgufInfo, read_gguf
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel, common_prefix
@@ -44,6 +45,7 @@ class Model(LanguageModel):
         device: `auto` (GPU when llama.cpp was built for one), `cpu` or `cuda`.
         n_threads: threads; all cores when None.
         lora: GGUF adapters to apply, of this model.
+        watch: sees what the weights are multiplied with.
 
     Raises:
         GgufError: the file, or an adapter, does not open.
@@ -62,6 +64,7 @@ class Model(LanguageModel):
         device: str = "auto",
         n_threads: int | None = None,
         lora: Sequence[str | Path] = (),
+        watch: ProductWatch | None = None,
     ) -> None:
         info = read_gguf(Path(path))
         self.info, self.path, self.name = info, Path(path), str(path)
@@ -95,6 +98,9 @@ class Model(LanguageModel):
                 n_threads_batch=threads,
                 verbose=False,
             )
+            self._watch = watch
+            if watch:
+                self._reopen(watch)
         except (ValueError, RuntimeError) as error:
             raise GgufError(f"{path}: llama.cpp does not open it ({last_error() or error})") from error
         try:
@@ -103,6 +109,13 @@ class Model(LanguageModel):
             self.close()
             raise
         self._evaluated: list[int] = []
+
+    def _reopen(self, watch: ProductWatch) -> None:
+        """Put a watched context in place of the first one; llama-cpp-python has no option for it."""
+        llama, params = self._llama, self._llama.context_params
+        params.cb_eval = watch.callback
+        llama._ctx.close()
+        llama._ctx = type(llama._ctx)(model=llama._model, params=params, verbose=False)
 
     def __enter__(self) -> Model:
         return self
@@ -249,6 +262,26 @@ class Model(LanguageModel):
                     yield logits.reshape(outputs, -1).copy()
         finally:
             llama_cpp.llama_batch_free(batch)
+
+    def evaluate(self, ids: Sequence[int]) -> Iterator[int]:
+        """Read `ids` from their start, every layer for every one, and yield how many each batch had.
+
+        llama.cpp runs beside this thread, so that Ctrl-C is felt inside a batch; with a watch it stops there.
+
+        Raises:
+            OptionError: they do not fit the window.
+        """
+        chunks = self.logits_chunks(ids, len(ids))
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                while (logits := thread.submit(next, chunks, None).result()) is not None:
+                    if self._watch:
+                        self._watch.check()
+                    yield len(logits)
+            except BaseException:
+                if self._watch:
+                    self._watch.stopping = True
+                raise
 
 
 def open_model(path: str | Path, **options: Any) -> Model:

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +27,13 @@ from pi_gguf.checkpoint import Checkpoint, TensorSource
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
 from pi_gguf.files import check_free_disk, disk_errors
-from pi_gguf.ggml import cores, mixture, quantizations, quantize_rows
+from pi_gguf.ggml import (
+    UNQUANTIZED,
+    cores,
+    mixture,
+    quantizations,
+    quantize_rows,
+)
 from pi_gguf.gguf_file import (
     TensorInfo,
     padded,
@@ -42,8 +48,6 @@ from pi_gguf.rope import RopeScaling
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-UNQUANTIZED = ("F32", "F16", "BF16")
 
 _NUMBERED = re.compile(r"(\.experts)\.\d+\.|\.norms\.\d+\.")
 """Parts that a checkpoint stores one by one and GGUF as one tensor: experts, and norms of single heads."""
@@ -78,12 +82,14 @@ class FilePlan:
         quantization: file type, e.g. F16 or Q4_K_M.
         metadata: keys and values.
         outputs: tensors in the order of their data.
+        importance: weight of each column by tensor, float32 (matrices, columns).
     """
 
     checkpoint: Checkpoint
     quantization: str
     metadata: dict[str, Any]
     outputs: list[Output]
+    importance: Mapping[str, np.ndarray]
 
     @cached_property
     def header(self) -> bytes:
@@ -156,6 +162,7 @@ def plan_file(
     finetuned: bool,
     quantization: str,
     overrides: Sequence[tuple[str, str]] = (),
+    importance: Mapping[str, np.ndarray] | None = None,
 ) -> FilePlan:
     """Decide name, shape, type and place of every tensor, and every key. Nothing is read but shapes.
 
@@ -166,10 +173,12 @@ def plan_file(
         finetuned: whether the weights were trained with `rope`.
         quantization: file type, e.g. F16 or Q4_K_M.
         overrides: pairs of a pattern of tensor names and a tensor type.
+        importance: weight of each column by tensor, float32 (matrices, columns); that they fit is not checked.
 
     Raises:
         UnsupportedError: a tensor that GGUF has no name for.
     """
+    importance = importance or {}
     arch = checkpoint.family.arch
     metadata = {
         **general,
@@ -188,9 +197,9 @@ def plan_file(
             path = Path(folder) / "exact.gguf"
             write_header(path, arch, metadata, outputs)
             os.truncate(path, padded(path.stat().st_size) + sum(padded(o.nbytes) for o in outputs))
-            types = mixture(path, quantization, overrides=overrides, importance={})
+            types = mixture(path, quantization, overrides=overrides, importance=importance)
         outputs = [_typed(o, types[o.name]) for o in outputs]
-    return FilePlan(checkpoint, quantization, metadata, outputs)
+    return FilePlan(checkpoint, quantization, metadata, outputs, importance)
 
 
 def _exact_outputs(checkpoint: Checkpoint) -> list[Output]:
@@ -278,7 +287,7 @@ def plan_adapter_file(checkpoint: AdaptedCheckpoint, *, general: dict[str, Any],
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha or 1.0),
     }
-    return FilePlan(checkpoint, quantization, metadata, outputs)
+    return FilePlan(checkpoint, quantization, metadata, outputs, {})
 
 
 def _permutes_rows(transform: Transform, config: Config, rows: int) -> bool:
@@ -360,7 +369,7 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         for output in left:
             assert coming is not None
             values, coming = coming.result(), next(reading, None)
-            data = _encode(values, output, workers)
+            data = _encode(values, output, plan.importance.get(output.name), workers)
             if writing:
                 writing.result()
             writing = writer.submit(put, output, data)
@@ -408,7 +417,15 @@ def _identity(plan: FilePlan) -> dict[str, str]:
         "the checkpoint": plan.checkpoint.fingerprint(),
         "settings": hashlib.sha256(plan.header).hexdigest(),
         **plan.checkpoint.adapter_hashes,
+        "the importance matrix": _hash(plan.importance),
     }
+
+
+def _hash(importance: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(importance):
+        digest.update(name.encode() + importance[name].tobytes())
+    return digest.hexdigest()
 
 
 def _read_state(path: Path) -> tuple[dict[str, Any] | None, list[list[Any]]]:
@@ -466,8 +483,12 @@ def _load(source: TensorSource, kind: str, files: dict[Path, Any]) -> torch.Tens
     return tensor
 
 
-def _encode(values: torch.Tensor, output: Output, workers: Executor) -> np.ndarray:
-    """Convert or quantize a tensor, on all cores; return its bytes."""
+def _encode(values: torch.Tensor, output: Output, importance: np.ndarray | None, workers: Executor) -> np.ndarray:
+    """Convert or quantize a tensor, on all cores; return its bytes.
+
+    Args:
+        importance: weight of each column, of each of the tensor's matrices; none when None.
+    """
     import numpy as np
     import torch
 
@@ -479,8 +500,13 @@ def _encode(values: torch.Tensor, output: Output, workers: Executor) -> np.ndarr
     columns = output.shape[-1]
     rows = values.contiguous().view({4: torch.float32, 2: torch.uint16}[values.itemsize]).numpy().reshape(-1, columns)
     out = np.empty((len(rows), output.nbytes // len(rows)), np.uint8)
-    step = max(1, _CHUNK_ELEMENTS // columns)
-    parts = [slice(start, start + step) for start in range(0, len(rows), step)]
-    for future in [workers.submit(quantize_rows, output.type, rows[p], dtype, out[p]) for p in parts]:
+    weights = [None] if importance is None else list(importance.reshape(-1, columns))
+    matrix, step = len(rows) // len(weights), max(1, _CHUNK_ELEMENTS // columns)
+    parts = [
+        (slice(start, min(start + step, (i + 1) * matrix)), weight)
+        for i, weight in enumerate(weights)
+        for start in range(i * matrix, (i + 1) * matrix, step)
+    ]
+    for future in [workers.submit(quantize_rows, output.type, rows[p], dtype, out[p], w) for p, w in parts]:
         future.result()
     return out.reshape(-1)

@@ -28,7 +28,8 @@ LAYERS = [
     {"gguf_file", "hf_model"},
     {"ggml"},
     {"runtime", "writing"},
-    {"planning", "evaluate", "check", "inspection"},
+    {"imatrix"},
+    {"planning", "evaluate", "check", "inspection", "quantizing"},
     {"finetune"},
     {"conversion"},
     {"demo"},
@@ -104,7 +105,8 @@ def commands(group, prefix=()):
 def test_every_command_explains_every_option_and_shows_an_example():
     names = [" ".join(path) for path, _ in commands(main)]
     assert names == [
-        "plan", "extend", "convert", "quantize", "inspect", "eval perplexity", "eval passkey", "models", "run", "demo",
+        "plan", "extend", "convert", "quantize", "imatrix", "inspect", "eval perplexity", "eval passkey", "models",
+        "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):
         text = command.get_help(click.Context(command))

@@ -1,0 +1,404 @@
+"""Importance matrices: how much each column of a weight matters, by what llama.cpp multiplies it with on long texts.
+
+In: a GGUF file or a checkpoint, and texts. Out: llama.cpp's own file of an importance matrix, which quantizing reads
+again. Importance is the mean square of a column's inputs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf import bundled
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
+from pi_gguf.files import check_writable, replace_when_complete
+from pi_gguf.ggml import ProductWatch
+from pi_gguf.gguf_file import read_array, read_gguf, read_values, write_values
+from pi_gguf.progress import progress_bar, say
+from pi_gguf.runtime import Model
+from pi_gguf.texts import read_texts
+from pi_gguf.vocabulary import gguf_vocabulary
+from pi_gguf.writing import plan_file, write_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEFAULT_TOKENS = 65536
+"""Tokens read when no limit is given; at least one window."""
+
+_COLLECTED = "blk."
+"""What the names of the watched weights begin with; llama.cpp leaves out embeddings and the output matrix, too."""
+
+_CHARACTERS = 8
+"""More than a token has in any text that is worth reading."""
+
+_KEY_BYTES = 127
+"""What llama.cpp keeps of a text that it writes into a quantized file."""
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """An importance matrix as it lies in a file.
+
+    Args:
+        path: of the file.
+        sums: sum of the squares of each column's inputs by tensor, float32 (matrices, columns).
+        counts: how many inputs each matrix had by tensor, float32 (matrices,).
+        datasets: names of the texts.
+        chunks: windows read.
+        chunk_size: tokens of a window.
+    """
+
+    path: Path
+    sums: dict[str, np.ndarray]
+    counts: dict[str, np.ndarray]
+    datasets: list[str]
+    chunks: int
+    chunk_size: int
+
+    @cached_property
+    def importance(self) -> dict[str, np.ndarray]:
+        """Mean of the squares by tensor, float32 (matrices, columns); 1 where a matrix had no input."""
+        import numpy as np
+
+        found = {}
+        for name, sums in self.sums.items():
+            counts = self.counts[name][:, None]
+            found[name] = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1)).astype(np.float32)
+        return found
+
+    def keys(self) -> dict[str, int | str]:
+        """Return the keys that a file quantized with it states, as llama.cpp writes them."""
+        keys: dict[str, int | str] = {"quantize.imatrix.file": _short(self.path.name)}
+        if self.datasets:
+            keys["quantize.imatrix.dataset"] = _short(self.datasets[0].replace("\\", "/").split("/")[-1])
+        keys["quantize.imatrix.entries_count"] = len(self.sums)
+        if self.chunks:
+            keys["quantize.imatrix.chunks_count"] = self.chunks
+        return keys
+
+    def check_fits(self, model: str, shapes: Mapping[str, tuple[int, ...]], quantized: Collection[str]) -> None:
+        """Check that it is a matrix of a model: no other tensors, the same columns, and none missing in the layers.
+
+        Args:
+            model: for the message.
+            shapes: of the model's tensors by GGUF name, as torch has them.
+            quantized: names of those that are quantized.
+
+        Raises:
+            GgufError: otherwise.
+        """
+        hint = f"make one of this model: pi-gguf imatrix {model} OUT.gguf"
+        for name, values in self.importance.items():
+            if name not in shapes:
+                raise GgufError(f"{self.path}: {name} is no tensor of {model}; it is a matrix of another model", hint)
+            *outer, _, columns = (1, *shapes[name])[-3:]
+            matrices = outer[0] if outer else 1
+            if values.shape not in ((matrices, columns), (1, matrices * columns)):
+                raise GgufError(
+                    f"{self.path}: {name} must have {matrices} x {columns} columns as in {model}, "
+                    f"got {values.shape[0]} x {values.shape[1]}; it is a matrix of another model",
+                    hint,
+                )
+        for name in sorted(quantized):
+            if name.startswith(_COLLECTED) and name not in self.sums:
+                raise GgufError(f"{self.path}: {name} of {model} is missing", hint)
+
+
+def _short(name: str) -> str:
+    return name.encode()[:_KEY_BYTES].decode(errors="ignore")
+
+
+def read_imatrix(path: Path) -> ImportanceMatrix:
+    """Read an importance matrix that this package or llama.cpp wrote.
+
+    Raises:
+        GgufError: the file is none, or a value in it cannot be.
+    """
+    import numpy as np
+
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise GgufError(f"{path}: cannot be read ({reason})", "check the spelling") from error
+    if magic != b"GGUF":
+        raise GgufError(
+            f"{path}: not a GGUF file; llama.cpp's older binary form of an importance matrix is not read",
+            "llama-imatrix --in-file OLD.dat -o NEW.gguf writes it anew, or make one with pi-gguf imatrix",
+        )
+    info = read_gguf(path)
+    if (kind := info.metadata.get("general.type")) != "imatrix":
+        got = "it is missing" if kind is None else f"got {kind!r}"
+        raise GgufError(
+            f"{path}: general.type must be imatrix, {got}; it is no importance matrix", "make one with pi-gguf imatrix"
+        )
+    numbers = {}
+    for key in ("imatrix.chunk_count", "imatrix.chunk_size"):
+        value = info.metadata.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+            got = "it is missing" if value is None else f"got {value!r}"
+            raise GgufError(f"{path}: {key} must be a whole number, {got}", "make it again with pi-gguf imatrix")
+        numbers[key] = value
+    datasets = [str(name) for name in read_array(path, "imatrix.datasets")]
+    values = read_values(path)
+    names = sorted({t.name.rpartition(".")[0] for t in info.tensors})
+    sums, counts = {}, {}
+    for name in names:
+        for part in ("in_sum2", "counts"):
+            array = values.get(f"{name}.{part}")
+            if array is None:
+                raise GgufError(f"{path}: {name}.{part} is missing or not F32", "make it again with pi-gguf imatrix")
+            wrong = np.argwhere(~(np.isfinite(array) & (array >= 0)))
+            if len(wrong):
+                raise GgufError(
+                    f"{path}: {name}.{part} must hold numbers from 0 on, got {array[tuple(wrong[0])]:g}",
+                    "make it again with pi-gguf imatrix",
+                )
+        many = values[f"{name}.counts"].size
+        total = values[f"{name}.in_sum2"].size
+        if not many or not total or total % many:
+            raise GgufError(f"{path}: {name} has {many} counts for {total} sums", "make it again with pi-gguf imatrix")
+        sums[name], counts[name] = values[f"{name}.in_sum2"].reshape(many, -1), values[f"{name}.counts"].reshape(-1)
+    if not sums or len(info.tensors) != 2 * len(sums):
+        raise GgufError(f"{path}: it holds no pairs of in_sum2 and counts", "make it again with pi-gguf imatrix")
+    return ImportanceMatrix(path, sums, counts, datasets, numbers["imatrix.chunk_count"], numbers["imatrix.chunk_size"])
+
+
+def write_imatrix(matrix: ImportanceMatrix, arch: str) -> None:
+    """Write an importance matrix to its path, under that name only when complete.
+
+    Args:
+        matrix: what is written.
+        arch: the model's architecture, which GGUF files state.
+    """
+    metadata = {
+        "general.type": "imatrix",
+        "imatrix.datasets": matrix.datasets,
+        "imatrix.chunk_count": matrix.chunks,
+        "imatrix.chunk_size": matrix.chunk_size,
+    }
+    values = {}
+    for name in sorted(matrix.sums):
+        values[f"{name}.in_sum2"] = matrix.sums[name]
+        values[f"{name}.counts"] = matrix.counts[name].reshape(-1, 1)
+    with replace_when_complete(matrix.path) as partial:
+        write_values(partial, arch, metadata, values)
+
+
+# Computing
+
+
+class SquareSums:
+    """Sums the squares of what weights are multiplied with, column by column, and counts them by matrix."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
+        self.counts: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, inputs: np.ndarray, chosen: np.ndarray | None, matrices: int) -> None:
+        """Add the inputs of one product; arguments as `ProductWatch` has them.
+
+        Raises:
+            GgufError: an input is not a number.
+        """
+        import numpy as np
+
+        slots, columns = inputs.shape[1:]
+        if name not in self.sums:
+            self.sums[name], self.counts[name] = np.zeros((matrices, columns)), np.zeros(matrices, np.int64)
+        rows = {0: inputs.reshape(-1, columns)}
+        if chosen is not None:
+            rows = {}
+            for matrix in np.unique(chosen):
+                token, used = np.nonzero(chosen == matrix)
+                rows[int(matrix)] = inputs[token, used % slots]
+        for matrix, part in rows.items():
+            squares = np.einsum("nc,nc->c", part, part)
+            if not np.isfinite(squares).all():
+                raise GgufError(
+                    f"{name}: its inputs or their squares are no numbers", "the model is damaged or diverged"
+                )
+            self.sums[name][matrix] += squares
+            self.counts[name][matrix] += len(part)
+
+
+@dataclass(frozen=True)
+class ImatrixReport:
+    """What was written: file, tensors, and the texts, windows and tokens read.
+
+    `unused` counts the matrices of experts that no token took.
+    """
+
+    path: str
+    model: str
+    tensors: int
+    unused: int
+    texts: list[str]
+    windows: int
+    context: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compute_imatrix(
+    model: str,
+    out: str | Path,
+    *,
+    text: Sequence[str] = (),
+    context: int | None = None,
+    tokens: int | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+) -> ImatrixReport:
+    """Compute an importance matrix in llama.cpp over long texts, for convert and quantize --imatrix.
+
+    Texts are cut into windows of the file's own length; the first window of each text is read, then the second of
+    each, and so on up to --tokens. Texts shorter than a window are left out.
+
+    Args:
+        model: GGUF file, best F32, F16 or BF16; or Hugging Face folder, Hub id or bundled:tiny.
+        out: GGUF file to write.
+        text: text file or folder of them; the training novels of the bundled sample when left out. Repeatable.
+        context: tokens of a window; the file's own window when left out.
+        tokens: limit in tokens, as whole windows; 65536 or one window, whichever is more, when left out.
+        overwrite: replace the file that is there.
+        seed: taken like everywhere; nothing is random here.
+        device: auto, cpu or cuda.
+
+    Example:
+        pi-gguf imatrix my-llama-32k-f16.gguf my-llama-32k.imatrix.gguf --text books/
+    """
+    out = Path(out)
+    if out.suffix != ".gguf":
+        raise OptionError(f"{out}: the name must end in .gguf")
+    for name, value in (("context", context), ("tokens", tokens)):
+        if value is not None and value < 1:
+            raise OptionError(f"{name} must be at least 1, got {value}")
+    check_writable(out, overwrite)
+    documents = read_texts(text) if text else _sample()
+    with _as_gguf(model, out) as path:
+        if out.exists() and out.samefile(path):
+            raise OptionError(f"{out}: model and output are the same file", "give another name")
+        info = read_gguf(path)
+        window = info.rope.max_position_embeddings
+        context = context or window
+        if context > window:
+            raise OptionError(
+                f"context must be at most the model's window of {window} tokens, got {context}", "give a smaller one"
+            )
+        limit = tokens or max(DEFAULT_TOKENS, context)
+        if limit < context:
+            raise OptionError(
+                f"tokens must be at least a window of {context}, got {tokens}", "give more, or a smaller --context"
+            )
+        sums = SquareSums()
+        watch = ProductWatch({t.name for t in info.tensors if t.name.startswith(_COLLECTED)}, sums.add)
+        with _opened(path, context, device, watch) as lm:
+            windows = list(text_windows(lm, documents, context, limit // context))
+            with progress_bar("importance matrix", len(windows) * context, "tokens") as advance:
+                for i, (name, ids) in enumerate(windows):
+                    for done in lm.evaluate(ids):
+                        advance(done, text=f"window {i + 1} of {len(windows)}, {Path(name).name}")
+    import numpy as np
+
+    read = list(dict.fromkeys(Path(name).name for name, _ in windows))
+    matrix = ImportanceMatrix(
+        out, {name: values.astype(np.float32) for name, values in sums.sums.items()},
+        {name: values.astype(np.float32) for name, values in sums.counts.items()}, read, len(windows), context,
+    )  # fmt: skip
+    write_imatrix(matrix, info.arch)
+    unused = sum(int((counts == 0).sum()) for counts in sums.counts.values())
+    if unused:
+        say(f"note: {unused} matrices of experts had no token; their columns count alike. More --tokens reach more")
+    return ImatrixReport(
+        str(out), model, len(sums.sums), unused, read, len(windows), context, len(windows) * context
+    )  # fmt: skip
+
+
+def text_windows(
+    lm: Model, documents: Mapping[str, str], context: int, windows: int
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield windows of exactly `context` tokens with their document's name: the first of each document, the second...
+
+    Args:
+        lm: gives the tokenizer; every window has its begin token, if the model wants one.
+        documents: texts by name.
+        context: tokens of a window.
+        windows: how many at most.
+
+    Raises:
+        TextError: every document is shorter than a window.
+    """
+    bos = list(lm.bos)
+    step = context - len(bos)
+    tokenized: dict[str, list[int]] = {}
+    left, turn = windows, 0
+    names, lengths = list(documents), {}
+    while left and names:
+        for name in list(names):
+            if name not in tokenized:
+                part = documents[name][: _CHARACTERS * context * windows]
+                tokenized[name] = lm.tokenize(part, add_special=False)
+                lengths[name] = len(tokenized[name]) + len(bos)
+            ids = bos + tokenized[name][turn * step : (turn + 1) * step]
+            if len(ids) < context or not step:
+                names.remove(name)
+                continue
+            yield name, ids
+            left -= 1
+            if not left:
+                break
+        turn += 1
+    short = {name: n for name, n in lengths.items() if n < context}
+    if left == windows:
+        name, length = max(short.items(), key=lambda item: item[1], default=("text", 0))
+        raise TextError(
+            f"{name}: {length} tokens, fewer than the window of {context}", "give longer texts or a smaller --context"
+        )
+    if short:
+        say(f"note: {len(short)} texts are shorter than the window of {context} tokens and are left out")
+
+
+@contextmanager
+def _opened(path: Path, context: int, device: str, watch: ProductWatch) -> Iterator[Model]:
+    try:
+        lm = Model(path, n_ctx=context, device=device, watch=watch)
+    except ResourceError as error:
+        raise ResourceError(str(error), "read smaller windows, for example --context 2048") from error
+    with lm:
+        yield lm
+
+
+@contextmanager
+def _as_gguf(model: str, out: Path) -> Iterator[Path]:
+    """Give a GGUF file, or one of a Hugging Face MODEL that is deleted again, of the type its weights are stored in."""
+    if Path(model).suffix == ".gguf":
+        yield Path(model)
+        return
+    checkpoint = load_checkpoint(model)
+    types = {source.dtype for source in checkpoint.tensors.values()}
+    plan = plan_file(
+        checkpoint, rope=checkpoint.rope, vocabulary=gguf_vocabulary(checkpoint, checkpoint.load_tokenizer()),
+        general={"general.type": "model"}, finetuned=True, quantization=types.pop() if len(types) == 1 else "F32",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as folder:
+        path = Path(folder) / "model.gguf"
+        write_file(plan, path)
+        yield path
+
+
+def _sample() -> dict[str, str]:
+    documents = bundled.novels("train")
+    say(f"no --text: the {len(documents)} training novels of the bundled sample are read")
+    return documents

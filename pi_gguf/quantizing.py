@@ -1,0 +1,67 @@
+"""One GGUF file to another, quantized by llama.cpp: `quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pi_gguf.errors import GgufError, OptionError
+from pi_gguf.files import check_free_disk, check_writable, replace_when_complete
+from pi_gguf.ggml import UNQUANTIZED, check_quantization, mixture, quantize_file
+from pi_gguf.gguf_file import read_gguf
+from pi_gguf.imatrix import read_imatrix
+from pi_gguf.progress import say
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    *,
+    quant: str = "Q4_K_M",
+    imatrix: str | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Path:
+    """Quantize a GGUF file with llama.cpp.
+
+    Args:
+        source: GGUF file to read; best F32, F16 or BF16.
+        target: GGUF file to write.
+        quant: any type llama.cpp has, e.g. Q8_0, Q5_K_M or Q4_K_M.
+        imatrix: importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.
+        overwrite: replace the file that is there.
+        seed: taken like everywhere; nothing is random here.
+        device: taken like everywhere; llama.cpp quantizes on the CPU.
+
+    Returns:
+        The path written.
+
+    Example:
+        pi-gguf quantize model-f16.gguf model-q4_k_m.gguf --quant Q4_K_M
+    """
+    source, target = Path(source), Path(target)
+    quant = check_quantization(quant, importance=imatrix is not None)
+    matrix = read_imatrix(Path(imatrix)) if imatrix is not None else None
+    info = read_gguf(source)
+    check_writable(target, overwrite)
+    if target.exists() and target.samefile(source):
+        raise OptionError(f"{target}: source and target are the same file", "give another target")
+    importance = matrix.importance if matrix else {}
+    if matrix:
+        types = mixture(source, quant, importance=importance)
+        changed = {t.name for t in info.tensors if types[t.name] != t.type}
+        matrix.check_fits(str(source), {t.name: t.shape for t in info.tensors}, changed)
+    requantize = info.quantization not in UNQUANTIZED
+    if requantize:
+        say(f"note: {source} is {info.quantization} already; quantizing twice loses more than once")
+    check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 8)
+    with replace_when_complete(target) as partial:
+        try:
+            quantize_file(
+                source, partial, quant, n_tensors=len(info.tensors), requantize=requantize, importance=importance,
+                keys=matrix.keys() if matrix else {},
+            )  # fmt: skip
+        except GgufError:
+            check_free_disk(target.parent, sum(t.nbytes for t in info.tensors) // 2)
+            raise
+    return target
