@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pi_gguf.ggml import quantize as quantize
     from pi_gguf.inspection import inspect as inspect
     from pi_gguf.planning import plan as plan
+    from pi_gguf.repairing import repair as repair
     from pi_gguf.runtime import open_model as open
 
 _PUBLIC = {
@@ -32,8 +33,19 @@ _PUBLIC = {
     "open": ("runtime", "open_model"),
     "plan": ("planning", "plan"),
     "quantize": ("ggml", "quantize"),
+    "repair": ("repairing", "repair"),
 }
-__all__ = ["convert", "evaluate_passkey", "evaluate_perplexity", "extend", "inspect", "open", "plan", "quantize"]
+__all__ = [
+    "convert",
+    "evaluate_passkey",
+    "evaluate_perplexity",
+    "extend",
+    "inspect",
+    "open",
+    "plan",
+    "quantize",
+    "repair",
+]
 
 
 def __getattr__(name: str) -> Any:

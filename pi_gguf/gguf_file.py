@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError
 from pi_gguf.rope import RopeScaling
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
 
@@ -137,6 +140,13 @@ def write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Se
         writer.write_ti_data_to_file()
     finally:
         writer.close()
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """Return the data of a tensor, of its own type, shaped as torch has it."""
+    import gguf
+
+    return next(t.data for t in gguf.GGUFReader(path).tensors if t.name == name)
 
 
 @cache

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 DEFAULT_ROPE_THETA = 10000.0
 """What transformers takes for Llama when a config names no base."""
 
+GGUF_ROPE_TYPES = ("none", "linear", "yarn", "longrope")
+"""What llama.cpp knows; any other ends its whole process."""
+
 _LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor")
 
 
@@ -243,7 +246,7 @@ class RopeScaling:
         A file with `rope_freqs.weight` (Llama 3.1) reads as `default`: the factors are in the tensor.
 
         Raises:
-            GgufError: a key is missing.
+            GgufError: a key is missing, or states what llama.cpp does not know.
         """
         arch = metadata.get("general.architecture")
         window = metadata.get(f"{arch}.context_length")
@@ -254,6 +257,11 @@ class RopeScaling:
                 "write the file again from its checkpoint",
             )
         rope_type = metadata.get(f"{arch}.rope.scaling.type", "none")
+        if rope_type not in GGUF_ROPE_TYPES:
+            raise GgufError(
+                f"{path}: {arch}.rope.scaling.type must be one of {', '.join(GGUF_ROPE_TYPES)}, got {rope_type!r}",
+                "write the file again from its checkpoint",
+            )
         try:
             factor = positive_number(
                 metadata.get(f"{arch}.rope.scaling.factor", 1.0), f"{arch}.rope.scaling.factor", path
