@@ -7,14 +7,14 @@ In: the header of a file, its tensors, and what the checkpoint it was made from 
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
-from pi_gguf.gguf_file import FREQUENCY_FACTORS, TensorInfo, read_tensor
+from pi_gguf.gguf_file import FREQUENCY_FACTORS, TensorInfo, tensor_types
 from pi_gguf.gguf_header import Entry, Header, type_of_key
 from pi_gguf.rope import GGUF_ROPE_TYPES, RopeScaling, check_consistent
 from pi_gguf.vocabulary import CONTROL, gguf_vocabulary
@@ -237,7 +237,7 @@ def _against(header: Header, tensors: Sequence[TensorInfo], expected: Expectatio
         yield Finding(
             FREQUENCY_FACTORS, None, "a tensor", f"the rope factors of {source} are lost; convert again.", CONVERT
         )
-    if there and not _equal_factors(header.path, factors):
+    if there and not _equal_factors(header, factors):
         text = f"its values are not the rope factors of {source}; convert again."
         yield Finding(FREQUENCY_FACTORS, "a tensor", None, text, CONVERT)
 
@@ -276,9 +276,14 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-def _equal_factors(path: Path, factors: list[float] | None) -> bool:
-    values = read_tensor(path, FREQUENCY_FACTORS).reshape(-1).tolist()
-    return factors is not None and len(values) == len(factors) and all(map(_equal, values, factors))
+def _equal_factors(header: Header, factors: list[float] | None) -> bool:
+    place = next(t for t in header.tensors if t.name == FREQUENCY_FACTORS)
+    if factors is None or (place.type, place.sides) != (tensor_types()["F32"], (len(factors),)):
+        return False
+    with header.path.open("rb") as file:
+        file.seek(header.data_offset + place.offset)
+        values = struct.unpack(f"<{len(factors)}f", file.read(4 * len(factors)))
+    return all(map(_equal, values, factors))
 
 
 def _against_scaling(header: Header, expected: Expectation) -> Iterator[Finding]:

@@ -6,22 +6,20 @@ imported nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pi_gguf.errors import GgufError
+from pi_gguf.gguf_header import ALIGNMENT, Header, read_header
 from pi_gguf.rope import RopeScaling
-
-if TYPE_CHECKING:
-    import numpy as np
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
 
-ALIGNMENT = 32
-"""Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
+_AGAIN = "copy or convert the file again"
 
 
 @dataclass(frozen=True)
@@ -82,30 +80,36 @@ def read_gguf(path: Path) -> GgufInfo:
     Raises:
         GgufError: the file is missing, truncated or no GGUF.
     """
+    header = read_header(path)
+    return GgufInfo(
+        path,
+        header.metadata,
+        {key: entry.length for key, entry in header.entries.items() if entry.type[0] == "["},
+        tensors_of(header),
+    )
+
+
+def tensors_of(header: Header) -> list[TensorInfo]:
+    """Return the tensors that a header describes.
+
+    Raises:
+        GgufError: an unknown type, or a tensor that goes beyond the end of the file.
+    """
     import gguf
 
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        is_file = False
-    if not is_file:
-        raise GgufError(f"{path}: no such file", "check the spelling")
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata, lengths = {}, {}
-        for name, field in reader.fields.items():
-            if field.types[:1] == [gguf.GGUFValueType.ARRAY]:
-                lengths[name] = len(field.data)
-            else:
-                metadata[name] = field.contents()
-        tensors = [
-            TensorInfo(t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name, int(t.n_bytes))
-            for t in reader.tensors
-        ]
-    except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise GgufError(f"{path}: truncated or not a GGUF file ({reason})", "copy or convert the file again") from error
-    return GgufInfo(path, metadata, lengths, tensors)
+    size, tensors = header.path.stat().st_size, []
+    for t in header.tensors:
+        try:
+            kind = gguf.GGMLQuantizationType(t.type)
+        except ValueError as error:
+            reason = f"{t.name} is of type {t.type}"
+            raise GgufError(f"{header.path}: truncated or not a GGUF file ({reason})", _AGAIN) from error
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = math.prod(t.sides) * block_bytes // block
+        if header.data_offset + t.offset + nbytes > size:
+            raise GgufError(f"{header.path}: truncated or not a GGUF file ({t.name} goes beyond the end)", _AGAIN)
+        tensors.append(TensorInfo(t.name, tuple(reversed(t.sides)), kind.name, nbytes))
+    return tensors
 
 
 def padded(nbytes: int) -> int:
@@ -140,13 +144,6 @@ def write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Se
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-
-
-def read_tensor(path: Path, name: str) -> np.ndarray:
-    """Return the data of a tensor, of its own type, shaped as torch has it."""
-    import gguf
-
-    return next(t.data for t in gguf.GGUFReader(path).tensors if t.name == name)
 
 
 @cache

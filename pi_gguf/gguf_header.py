@@ -1,6 +1,7 @@
-"""The header of a GGUF file, byte for byte: change some keys, and all the rest stays as it is.
+"""The header of a GGUF file, byte for byte: read it, change some keys, and all the rest stays as it is.
 
-In: a file that `read_gguf` has read. Out: a `Header`; changed, the bytes to put before the same data.
+In: a path. Out: a `Header`; changed, the bytes to put before the same data. Values are decoded when they are asked
+for, so that a vocabulary of any size opens at once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.errors import GgufError
-from pi_gguf.gguf_file import ALIGNMENT
+
+ALIGNMENT = 32
+"""Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
 
 TYPES = (
     "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY", "UINT64", "INT64",
@@ -102,22 +105,39 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class TensorPlace:
+    """A tensor as a header describes it.
+
+    Args:
+        name: GGUF's.
+        sides: of its shape, in the order of the file, the reverse of torch's.
+        type: ggml's number of it.
+        offset: where it begins, in bytes from the beginning of the data.
+    """
+
+    name: str
+    sides: tuple[int, ...]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
 class Header:
     """What comes before the data of a GGUF file, kept as bytes, so that all that is not changed stays as it is.
 
     Args:
         path: of the file.
         version: of the format.
-        n_tensors: how many tensors are described.
         entries: values by key, in the order of the file.
-        tensor_infos: names, shapes, types and places of the tensors; places count from the end of the header.
+        tensors: in the order of the file.
+        tensor_infos: the same, as bytes.
         data_offset: bytes before the data.
     """
 
     path: Path
     version: int
-    n_tensors: int
     entries: dict[str, Entry]
+    tensors: list[TensorPlace]
     tensor_infos: bytes
     data_offset: int
 
@@ -139,16 +159,16 @@ class Header:
                 it is not named, behind the last key with the longest beginning in common.
         """
         keys = [key for key in self.entries if key not in changes or changes[key] is not None]
-        for key in sorted(changes.keys() - self.entries.keys(), key=lambda k: order.index(k) if k in order else -1):
-            if changes[key] is not None:
-                keys.insert(_place(key, keys, order), key)
+        new = [key for key, entry in changes.items() if key not in self.entries and entry is not None]
+        for key in sorted(new, key=lambda key: order.index(key) if key in order else -1):
+            keys.insert(_place(key, keys, order), key)
         entries = {**self.entries, **{key: entry for key, entry in changes.items() if entry is not None}}
         return replace(self, entries={key: entries[key] for key in keys})
 
     def to_bytes(self) -> bytes:
         """Return the header up to the first byte of data."""
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
-        parts = [b"GGUF", struct.pack("<IQQ", self.version, self.n_tensors, len(self.entries))]
+        parts = [b"GGUF", struct.pack("<IQQ", self.version, len(self.tensors), len(self.entries))]
         for key, entry in self.entries.items():
             number = TYPES.index("ARRAY" if entry.type[0] == "[" else entry.type)
             parts += [_encode(key, "STRING"), struct.pack("<I", number), entry.data]
@@ -157,28 +177,35 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a GGUF file that `read_gguf` has read.
+    """Read the header of a GGUF file.
 
     Raises:
-        GgufError: its numbers are big-endian, or it has no tensors described as they should be.
+        GgufError: the file is missing, truncated, no GGUF, or its numbers are big-endian.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[4:6] == b"\0\0":  # the version, a small number, begins with its large end
-            raise GgufError(
-                f"{path}: its numbers are big-endian, which llama.cpp does not read on this machine",
-                "convert the checkpoint again",
-            )
-        try:
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        is_file = False
+    if not is_file:
+        raise GgufError(f"{path}: no such file", "check the spelling")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _scan_header(path, data)
-        except (struct.error, ValueError, IndexError, OverflowError) as error:
-            raise GgufError(
-                f"{path}: truncated or not a GGUF file ({error})", "copy or convert the file again"
-            ) from error
+    except (struct.error, ValueError, IndexError, OverflowError, MemoryError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise GgufError(f"{path}: truncated or not a GGUF file ({reason})", "copy or convert the file again") from error
 
 
 def _scan_header(path: Path, data: mmap.mmap) -> Header:
     version, n_tensors, n_entries = struct.unpack_from("<IQQ", data, 4)
-    at, entries = 24, {}
+    if data[:4] != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    if version % 2**16 == 0:
+        raise GgufError(f"{path}: its numbers are big-endian, which is not read", "convert the checkpoint again")
+    if version not in (2, 3):
+        raise ValueError(f"it is of version {version}")
+    at = 24
+    entries: dict[str, Entry] = {}
 
     def skip(kind: str, at: int) -> int:
         return at + (8 + struct.unpack_from("<Q", data, at)[0] if kind == "STRING" else struct.calcsize(_FORMATS[kind]))
@@ -186,6 +213,8 @@ def _scan_header(path: Path, data: mmap.mmap) -> Header:
     for _ in range(n_entries):
         end = skip("STRING", at)
         key = data[at + 8 : end].decode()
+        if key in entries:
+            raise ValueError(f"{key} is there twice")
         kind, at = TYPES[struct.unpack_from("<I", data, end)[0]], end + 4
         end = at
         if kind == "ARRAY":
@@ -201,14 +230,23 @@ def _scan_header(path: Path, data: mmap.mmap) -> Header:
             kind = f"[{item}]"
         else:
             end = skip(kind, end)
+        if end > len(data):
+            raise ValueError(f"{key} goes beyond the end")
         entries[key] = Entry(kind, data[at:end])
         at = end
-    begin = at
+    begin, tensors = at, []
     for _ in range(n_tensors):
-        at = skip("STRING", at)
-        at += 4 + 8 * struct.unpack_from("<I", data, at)[0] + 4 + 8
+        end = skip("STRING", at)
+        name, (n_sides,) = data[at + 8 : end].decode(), struct.unpack_from("<I", data, end)
+        *sides, kind_number, offset = struct.unpack_from(f"<{n_sides}QIQ", data, end + 4)
+        tensors.append(TensorPlace(name, tuple(sides), kind_number, offset))
+        at = end + 4 + 8 * n_sides + 12
+    if len({t.name for t in tensors}) < n_tensors:
+        raise ValueError("a tensor is there twice")
     alignment = entries["general.alignment"].value if "general.alignment" in entries else ALIGNMENT
-    return Header(path, version, n_tensors, entries, data[begin:at], -(-at // alignment) * alignment)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {str(alignment)[:20]}, no power of two")
+    return Header(path, version, entries, tensors, data[begin:at], -(-at // alignment) * alignment)
 
 
 def _place(key: str, keys: Sequence[str], order: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.defects import CONVERT, Expectation, Finding, expect, find_defects, in_short, mend
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.files import check_free_disk, check_writable, human_bytes, replace_when_complete
-from pi_gguf.gguf_file import TensorInfo, read_gguf
+from pi_gguf.gguf_file import TensorInfo, tensors_of
 from pi_gguf.gguf_header import TYPES, Entry, Header, read_header, type_of_key
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.runtime import Model
@@ -99,8 +99,8 @@ def repair(
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}", "leave it out for quick")
     if out.suffix != ".gguf":
         raise OptionError(f"{out}: the name must end in .gguf", f"try {out}.gguf")
-    info = read_gguf(source)
     header = read_header(source)
+    tensors = tensors_of(header)
     if header.metadata.get("split.count", 1) != 1:
         raise GgufError(
             f"{source}: is one of {header.metadata['split.count']} parts",
@@ -112,8 +112,8 @@ def repair(
     assigned = dict(read_assignment(text, header) for text in set)
     stated = header.changed(assigned)
     checkpoint = load_checkpoint(against, weights=check != "none") if against is not None else None
-    expected = expect(stated, info.tensors, checkpoint) if checkpoint is not None else None
-    mended, left = _mend_all(stated, info.tensors, expected, frozenset(assigned))
+    expected = expect(stated, tensors, checkpoint) if checkpoint is not None else None
+    mended, left = _mend_all(stated, tensors, expected, frozenset(assigned))
     changes = _changes(header, mended)
     if not changes:
         return _nothing(source, left, against)
@@ -235,7 +235,7 @@ def _copy(source: Path, data_offset: int, header: bytes, target: Path) -> None:
         GgufError: the other file became shorter.
         ResourceError: not enough disk.
     """
-    total = source.stat().st_size - data_offset
+    total = max(0, source.stat().st_size - data_offset)
     check_free_disk(target.parent, len(header) + total)
     started, done = time.monotonic(), 0
     with source.open("rb") as reader, target.open("wb") as writer, progress_bar("copy", total, "bytes") as advance:
