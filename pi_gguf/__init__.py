@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pi_gguf.inspection import inspect as inspect
     from pi_gguf.planning import plan as plan
     from pi_gguf.quantizing import quantize as quantize
+    from pi_gguf.repairing import repair as repair
     from pi_gguf.runtime import open_model as open
 
 _PUBLIC = {
@@ -34,6 +35,7 @@ _PUBLIC = {
     "open": ("runtime", "open_model"),
     "plan": ("planning", "plan"),
     "quantize": ("quantizing", "quantize"),
+    "repair": ("repairing", "repair"),
 }
 __all__ = [
     "compute_imatrix",
@@ -45,6 +47,7 @@ __all__ = [
     "open",
     "plan",
     "quantize",
+    "repair",
 ]
 
 

@@ -326,18 +326,19 @@ class Checkpoint:
         return model
 
 
-def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
+def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = True) -> Checkpoint:
     """Open MODEL and check its config.
 
     Args:
         model: a Hugging Face folder, a Hub id such as `meta-llama/Llama-2-7b-hf`, or `bundled:tiny`.
         config_only: fetch nothing but the config from the Hub.
+        weights: fetch the weights too, not only config and tokenizer.
 
     Raises:
         CheckpointError: it is not there, or its config lacks a field.
         UnsupportedError: its family, or a variant of it, is not handled.
     """
-    path = _resolve(model, config_only=True)
+    path = _resolve(model, _CONFIG)
     config_path = path / "config.json"
     if not config_path.exists():
         raise CheckpointError(f"{path}: config.json is missing", "MODEL must be a Hugging Face folder")
@@ -358,7 +359,9 @@ def load_checkpoint(model: str, *, config_only: bool = False) -> Checkpoint:
     _check_variant(FAMILIES[model_type], hf_config, config_path)
     _check_rope(rope, FAMILIES[model_type], hf_config, config_path)
     if not config_only:
-        path = _resolve(model, config_only=False)  # from the Hub only now, when the config is known to be handled
+        path = _resolve(
+            model, _TOKENIZER + _WEIGHTS * weights
+        )  # from the Hub only now, when the config is known to be handled
     return Checkpoint(model, path, config, hf_config, rope)
 
 
@@ -446,7 +449,11 @@ def read_rope(config: dict[str, Any], family: Family, path: str) -> RopeScaling:
     return RopeScaling.from_hf(config, path, window=window, theta=theta, sliding_theta=sliding)
 
 
-def _resolve(model: str, *, config_only: bool) -> Path:
+_CONFIG, _TOKENIZER, _WEIGHTS = ["config.json"], ["*.json", "*.jinja", "tokenizer.model"], ["model*.safetensors"]
+"""Files of a model on the Hub, by pattern."""
+
+
+def _resolve(model: str, patterns: list[str]) -> Path:
     if model == bundled.TINY:
         return bundled.TINY_DIR
     if model.startswith("bundled:"):
@@ -465,7 +472,6 @@ def _resolve(model: str, *, config_only: bool) -> Path:
         raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json"] if config_only else ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # network, permission and not-found errors of the Hub's client

@@ -22,7 +22,7 @@ from pi_gguf.errors import PiGgufError
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
-_REPEATABLE = {"data": "PATH", "text": "PATH", "tensor_type": "PATTERN=TYPE", "lora": "ADAPTER"}
+_REPEATABLE = {"data": "PATH", "text": "PATH", "tensor_type": "PATTERN=TYPE", "lora": "ADAPTER", "set": "KEY=VALUE"}
 """What one value of an option that may be repeated is."""
 
 
@@ -213,15 +213,25 @@ def _show_inspect(report: Any) -> str:
 
     rows = [
         ("format", f"{report.format}, {report.architecture}, {report.quantization}"),
-        ("window", f"{report.window} tokens (original {report.original_window})"),
+        ("window", f"{report.window} tokens (original {report.original_window})" if report.window else "unknown"),
         *((key, str(value)) for key, value in report.rope.items()),
         ("tensors", ", ".join(f"{n} {kind}" for kind, n in report.tensors.items())),
         ("size", human_bytes(report.nbytes)),
         *((f"llama.cpp reads {key}", f"{value}") for key, value in report.llama_cpp.items()),
         *((key, str(value)) for key, value in report.general.items()),
         *(("warning", text) for text in report.warnings),
+        *((finding.severity, str(finding)) for finding in report.findings),
     ]
-    return text_table(report.path, (), rows, numbers=False)
+    table = text_table(report.path, (), rows, numbers=False)
+    return f"{table}\nnext: {report.repair}" if report.repair else table
+
+
+def _show_repair(report: Any) -> str:
+    lines = [f"{change.key}: {change.old} -> {change.new}" for change in report.changes]
+    lines += [f"left, {finding.severity}: {finding}" for finding in report.left]
+    if not report.changes:
+        return "\n".join([*lines, f"{report.source}: nothing to repair; nothing was written"])
+    return "\n".join([*lines, f"wrote {report.path}", f"next: pi-gguf inspect {report.path}"])
 
 
 def _show_perplexity(report: Any) -> str:
@@ -328,8 +338,12 @@ _COMMANDS = {
         lambda: command("imatrix:compute_imatrix", _show_imatrix, name="imatrix"),
     ),
     "inspect": (
-        "Show what a file states, what llama.cpp reads, and warnings.",
+        "Show what a file states, what llama.cpp reads, and what is wrong.",
         lambda: command("inspection:inspect", _show_inspect),
+    ),
+    "repair": (
+        "Correct the metadata of a GGUF file; tensors stay as they are.",
+        lambda: command("repairing:repair", _show_repair),
     ),
     "eval": (
         "Measure perplexity or passkey retrieval at length.",

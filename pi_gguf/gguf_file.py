@@ -6,6 +6,7 @@ imported nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError
+from pi_gguf.gguf_header import ALIGNMENT, Header, read_header
 from pi_gguf.rope import RopeScaling
 
 if TYPE_CHECKING:
     import numpy as np
 
-ALIGNMENT = 32
-"""Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
+_AGAIN = "copy or convert the file again"
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,36 @@ def read_gguf(path: Path) -> GgufInfo:
     Raises:
         GgufError: the file is missing, truncated or no GGUF.
     """
+    header = read_header(path)
+    return GgufInfo(
+        path,
+        header.metadata,
+        {key: entry.length for key, entry in header.entries.items() if entry.type[0] == "["},
+        tensors_of(header),
+    )
+
+
+def tensors_of(header: Header) -> list[TensorInfo]:
+    """Return the tensors that a header describes.
+
+    Raises:
+        GgufError: an unknown type, or a tensor that goes beyond the end of the file.
+    """
     import gguf
 
-    with _reader(path) as reader:
-        metadata, lengths = {}, {}
-        for name, field in reader.fields.items():
-            if field.types[:1] == [gguf.GGUFValueType.ARRAY]:
-                lengths[name] = len(field.data)
-            else:
-                metadata[name] = field.contents()
-        tensors = [
-            TensorInfo(t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name, int(t.n_bytes))
-            for t in reader.tensors
-        ]
-    return GgufInfo(path, metadata, lengths, tensors)
+    size, tensors = header.path.stat().st_size, []
+    for t in header.tensors:
+        try:
+            kind = gguf.GGMLQuantizationType(t.type)
+        except ValueError as error:
+            reason = f"{t.name} is of type {t.type}"
+            raise GgufError(f"{header.path}: truncated or not a GGUF file ({reason})", _AGAIN) from error
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = math.prod(t.sides) * block_bytes // block
+        if header.data_offset + t.offset + nbytes > size:
+            raise GgufError(f"{header.path}: truncated or not a GGUF file ({t.name} goes beyond the end)", _AGAIN)
+        tensors.append(TensorInfo(t.name, tuple(reversed(t.sides)), kind.name, nbytes))
+    return tensors
 
 
 def read_array(path: Path, key: str) -> list[Any]:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pi_gguf.checkpoint import load_checkpoint
-from pi_gguf.errors import GgufError, ResourceError
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.defects import ASK, Finding, expect, find_defects
+from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.gguf_file import GgufInfo, read_gguf
+from pi_gguf.gguf_header import read_header
 from pi_gguf.rope import RopeScaling, check_consistent
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The report of `pi-gguf inspect`; sizes in bytes, windows in tokens."""
+    """The report of `pi-gguf inspect`; sizes in bytes, windows in tokens (None where they cannot be read).
+
+    `repair` is the command that mends what can be mended, None where nothing can.
+    """
 
     path: str
     format: str
     architecture: str
-    window: int
-    original_window: int
+    window: int | None
+    original_window: int | None
     rope: dict[str, Any]
     quantization: str
     tensors: dict[str, int]
@@ -29,39 +36,40 @@ class Inspection:
     llama_cpp: dict[str, Any]
     general: dict[str, Any]
     warnings: list[str]
+    findings: list[Finding]
+    repair: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**self.__dict__, "findings": [finding.to_json() for finding in self.findings]}
 
 
-def inspect(path: str | Path, *, seed: int = 0, device: str = "cpu") -> Inspection:
-    """Report architecture, window, every rope key, types, sizes, what llama.cpp reads, and warnings.
+def inspect(path: str | Path, *, against: str | None = None, seed: int = 0, device: str = "cpu") -> Inspection:
+    """Report architecture, window, every rope key, types, sizes, what llama.cpp reads, and what is wrong.
 
     Args:
         path: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
+        against: MODEL that a GGUF file was made from: what the file lost of it is named, with the right value. Of the
+            Hub only config and tokenizer are fetched.
         seed: taken like everywhere; nothing is random here.
         device: taken like everywhere; only metadata and vocabulary are read.
 
     Example:
-        pi-gguf inspect model.gguf
+        pi-gguf inspect model.gguf --against ./my-llama
     """
-    return _inspect_gguf(Path(path)) if Path(path).suffix == ".gguf" else _inspect_folder(str(path))
+    if Path(path).suffix == ".gguf":
+        return _inspect_gguf(Path(path), against)
+    if against is not None:
+        raise OptionError(f"against is for GGUF files, {path} is none", "leave --against out")
+    return _inspect_folder(str(path))
 
 
-def _inspect_gguf(path: Path) -> Inspection:
+def _inspect_gguf(path: Path, against: str | None) -> Inspection:
     from pi_gguf.runtime import Model
 
-    info = read_gguf(path)
-    rope = info.rope
-    warnings = check_consistent(rope, str(path))
-    scaling = [key for key in info.metadata if key.startswith(f"{info.arch}.rope.scaling.")]
-    if rope.rope_type == "linear" and f"{info.arch}.rope.scaling.original_context_length" not in info.metadata:
-        warnings.append(f"{path}: {info.arch}.rope.scaling.original_context_length is missing")
-    if scaling and f"{info.arch}.rope.scaling.factor" not in info.metadata:
-        warnings.append(f"{path}: {info.arch}.rope.scaling.factor is missing; llama.cpp reads 1")
-    for key in ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.add_bos_token"):
-        if key not in info.metadata:
-            warnings.append(f"{path}: {key} is missing")
+    info, header = read_gguf(path), read_header(path)
+    expected = expect(header, info.tensors, load_checkpoint(against, weights=False)) if against is not None else None
+    findings = find_defects(header, info.tensors, expected)
+    warnings: list[str] = []
     read: dict[str, Any] = {}
     try:
         with Model(path, n_ctx=512, device="cpu") as model:
@@ -74,12 +82,13 @@ def _inspect_gguf(path: Path) -> Inspection:
         warnings.append(str(error))
     keys = {key: value for key, value in info.metadata.items() if ".rope." in key or key.endswith("context_length")}
     keys |= {t.name: "tensor" for t in info.tensors if t.name.startswith("rope_")}
+    window, original = _windows(info)
     return Inspection(
         path=str(path),
         format="GGUF",
         architecture=info.arch,
-        window=rope.max_position_embeddings,
-        original_window=rope.original_max_position_embeddings,
+        window=window,
+        original_window=original,
         rope=keys,
         quantization=info.quantization,
         tensors=dict(Counter(t.type for t in info.tensors)),
@@ -87,7 +96,27 @@ def _inspect_gguf(path: Path) -> Inspection:
         llama_cpp=read,
         general={key: value for key, value in info.metadata.items() if key.startswith("general.")},
         warnings=warnings,
+        findings=findings,
+        repair=_repair_command(path, findings, against),
     )
+
+
+def _windows(info: GgufInfo) -> tuple[int | None, int | None]:
+    try:
+        rope = info.rope
+    except GgufError:
+        return None, None
+    return rope.max_position_embeddings, rope.original_max_position_embeddings
+
+
+def _repair_command(path: Path, findings: Sequence[Finding], against: str | None) -> str | None:
+    asked = [f"--set {shlex.quote(f.key)}=VALUE" for f in findings if f.remedy == ASK and f.severity == "defect"]
+    if not asked and not any(finding.repairable for finding in findings):
+        return None
+    parts = ["pi-gguf repair", shlex.quote(str(path)), shlex.quote(f"{path.with_suffix('')}-repaired.gguf")]
+    if against is not None:
+        return " ".join([*parts, "--against", shlex.quote(against), *asked])
+    return " ".join([*parts, *(["--against MODEL"] if asked else [])])
 
 
 def _inspect_folder(model: str) -> Inspection:
@@ -108,4 +137,5 @@ def _inspect_folder(model: str) -> Inspection:
         llama_cpp={},
         general=checkpoint.provenance,
         warnings=check_consistent(rope, str(checkpoint.path)),
+        findings=[],
     )

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 DEFAULT_ROPE_THETA = 10000.0
 """What transformers takes for Llama when a config names no base."""
 
+GGUF_ROPE_TYPES = ("none", "linear", "yarn", "longrope")
+"""What llama.cpp knows; any other ends its whole process."""
+
 FACTOR_TENSORS = {
     "llama": ("rope_freqs.weight",),
     "granite": ("rope_freqs.weight",),
@@ -30,6 +33,8 @@ FACTOR_TENSORS = {
 """Tensors that hold a divisor for each frequency, by GGUF's name of the architecture; others have none."""
 
 _LONGROPE_TENSORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+
+FACTOR_TENSOR_NAMES = ("rope_freqs.weight", *_LONGROPE_TENSORS)
 
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 """The only values that llama.cpp computes with when it reads `yarn` off a file."""
@@ -404,7 +409,7 @@ class RopeScaling:
         A file with `rope_freqs.weight` (Llama 3.1) reads as `default`: the factors are in the tensor.
 
         Raises:
-            GgufError: a key is missing.
+            GgufError: a key is missing, or states what llama.cpp does not know.
         """
         arch = metadata.get("general.architecture")
         window = metadata.get(f"{arch}.context_length")
@@ -415,6 +420,11 @@ class RopeScaling:
                 "write the file again from its checkpoint",
             )
         rope_type = metadata.get(f"{arch}.rope.scaling.type", "none")
+        if rope_type not in GGUF_ROPE_TYPES:
+            raise GgufError(
+                f"{path}: {arch}.rope.scaling.type must be one of {', '.join(GGUF_ROPE_TYPES)}, got {rope_type!r}",
+                "write the file again from its checkpoint",
+            )
         try:
             factor = positive_number(
                 metadata.get(f"{arch}.rope.scaling.factor", 1.0), f"{arch}.rope.scaling.factor", path

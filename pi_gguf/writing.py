@@ -184,8 +184,7 @@ def plan_file(
         **general,
         "general.file_type": quantizations()[quantization],
         "general.quantization_version": quantization_version(),
-        **{f"{arch}.{key}": value for key, value in checkpoint.family.keys(checkpoint.hf_config).items()},
-        **rope.to_gguf(arch, finetuned=finetuned or checkpoint.family.rope_finetuned),
+        **model_metadata(checkpoint, rope, finetuned=finetuned),
         **vocabulary,
     }
     outputs = _exact_outputs(checkpoint)
@@ -200,6 +199,15 @@ def plan_file(
             types = mixture(path, quantization, overrides=overrides, importance=importance)
         outputs = [_typed(o, types[o.name]) for o in outputs]
     return FilePlan(checkpoint, quantization, metadata, outputs, importance)
+
+
+def model_metadata(checkpoint: Checkpoint, rope: RopeScaling, *, finetuned: bool) -> dict[str, Any]:
+    """Return the keys of the architecture: hyper-parameters and position scaling."""
+    family = checkpoint.family
+    return {
+        **{f"{family.arch}.{key}": value for key, value in family.keys(checkpoint.hf_config).items()},
+        **rope.to_gguf(family.arch, finetuned=finetuned or family.rope_finetuned),
+    }
 
 
 def _exact_outputs(checkpoint: Checkpoint) -> list[Output]:

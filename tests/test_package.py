@@ -25,12 +25,14 @@ LAYERS = [
     {"checkpoint"},
     {"adapters"},
     {"vocabulary"},
+    {"gguf_header"},
     {"gguf_file", "hf_model"},
     {"ggml"},
     {"runtime", "writing"},
     {"imatrix"},
-    {"planning", "evaluate", "check", "inspection", "quantizing"},
-    {"finetune"},
+    {"planning", "evaluate", "check", "quantizing"},
+    {"defects"},
+    {"finetune", "inspection", "repairing"},
     {"conversion"},
     {"demo"},
     {"cli"},
@@ -105,8 +107,8 @@ def commands(group, prefix=()):
 def test_every_command_explains_every_option_and_shows_an_example():
     names = [" ".join(path) for path, _ in commands(main)]
     assert names == [
-        "plan", "extend", "convert", "quantize", "imatrix", "inspect", "eval perplexity", "eval passkey", "models",
-        "run", "demo",
+        "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "eval perplexity", "eval passkey",
+        "models", "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):
         text = command.get_help(click.Context(command))
@@ -143,7 +145,7 @@ def test_inspect_shows_what_llama_cpp_reads(cli, llama, tmp_path):
     assert code == 0
     assert report["llama_cpp"] == {"n_ctx_train": 256, "rope_freq_scale_train": 0.25, "n_vocab": 410}
     assert report["rope"]["llama.rope.scaling.factor"] == 4.0
-    assert report["warnings"] == []
+    assert report["warnings"] == report["findings"] == [] and report["repair"] is None
     code, out, _ = cli("inspect", llama, "--json")
     assert code == 0 and json.loads(out)["window"] == 64
 

@@ -1,0 +1,283 @@
+"""The header of a GGUF file, byte for byte: read it, change some keys, and all the rest stays as it is.
+
+In: a path. Out: a `Header`; changed, the bytes to put before the same data. Values are decoded when they are asked
+for, so that a vocabulary of any size opens at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pi_gguf.errors import GgufError
+
+ALIGNMENT = 32
+"""Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
+
+TYPES = (
+    "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY", "UINT64", "INT64",
+    "FLOAT64",
+)  # fmt: skip
+"""Types of metadata in the order of their numbers."""
+
+_FORMATS = {
+    "UINT8": "B", "INT8": "b", "UINT16": "H", "INT16": "h", "UINT32": "I", "INT32": "i", "FLOAT32": "f", "BOOL": "?",
+    "UINT64": "Q", "INT64": "q", "FLOAT64": "d",
+}  # fmt: skip
+
+_TYPE_OF_KEY = {
+    "STRING": r"general\.(?!(file_type|quantization_version|alignment|tags|languages|sampling\..*|.*count|.*steps)$).*"
+    r"|.*\.rope\.scaling\.type|tokenizer\.ggml\.(model|pre)|tokenizer\.chat_template.*|.*\.tensor_data_layout",
+    "BOOL": r".*\.rope\.scaling\.finetuned|tokenizer\.ggml\.(add_\w+|remove_extra_whitespaces)"
+    r"|.*\.(use_parallel_residual|expert_weights_norm|attention\.causal)",
+    "UINT32": r"general\.(file_type|quantization_version|alignment|.*count|.*steps)"
+    r"|tokenizer\.ggml\.\w+_(token_id|count)|.*\.(\w+_count|\w+_length|vocab_size|sliding_window)|.*\.attention\.(head_count_kv|\w+_length_(mla|swa))"
+    r"|.*\.rope\.dimension_count_swa",
+    "FLOAT32": r".*\.rope\.(freq_base(_swa)?|scale_linear|scaling\.(factor|alpha|attn_factor|yarn_\w+))"
+    r"|.*\.attention\.(layer_norm_epsilon|layer_norm_rms_epsilon|clamp_kqv|max_alibi_bias|scale|output_scale)"
+    r"|.*\.(\w+_softcapping|logit_scale|residual_scale|embedding_scale|expert_weights_scale)",
+}
+
+
+def type_of_key(key: str) -> str | None:
+    """Return the type that a single value has under a key by GGUF's convention; None where none is known."""
+    return next((kind for kind, pattern in _TYPE_OF_KEY.items() if re.fullmatch(pattern, key)), None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The value of a key as it stands in a file.
+
+    Args:
+        type: one of `TYPES`, in square brackets for an array of it, e.g. `UINT32` or `[STRING]`.
+        data: the bytes behind the number of the type.
+    """
+
+    type: str
+    data: bytes
+
+    @classmethod
+    def of(cls, value: Any, kind: str | None = None) -> Entry:
+        """Encode a value.
+
+        Args:
+            kind: its type; as `write_header` has it when None.
+
+        Raises:
+            ValueError: the value does not fit the type.
+        """
+        kind = kind or _type_of(value)
+        if kind[0] != "[":
+            return cls(kind, _encode(value, kind))
+        item = kind.strip("[]")
+        if not isinstance(value, list) or item not in TYPES or item == "ARRAY":
+            raise ValueError(f"no list of {item}")
+        head = struct.pack("<IQ", TYPES.index(item), len(value))
+        return cls(kind, head + b"".join(_encode(part, item) for part in value))
+
+    @cached_property
+    def value(self) -> Any:
+        """The value, a list for an array; text that is not UTF-8 has replacement characters."""
+        if self.type[0] != "[":
+            return self.data[8:].decode(errors="replace") if self.type == "STRING" else self._numbers(self.data, 1)[0]
+        values, at = [], 12
+        if self.type != "[STRING]":
+            return self._numbers(self.data[at:], self.length)
+        for _ in range(self.length):
+            (length,) = struct.unpack_from("<Q", self.data, at)
+            values.append(self.data[at + 8 : at + 8 + length].decode(errors="replace"))
+            at += 8 + length
+        return values
+
+    @property
+    def length(self) -> int:
+        """How many values an array has; 1 for a single one."""
+        return int(struct.unpack_from("<Q", self.data, 4)[0]) if self.type[0] == "[" else 1
+
+    def _numbers(self, data: bytes, count: int) -> list[Any]:
+        return list(struct.unpack(f"<{count}{_FORMATS[self.type.strip('[]')]}", data))
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor as a header describes it.
+
+    Args:
+        name: GGUF's.
+        sides: of its shape, in the order of the file, the reverse of torch's.
+        type: ggml's number of it.
+        offset: where it begins, in bytes from the beginning of the data.
+    """
+
+    name: str
+    sides: tuple[int, ...]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What comes before the data of a GGUF file, kept as bytes, so that all that is not changed stays as it is.
+
+    Args:
+        path: of the file.
+        version: of the format.
+        entries: values by key, in the order of the file.
+        tensors: in the order of the file.
+        tensor_infos: the same, as bytes.
+        data_offset: bytes before the data.
+    """
+
+    path: Path
+    version: int
+    entries: dict[str, Entry]
+    tensors: list[TensorPlace]
+    tensor_infos: bytes
+    data_offset: int
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Every key with a single value."""
+        return {key: entry.value for key, entry in self.entries.items() if entry.type[0] != "["}
+
+    @property
+    def arch(self) -> str:
+        return str(self.metadata.get("general.architecture"))
+
+    def changed(self, changes: Mapping[str, Entry | None], order: Sequence[str] = ()) -> Header:
+        """Return the header with other values.
+
+        Args:
+            changes: values by key; None removes the key.
+            order: keys as they usually follow each other. A new key goes behind the one that is before it there; where
+                it is not named, behind the last key with the longest beginning in common.
+        """
+        keys = [key for key in self.entries if key not in changes or changes[key] is not None]
+        new = [key for key, entry in changes.items() if key not in self.entries and entry is not None]
+        for key in sorted(new, key=lambda key: order.index(key) if key in order else -1):
+            keys.insert(_place(key, keys, order), key)
+        entries = {**self.entries, **{key: entry for key, entry in changes.items() if entry is not None}}
+        return replace(self, entries={key: entries[key] for key in keys})
+
+    def to_bytes(self) -> bytes:
+        """Return the header up to the first byte of data."""
+        alignment = self.metadata.get("general.alignment", ALIGNMENT)
+        parts = [b"GGUF", struct.pack("<IQQ", self.version, len(self.tensors), len(self.entries))]
+        for key, entry in self.entries.items():
+            number = TYPES.index("ARRAY" if entry.type[0] == "[" else entry.type)
+            parts += [_encode(key, "STRING"), struct.pack("<I", number), entry.data]
+        header = b"".join([*parts, self.tensor_infos])
+        return header + bytes(-len(header) % alignment)
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a GGUF file.
+
+    Raises:
+        GgufError: the file is missing, truncated, no GGUF, or its numbers are big-endian.
+    """
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        is_file = False
+    if not is_file:
+        raise GgufError(f"{path}: no such file", "check the spelling")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _scan_header(path, data)
+    except (struct.error, ValueError, IndexError, OverflowError, MemoryError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise GgufError(f"{path}: truncated or not a GGUF file ({reason})", "copy or convert the file again") from error
+
+
+def _scan_header(path: Path, data: mmap.mmap) -> Header:
+    version, n_tensors, n_entries = struct.unpack_from("<IQQ", data, 4)
+    if data[:4] != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    if version % 2**16 == 0:
+        raise GgufError(f"{path}: its numbers are big-endian, which is not read", "convert the checkpoint again")
+    if version not in (2, 3):
+        raise ValueError(f"it is of version {version}")
+    at = 24
+    entries: dict[str, Entry] = {}
+
+    def skip(kind: str, at: int) -> int:
+        return at + (8 + struct.unpack_from("<Q", data, at)[0] if kind == "STRING" else struct.calcsize(_FORMATS[kind]))
+
+    for _ in range(n_entries):
+        end = skip("STRING", at)
+        key = data[at + 8 : end].decode()
+        if key in entries:
+            raise ValueError(f"{key} is there twice")
+        kind, at = TYPES[struct.unpack_from("<I", data, end)[0]], end + 4
+        end = at
+        if kind == "ARRAY":
+            number, count = struct.unpack_from("<IQ", data, at)
+            item, end = TYPES[number], at + 12
+            if item == "ARRAY":
+                raise ValueError(f"{key} is an array of arrays")
+            if item == "STRING":
+                for _ in range(count):
+                    end = skip(item, end)
+            else:
+                end += count * struct.calcsize(_FORMATS[item])
+            kind = f"[{item}]"
+        else:
+            end = skip(kind, end)
+        if end > len(data):
+            raise ValueError(f"{key} goes beyond the end")
+        entries[key] = Entry(kind, data[at:end])
+        at = end
+    begin, tensors = at, []
+    for _ in range(n_tensors):
+        end = skip("STRING", at)
+        name, (n_sides,) = data[at + 8 : end].decode(), struct.unpack_from("<I", data, end)
+        *sides, kind_number, offset = struct.unpack_from(f"<{n_sides}QIQ", data, end + 4)
+        tensors.append(TensorPlace(name, tuple(sides), kind_number, offset))
+        at = end + 4 + 8 * n_sides + 12
+    if len({t.name for t in tensors}) < n_tensors:
+        raise ValueError("a tensor is there twice")
+    alignment = entries["general.alignment"].value if "general.alignment" in entries else ALIGNMENT
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {str(alignment)[:20]}, no power of two")
+    return Header(path, version, entries, tensors, data[begin:at], -(-at // alignment) * alignment)
+
+
+def _place(key: str, keys: Sequence[str], order: Sequence[str]) -> int:
+    """Return where a new key goes among the others."""
+    before = order[: order.index(key)] if key in order else ()
+    for known in reversed(before):
+        if known in keys:
+            return keys.index(known) + 1
+    parts = key.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        prefix = ".".join(parts[:length]) + "."
+        if there := [i for i, other in enumerate(keys) if other.startswith(prefix)]:
+            return there[-1] + 1
+    return len(keys)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, list):
+        return {str: "[STRING]", float: "[FLOAT32]"}.get(type(value[0]) if value else str, "[INT32]")
+    return {bool: "BOOL", float: "FLOAT32", str: "STRING"}.get(type(value), "UINT32")
+
+
+def _encode(value: Any, kind: str) -> bytes:
+    if kind == "STRING":
+        if not isinstance(value, str):
+            raise ValueError("no text")
+        text = value.encode()
+        return struct.pack("<Q", len(text)) + text
+    if kind == "BOOL" and not isinstance(value, bool):
+        raise ValueError("neither true nor false")
+    try:
+        return struct.pack(f"<{_FORMATS[kind]}", value)
+    except (struct.error, OverflowError) as error:
+        raise ValueError(f"no {kind}") from error

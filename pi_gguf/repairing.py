@@ -1,0 +1,281 @@
+"""Correct the metadata of a GGUF file: a new header before the same data, to the byte.
+
+In: a file, and the checkpoint it was made from or single values. Out: another file, under its name only when it is
+whole and llama.cpp opens it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.defects import CONVERT, Expectation, Finding, expect, find_defects, in_short, mend
+from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.files import check_free_disk, check_writable, human_bytes, replace_when_complete
+from pi_gguf.gguf_file import TensorInfo, tensors_of
+from pi_gguf.gguf_header import TYPES, Entry, Header, read_header, type_of_key
+from pi_gguf.progress import progress_bar, say
+from pi_gguf.runtime import Model
+
+_BLOCK = 2**25
+"""Bytes copied at once."""
+
+_FIXED = ("general.alignment", "split.no", "split.count", "split.tensors.count")
+"""Keys that say where the data lies."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key with its value before and after; None where there is none."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was repaired.
+
+    Args:
+        source: file that was read.
+        path: file that was written; None where nothing was to be repaired.
+        changes: keys that differ.
+        left: what is still wrong.
+        checks: what was compared with the checkpoint.
+    """
+
+    source: str
+    path: str | None
+    changes: list[Change]
+    left: list[Finding]
+    checks: list[CheckReport]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "left": [finding.to_json() for finding in self.left]}
+
+
+def repair(
+    source: str | Path,
+    out: str | Path,
+    *,
+    against: str | None = None,
+    set: Sequence[str] = (),
+    check: str = "quick",
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Repair:
+    """Correct the metadata of a GGUF file; its tensors are copied as they are.
+
+    Without --against only what the file itself tells is corrected, such as a window that is not original window times
+    factor. Where nothing is wrong, nothing is written. A tensor that is lost cannot be brought back: convert again.
+
+    Args:
+        source: GGUF file to read.
+        out: GGUF file to write.
+        against: MODEL that the file was made from; every key that can be read off it is corrected.
+        set: KEY=VALUE: state this, whatever else is found. A key that is there keeps its type, a new one gets the type
+            that GGUF has for it. Repeatable.
+        check: as for convert; without --against llama.cpp only has to open the file. none skips it.
+        overwrite: replace the file that is there.
+        seed: taken like everywhere; nothing is random here.
+        device: taken like everywhere; the check runs on the CPU.
+
+    Example:
+        pi-gguf repair model.gguf model-repaired.gguf --against ./my-llama
+    """
+    source, out = Path(source), Path(out)
+    if check not in LEVELS:
+        raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}", "leave it out for quick")
+    if out.suffix != ".gguf":
+        raise OptionError(f"{out}: the name must end in .gguf", f"try {out}.gguf")
+    header = read_header(source)
+    tensors = tensors_of(header)
+    if header.metadata.get("split.count", 1) != 1:
+        raise GgufError(
+            f"{source}: is one of {header.metadata['split.count']} parts",
+            "join them with llama-gguf-split --merge first",
+        )
+    check_writable(out, overwrite)
+    if out.exists() and out.samefile(source):
+        raise OptionError(f"{out}: source and target are the same file", "give another name")
+    assigned = dict(read_assignment(text, header) for text in set)
+    stated = header.changed(assigned)
+    checkpoint = load_checkpoint(against, weights=check != "none") if against is not None else None
+    expected = expect(stated, tensors, checkpoint) if checkpoint is not None else None
+    mended, left = _mend_all(stated, tensors, expected, frozenset(assigned))
+    changes = _changes(header, mended)
+    if not changes:
+        return _nothing(source, left, against)
+    checks = []
+    with replace_when_complete(out) as partial:
+        _copy(source, header.data_offset, mended.to_bytes(), partial)
+        if check != "none":
+            _open(partial)
+            if expected is not None and checkpoint is not None:
+                checks.append(check_gguf(partial, Reference(checkpoint, expected.rope, check)))
+                say(str(checks[-1]))
+    return Repair(str(source), str(out), changes, left, checks)
+
+
+def _mend_all(
+    header: Header, tensors: Sequence[TensorInfo], expected: Expectation | None, assigned: frozenset[str]
+) -> tuple[Header, list[Finding]]:
+    """Mend until nothing is left that can be; return the header and what cannot be, or was assigned so."""
+    for _ in range(4):  # one correction may show another: a type, then the windows
+        findings = find_defects(header, tensors, expected)
+        wanted = [finding for finding in findings if finding.repairable and finding.key not in assigned]
+        if not wanted:
+            break
+        header = mend(header, wanted, expected)
+    return header, findings
+
+
+def _changes(before: Header, after: Header) -> list[Change]:
+    keys = dict.fromkeys([*before.entries, *after.entries])
+    pairs = [(key, before.entries.get(key), after.entries.get(key)) for key in keys]
+    return [Change(key, _shown(old, new), _shown(new, old)) for key, old, new in pairs if old != new]
+
+
+def _shown(entry: Entry | None, other: Entry | None) -> Any:
+    if entry is None:
+        return None
+    retyped = other is not None and other.type != entry.type
+    return f"{in_short(entry.value)} ({entry.type})" if retyped else in_short(entry.value)
+
+
+def _nothing(source: Path, left: list[Finding], against: str | None) -> Repair:
+    """Report that nothing was to be done.
+
+    Raises:
+        GgufError: there are defects, and none that can be mended.
+    """
+    defects = [finding for finding in left if finding.severity == "defect"]
+    if defects:
+        lost = any(finding.remedy == CONVERT for finding in defects)
+        hint = "convert the checkpoint again" if lost else "say what it should be: --set KEY=VALUE"
+        raise GgufError(
+            f"{source}: {defects[0]}" + (f" ({len(defects) - 1} more)" if len(defects) > 1 else ""),
+            hint if against or lost else "give the model it was made from, --against MODEL, or --set KEY=VALUE",
+        )
+    return Repair(str(source), None, [], left, [])
+
+
+# Values from the command line
+
+
+def read_assignment(text: str, header: Header) -> tuple[str, Entry]:
+    """Read KEY=VALUE; an array is written as in JSON.
+
+    Raises:
+        OptionError: no known key, or a value that does not fit its type.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise OptionError(f"set must be KEY=VALUE, got {text!r}", "for example --set tokenizer.ggml.add_bos_token=true")
+    if key in _FIXED:
+        raise OptionError(f"set {key}: it says where the data lies, which stays", "leave it out")
+    kind = header.entries[key].type if key in header.entries else type_of_key(key)
+    if key not in header.entries and not key.startswith(("general.", "tokenizer.", f"{header.arch}.")):
+        raise OptionError(
+            f"set {key}: no key of a {header.arch} file", f"keys begin with {header.arch}., as inspect shows"
+        )
+    if kind is None:
+        raise OptionError(f"set {key}: the file has no such key, and its type is not known", "check the spelling")
+    try:
+        return key, Entry.of(_parse(value, kind), kind)
+    except (ValueError, OverflowError) as error:
+        raise OptionError(f"set {key} must be {_said(kind)}, got {value[:80]!r}", "check the value") from error
+
+
+def _parse(text: str, kind: str) -> Any:
+    if kind[0] == "[":
+        values = json.loads(text)
+        item = kind.strip("[]")
+        return [_parse(part if isinstance(part, str) else json.dumps(part), item) for part in values]
+    if kind == "STRING":
+        return text
+    if kind == "BOOL":
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if "FLOAT" not in kind:
+        return int(text)
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("no number")
+    return number
+
+
+def _said(kind: str) -> str:
+    if kind[0] == "[":
+        return f"a list of {kind.strip('[]')} in JSON"
+    bits = "".join(c for c in kind if c.isdigit())
+    words = {"BOOL": "true or false", "STRING": "text", "FLOAT": f"a number of {bits} bits"}
+    sign = "from 0" if kind[0] == "U" else "with a sign"
+    assert kind in TYPES
+    return words.get(kind.rstrip("0123456789"), f"a whole number {sign} in {bits} bits")
+
+
+# Writing
+
+
+def _copy(source: Path, data_offset: int, header: bytes, target: Path) -> None:
+    """Write a header and the data of another file behind it.
+
+    Raises:
+        GgufError: the other file became shorter.
+        ResourceError: not enough disk.
+    """
+    total = max(0, source.stat().st_size - data_offset)
+    check_free_disk(target.parent, len(header) + total)
+    started, done = time.monotonic(), 0
+    with source.open("rb") as reader, target.open("wb") as writer, progress_bar("copy", total, "bytes") as advance:
+        writer.write(header)
+        writer.flush()
+        reader.seek(data_offset)
+        while done < total:
+            count = _copy_block(reader, writer, data_offset + done, len(header) + done, min(_BLOCK, total - done))
+            if not count:
+                raise GgufError(f"{source}: became shorter while it was read", "run the same command again")
+            done += count
+            advance(count, text=f"{human_bytes(done / max(1e-9, time.monotonic() - started))}/s")
+
+
+def _copy_block(reader: BinaryIO, writer: BinaryIO, at: int, to: int, count: int) -> int:
+    """Copy some bytes within the kernel where it can, else through memory; return how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(reader.fileno(), writer.fileno(), count, at, to)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+    reader.seek(at)
+    writer.seek(to)
+    written = writer.write(reader.read(count))
+    writer.flush()
+    return written
+
+
+def _open(path: Path) -> None:
+    """Open a file with llama.cpp and close it again.
+
+    Raises:
+        GgufError: it does not open.
+    """
+    try:
+        Model(path, n_ctx=512, device="cpu").close()
+    except GgufError as error:
+        raise GgufError(
+            str(error), "correct what is left with --set, or write it all the same with --check none"
+        ) from error
+    except ResourceError as error:
+        say(f"check: {error}; the file is not opened")
