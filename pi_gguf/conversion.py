@@ -20,7 +20,7 @@ from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
-from pi_gguf.vocabulary import gguf_vocabulary
+from pi_gguf.vocabulary import check_name, gguf_vocabulary
 from pi_gguf.writing import UNQUANTIZED, FilePlan, plan_file, write_file
 
 
@@ -119,8 +119,9 @@ def convert(
     checkpoint = load_checkpoint(model)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     rope = checkpoint.interpolated(context) if context is not None else checkpoint.rope
-    vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
-    trained = checkpoint.provenance
+    tokenizer, trained = checkpoint.load_tokenizer(), checkpoint.provenance
+    vocabulary = gguf_vocabulary(checkpoint, tokenizer)
+    check_name(_general(model, rope, trained)["general.name"], tokenizer)
     fine_tune = context is not None and steps != 0
     if dry_run and fine_tune:
         planned = plan_training(
