@@ -20,8 +20,9 @@ from pi_gguf.hf_model import HfModel
 from pi_gguf.progress import say
 from pi_gguf.rope import RopeScaling, check_consistent
 from pi_gguf.runtime import Model
+from pi_gguf.sample_texts import sample_texts
 from pi_gguf.scoring import LanguageModel
-from pi_gguf.vocabulary import reference_ids
+from pi_gguf.vocabulary import end_tokens, reference_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,23 +43,6 @@ for a token, and that token's KL divergence is of another order (5e-2 where its 
 _SCORED_TOKENS = 256
 _PLAIN_TOKENS = 600
 """Prompt of a quick check where positions are not interpolated."""
-
-SAMPLE_TEXTS = (
-    "Hello, world! It's 12:30 on 2024-02-29, and pi is 3.14159.",
-    "  leading, inner   and trailing spaces  ",
-    "line one\nline two\n\n\nline five\r\n\ttabbed\tonce",
-    "def f(x):\n    return {'a': [1, 2, 3], \"b\": x ** 2}  # comment\n",
-    "Größe, façade, naïve, Ελληνικά, кириллица, עברית, العربية, हिन्दी, ไทย",
-    "日本語の文章、中文文本，한국어 문장。",
-    "emoji 🙂🚀👩‍👩‍👧 and math ∑∫√≠ and box ┌─┐",
-    "don't won't I'll we've THEY'RE o'clock 'quoted' \"double\"",
-    "1 22 333 4444 55555 1234567890",
-    "a",
-    " ",
-    "\n",
-    "ALLCAPS camelCase snake_case kebab-case https://example.org/a?b=c&d=%20",
-    "\x00\x01\x7f\u200b\u2028\ufeffcontrol and invisible",
-)
 
 
 @dataclass(frozen=True)
@@ -113,8 +97,9 @@ class Reference:
         self.vocabulary = checkpoint.vocab_size
         self.slack = EXPERTS_SLACK if "expert_count" in checkpoint.family.keys(checkpoint.hf_config) else 1
         tokenizer = checkpoint.load_tokenizer()
-        texts = [*SAMPLE_TEXTS, *_passages(), *_added_token_texts(checkpoint, tokenizer)]
+        texts = [*sample_texts(), *_passages(), *_added_token_texts(checkpoint, tokenizer)]
         self.tokenized = {text: reference_ids(checkpoint, tokenizer, text) for text in texts}
+        self.ends = end_tokens(checkpoint, tokenizer)
         self.ids: list[int] = []
         self.logits: np.ndarray | None = None
         window, length = rope.max_position_embeddings, _PLAIN_TOKENS
@@ -171,6 +156,7 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
         for text, theirs in reference.tokenized.items():
             if (ours := model.tokenize(text)) != theirs:
                 problems.append(_token_difference(path, text, ours, theirs))
+        problems += [f"{path}: llama.cpp does not end at token {i}" for i in reference.ends if not model.is_end(i)]
         if reference.logits is not None:
             logits = np.concatenate(list(model.logits_chunks(reference.ids, len(reference.logits))))
             kl, top1 = kl_divergence(reference.logits, logits)

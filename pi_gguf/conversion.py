@@ -22,7 +22,7 @@ from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
-from pi_gguf.vocabulary import gguf_vocabulary
+from pi_gguf.vocabulary import check_name, gguf_vocabulary
 from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, write_file
 
 
@@ -144,8 +144,11 @@ def convert(
         checkpoint = with_adapters(checkpoint, lora)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     rope = checkpoint.interpolated(context) if context is not None else checkpoint.rope
-    vocabulary = {} if adapter_only else gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
-    trained = checkpoint.provenance
+    trained, vocabulary = checkpoint.provenance, {}
+    if not adapter_only:
+        tokenizer = checkpoint.load_tokenizer()
+        vocabulary = gguf_vocabulary(checkpoint, tokenizer)
+        check_name(_general(model, rope, trained, ())["general.name"], tokenizer)
     fine_tune = context is not None and steps != 0
     if dry_run and fine_tune:
         planned = plan_training(

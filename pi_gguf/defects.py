@@ -17,7 +17,8 @@ from pi_gguf.errors import OptionError
 from pi_gguf.gguf_file import TensorInfo, tensor_types
 from pi_gguf.gguf_header import Entry, Header, type_of_key
 from pi_gguf.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES, RopeScaling, check_consistent
-from pi_gguf.vocabulary import CONTROL, gguf_vocabulary
+from pi_gguf.sentencepieces import CONTROL
+from pi_gguf.vocabulary import gguf_vocabulary
 from pi_gguf.writing import model_metadata
 
 SET, REMOVE, ASK, CONVERT = "set", "remove", "ask", "convert"

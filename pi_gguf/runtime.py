@@ -145,6 +145,11 @@ class Model(LanguageModel):
         begin = self.info.metadata.get("tokenizer.ggml.bos_token_id")
         return [int(begin)] if begin is not None and self.tokenize("a")[:1] == [begin] else []
 
+    def is_end(self, token: int) -> bool:
+        """Tell whether generation ends at a token."""
+        llama_cpp = llama_cpp_library()
+        return bool(llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(self._llama.model), token))
+
     # Text
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:

@@ -1,39 +1,58 @@
 """Tokenizers: what a Hugging Face folder says -> the `tokenizer.*` keys of a GGUF file.
 
-The files decide by their structure, SentencePiece or byte-level BPE; flags (begin and end tokens, leading space) are
-read off the behaviour of the opened tokenizer. `check` proves the result by tokenizing the same texts with both.
+The files decide by their structure: byte-level BPE, SentencePiece BPE or Unigram. Begin and end tokens are read off the
+behaviour of the opened tokenizer. What llama.cpp would do otherwise is an error; `check` proves the rest by tokenizing
+the same texts with both.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import Checkpoint, read_json
 from pi_gguf.errors import CheckpointError, UnsupportedError
+from pi_gguf.pre_tokenizers import recognize_pre_tokenizer
+from pi_gguf.progress import say
+from pi_gguf.sentencepieces import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    check_space_prefix,
+    keys_of_bpe_json,
+    keys_of_model,
+    keys_of_unigram_json,
+    open_sentencepiece,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Token types of GGUF, the same numbers as SentencePiece's."""
+_LOWEST_SCORE = -1000.0
+"""Of tokens that are never to be chosen."""
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_ENDS = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+}  # fmt: skip
+"""Tokens at which llama.cpp ends a text because of their spelling."""
 
-# Steps of a tokenizer.json pre-tokenizer, and whether merges are skipped for words in the vocabulary -> llama.cpp's
-# name for the same splitting. ("words" is ByteLevel's own GPT-2 pattern, "digits" splits single digits off.)
-_PRE_TOKENIZERS = {
-    (("words",), False): "gpt-2",
-    (("digits", "words"), False): "smollm",
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "smaug-bpe",
-    ((_QWEN2,), False): "qwen2",
+_FILL_IN_THE_MIDDLE = {
+    "fim_pre": "<|fim_prefix|> <fim-prefix> <fim_prefix> <PRE> ▁<PRE> <｜fim▁begin｜> <|code_prefix|> <|prefix|>",
+    "fim_suf": "<|fim_suffix|> <fim-suffix> <fim_suffix> <SUF> ▁<SUF> <｜fim▁hole｜> <|code_suffix|> <|suffix|>",
+    "fim_mid": "<|fim_middle|> <fim-middle> <fim_middle> <MID> ▁<MID> <｜fim▁end｜> <|code_middle|> <|middle|>",
+    "fim_pad": "<|fim_pad|> <fim-pad> <fim_pad>",
+    "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <reponame>",
+    "fim_sep": "<|file_sep|>",
 }
+"""Keys -> spellings of the tokens around a gap to fill."""
+
+_KEEPS_SPACE_RIGHT = ("<unk>", "<s>", "<|endoftext|>")
+"""The only special tokens of a file named phi-3 behind which llama.cpp keeps spaces."""
 
 
 def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -41,32 +60,39 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
 
     Raises:
         CheckpointError: tokenizer files are missing or do not fit the embedding.
-        UnsupportedError: a kind of tokenizer, or a pre-tokenizer, that llama.cpp has no equivalent for.
+        UnsupportedError: a kind of tokenizer, or a part of it, that llama.cpp has no equivalent for.
     """
     json_path, model_path = checkpoint.path / "tokenizer.json", checkpoint.path / "tokenizer.model"
     parsed = read_json(json_path) if json_path.exists() else {}
-    rows = checkpoint.vocab_size
-    byte_level = parsed and "ByteLevel" in str(parsed.get("pre_tokenizer"))
-    if byte_level:
-        keys = _byte_level_bpe(parsed, rows, str(json_path))
+    rows, path = checkpoint.vocab_size, str(json_path)
+    model = parsed.get("model") or {}
+    kind = model.get("type")
+    if parsed and "ByteLevel" in str(parsed.get("pre_tokenizer")):
+        keys = _byte_level_bpe(parsed, rows, path)
+    elif kind == "Unigram":
+        keys = keys_of_unigram_json(parsed, rows, path)
+    elif parsed and (kind != "BPE" or not model.get("byte_fallback")):
+        raise UnsupportedError(
+            f"{path}: model must be Unigram, byte-level BPE or BPE with byte_fallback, got {kind!r}",
+            "put the original tokenizer.model alone into the folder",
+        )
     elif model_path.exists():
-        keys = _sentencepiece(str(model_path))
+        keys = keys_of_model(str(model_path))
+        if parsed:
+            keys["tokenizer.ggml.add_space_prefix"] = check_space_prefix(parsed, path)
     elif parsed:
-        keys = _sentencepiece_from_json(parsed, rows, str(json_path))
+        keys = keys_of_bpe_json(parsed, _tokens_by_id(model, rows, path), path)
     else:
         raise CheckpointError(
             f"{checkpoint.path}: no tokenizer.json or tokenizer.model", "copy the tokenizer of the model there"
         )
+    _check_added_tokens(parsed, tokenizer, path)
     _add_tokens(keys, tokenizer)
     _pad_to_embedding(keys, checkpoint)
-    _special_tokens(keys, tokenizer)
-    if keys["tokenizer.ggml.model"] == "llama":
-        if parsed:
-            first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
-        else:
-            first = _open_sentencepiece(str(model_path)).encode("a", out_type=str)[0]
-            keys["tokenizer.ggml.add_bos_token"] = _begins(checkpoint, tokenizer)
-        keys["tokenizer.ggml.add_space_prefix"] = first.startswith("▁")
+    _special_tokens(keys, checkpoint, tokenizer)
+    keys |= _chat_templates(tokenizer)
+    if not parsed:
+        keys["tokenizer.ggml.add_bos_token"] = _begins(checkpoint, tokenizer)
     return keys
 
 
@@ -82,7 +108,7 @@ def reference_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, te
         return ids
     begin = [tokenizer.bos_token_id] if _begins(checkpoint, tokenizer) else []
     end = [] if tokenizer.eos_token_id is None or ids[-1:] != [tokenizer.eos_token_id] else ids[-1:]
-    pieces: list[int] = _open_sentencepiece(str(model_path)).encode(text)
+    pieces: list[int] = open_sentencepiece(str(model_path)).encode(text)
     return begin + pieces + end
 
 
@@ -99,13 +125,60 @@ def _begins(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> bool:
     return ids[:1] == [tokenizer.bos_token_id]
 
 
+def end_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids at which generation ends in Hugging Face, the tokenizer's end token first."""
+    path = checkpoint.path / "generation_config.json"
+    settings = read_json(path) if path.exists() else {}
+    named = settings.get("eos_token_id") or getattr(checkpoint.hf_config, "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return [int(i) for i in dict.fromkeys(ids) if isinstance(i, int) and 0 <= i < checkpoint.vocab_size]
+
+
+def check_name(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a `general.name` by which llama.cpp would treat the spaces behind special tokens otherwise.
+
+    Raises:
+        UnsupportedError: llama.cpp drops them in files that have phi-3 in their name, and only there.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    drops = any(word in name.lower() for word in ("phi-3", "phi3"))
+    said = "llama.cpp drops the spaces behind special tokens in a file with phi-3 in its name"
+    if drops and not _drops_space_right(tokenizer):
+        raise UnsupportedError(
+            f"{name}: {said}, and this tokenizer does not", "rename the folder, without phi-3 or phi3 in its name"
+        )
+    if not drops and (token := next((added.content for added in added if added.rstrip), None)):
+        raise UnsupportedError(
+            f"{name}: added token {token!r}: rstrip: {said} only", "rename the folder, with phi-3 in its name"
+        )
+
+
+def _drops_space_right(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether exactly those tokens have rstrip that llama.cpp gives it in Phi 3."""
+    added = {added.content: added.rstrip for added in tokenizer.added_tokens_decoder.values()}
+    needed = all(token in added for token in ("</s>", *_KEEPS_SPACE_RIGHT))
+    return needed and all(rstrip == (token not in _KEEPS_SPACE_RIGHT) for token, rstrip in added.items())
+
+
 def _byte_level_bpe(parsed: dict[str, Any], rows: int, path: str) -> dict[str, Any]:
-    model = parsed.get("model", {})
+    model = parsed.get("model") or {}
     if model.get("type") != "BPE":
         raise UnsupportedError(f"{path}: model.type must be BPE with ByteLevel, got {model.get('type')!r}")
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(field):
+            raise UnsupportedError(f"{path}: model.{field} must be empty with ByteLevel, got {model[field]!r}")
     normalizer = parsed.get("normalizer")
-    if normalizer is not None and normalizer.get("type") != "NFC":
-        raise UnsupportedError(f"{path}: normalizer must be null or NFC, got {normalizer.get('type')!r}")
+    parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    if any(part.get("type") != "NFC" for part in parts):
+        raise UnsupportedError(
+            f"{path}: normalizer must be null or NFC, llama.cpp normalizes nothing here; got "
+            f"{json.dumps(normalizer, ensure_ascii=False)[:300]}"
+        )
+    if parts:
+        say(
+            "note: this tokenizer composes accents (normalizer NFC) and llama.cpp does not: text in decomposed form "
+            "gets other ids there, as macOS file names do"
+        )
     tokens = _tokens_by_id(model, rows, path)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     return {
@@ -133,83 +206,29 @@ def _tokens_by_id(model: dict[str, Any], rows: int, path: str) -> list[str | Non
     return tokens
 
 
-def recognize_pre_tokenizer(parsed: dict[str, Any], path: str) -> str:
-    """Return llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json, by its structure.
-
-    Raises:
-        UnsupportedError: none does the same; the message shows the pattern.
-    """
-    pre = parsed["pre_tokenizer"]
-    steps: list[str] = []
-    for step in pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]:
-        pattern = step.get("pattern") or {}
-        if step["type"] == "ByteLevel" and not step.get("add_prefix_space"):
-            steps += ["words"] if step.get("use_regex", True) else []
-        elif step["type"] == "Digits" and step.get("individual_digits"):
-            steps.append("digits")
-        elif step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-            steps.append(str(pattern.get("Regex") or pattern.get("String")))
-        else:
-            steps.append(str(step))
-    skip_merges = bool(parsed["model"].get("ignore_merges"))
-    name = _PRE_TOKENIZERS.get((tuple(steps), skip_merges))
-    if name is None:
+def _check_added_tokens(parsed: dict[str, Any], tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Refuse added tokens that llama.cpp would find in other places than Hugging Face."""
+    if not parsed:
+        return
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = getattr(backend, "normalizer", None)
+    problems = []
+    for added in tokenizer.added_tokens_decoder.values():
+        flags = {
+            "single_word": added.single_word,
+            "lstrip": added.lstrip,
+            "rstrip": added.rstrip and not _drops_space_right(tokenizer),
+            f"normalized to {added.normalized and normalizer and normalizer.normalize_str(added.content)!r}": (
+                added.normalized and normalizer and normalizer.normalize_str(added.content) != added.content
+            ),
+        }
+        problems += [f"{added.content!r} is {flag}" for flag, present in flags.items() if present]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UnsupportedError(
-            f"{path}: pre_tokenizer: llama.cpp has no equivalent known here for {steps} (ignore_merges {skip_merges})",
-            "report this pattern, so that it can be added",
+            f"{path}: added tokens: llama.cpp finds them exactly as they are spelled: {', '.join(problems[:5])}{more}",
+            "set the flag to false if the model does not depend on it",
         )
-    return name
-
-
-@cache
-def _open_sentencepiece(path: str) -> Any:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        return SentencePieceProcessor(model_file=path)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a SentencePiece model", "download this file again") from error
-
-
-def _sentencepiece(path: str) -> dict[str, Any]:
-    sp = _open_sentencepiece(path)
-    tokens = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-    types: list[int] = []
-    for i in range(sp.vocab_size()):
-        kinds = ((sp.is_unknown, UNKNOWN), (sp.is_control, CONTROL), (sp.is_byte, BYTE), (sp.is_unused, UNUSED))
-        types.append(next((kind for test, kind in kinds if test(i)), NORMAL))
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [sp.get_score(i) for i in range(sp.vocab_size())],
-        "tokenizer.ggml.token_type": types,
-    }
-
-
-def _sentencepiece_from_json(parsed: dict[str, Any], rows: int, path: str) -> dict[str, Any]:
-    """Read a SentencePiece BPE that transformers saved as tokenizer.json: merges with byte fallback."""
-    model = parsed.get("model", {})
-    if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise UnsupportedError(
-            f"{path}: model must be byte-level BPE or BPE with byte_fallback, got {model.get('type')!r}",
-            "put the original tokenizer.model into the folder",
-        )
-    tokens = _tokens_by_id(model, rows, path)
-    # SentencePiece joins the pair whose result scores highest; a merge list joins the pair that comes first.
-    rank: dict[str, int] = {}
-    for i, merge in enumerate(model["merges"]):
-        rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), i)
-    types = [BYTE if token and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens]
-    if model.get("unk_token") in tokens:
-        types[tokens.index(model["unk_token"])] = UNKNOWN
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [-float(rank.get(token or "", len(rank))) for token in tokens],
-        "tokenizer.ggml.token_type": types,
-    }
 
 
 def _add_tokens(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -221,7 +240,7 @@ def _add_tokens(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Non
             tokens.append(None)
             types.append(UNUSED)
             if scores is not None:
-                scores.append(-1000.0)
+                scores.append(_LOWEST_SCORE)
         tokens[index] = added.content
         if types[index] != UNKNOWN:
             types[index] = CONTROL if added.special else USER_DEFINED
@@ -240,24 +259,81 @@ def _pad_to_embedding(keys: dict[str, Any], checkpoint: Checkpoint) -> None:
     tokens += [None] * missing
     types += [UNUSED] * missing
     if "tokenizer.ggml.scores" in keys:
-        keys["tokenizer.ggml.scores"] += [-1000.0] * missing
+        keys["tokenizer.ggml.scores"] += [_LOWEST_SCORE] * missing
+    seen: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if token is not None and (before := seen.setdefault(token, index)) != index:
+            raise CheckpointError(
+                f"{checkpoint.path}: the tokens {before} and {index} are both {token!r}",
+                "llama.cpp needs a spelling of its own for each",
+            )
     for index, token in enumerate(tokens):
         if token is None:
-            tokens[index], types[index] = f"[PAD{index}]", UNUSED
+            padding = f"[PAD{index}]"
+            while padding in seen:
+                padding = f"[{padding}]"
+            tokens[index], types[index] = padding, UNUSED
 
 
-def _special_tokens(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    named = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
-    }
+def _special_tokens(keys: dict[str, Any], checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    before, behind = whole[:start], whole[start + len(bare) :]
+    ends = end_tokens(checkpoint, tokenizer)
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        bos = before[0] if before else getattr(checkpoint.hf_config, "bos_token_id", None)
+    eos = ends[0] if ends else None
+    if before not in ([], [bos]) or behind not in ([], [eos]):
+        put = [tokenizer.convert_ids_to_tokens(ids) for ids in (before, behind)]
+        raise UnsupportedError(
+            f"{checkpoint.path}: {put[0]} come before a text and {put[1]} behind it; llama.cpp can put the begin token "
+            f"{bos} before it and the end token {eos} behind it"
+        )
+    kind, tokens = keys["tokenizer.ggml.model"], keys["tokenizer.ggml.tokens"]
+    plain = {token for token, type in zip(tokens, keys["tokenizer.ggml.token_type"], strict=True) if type == NORMAL}
+    if taken := sorted(plain & _ENDS):
+        raise UnsupportedError(
+            f"{checkpoint.path}: {taken} are plain tokens, llama.cpp takes them for special ones by their spelling",
+            "name them in added_tokens of tokenizer.json if they are meant to be special",
+        )
+    if eos is None and kind != "llama":
+        raise CheckpointError(
+            f"{checkpoint.path}: no end token; llama.cpp would take the token {11 if kind == 'gpt2' else 1} for one",
+            "name eos_token in tokenizer_config.json or eos_token_id in config.json",
+        )
+    named = {"bos": bos, "eos": eos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    named |= {"seperator": getattr(tokenizer, "sep_token_id", None), "mask": getattr(tokenizer, "mask_token_id", None)}
+    unnamed = [i for i in ends if i != eos and tokens[i] not in _ENDS]
+    if len(unnamed) > 2:
+        raise UnsupportedError(
+            f"{checkpoint.path}: eos_token_id: llama.cpp can end at two tokens more than {tokens[eos]!r}, "
+            f"got {[tokens[i] for i in unnamed]}"
+        )
+    named |= dict(zip(("eot", "eom"), unnamed, strict=False))
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    for name, spellings in _FILL_IN_THE_MIDDLE.items():
+        named[name] = next((added[token] for token in spellings.split() if token in added), None)
     for name, index in named.items():
-        if index is not None:
+        if index is not None and 0 <= int(index) < len(tokens):
             keys[f"tokenizer.ggml.{name}_token_id"] = int(index)
-    ids = tokenizer("a")["input_ids"]
-    keys["tokenizer.ggml.add_bos_token"] = named["bos"] is not None and ids[:1] == [named["bos"]]
-    keys["tokenizer.ggml.add_eos_token"] = named["eos"] is not None and ids[-1:] == [named["eos"]]
-    if isinstance(tokenizer.chat_template, str):
-        keys["tokenizer.chat_template"] = tokenizer.chat_template
+    keys["tokenizer.ggml.add_bos_token"] = bool(before)
+    keys["tokenizer.ggml.add_eos_token"] = bool(behind)
+
+
+def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the chat templates: the default one, and others by name."""
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    keys: dict[str, Any] = {}
+    others = sorted(name for name in templates if name != "default")
+    for name in others:
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            raise UnsupportedError(f"chat_template {name!r}: a name in GGUF is made of a-z, 0-9 and _", "rename it")
+        keys[f"tokenizer.chat_template.{name}"] = templates[name]
+    if others:
+        keys["tokenizer.chat_templates"] = others
+    if "default" in templates:
+        keys["tokenizer.chat_template"] = templates["default"]
+    return keys

@@ -22,12 +22,12 @@ def make_tokenizer(path: Path, *, digits: bool = True, vocab_size: int = 400) ->
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from pi_gguf.vocabulary import _LLAMA3, _QWEN2
+    from pi_gguf.pre_tokenizers import LLAMA3, QWEN2
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_QWEN2 if digits else _LLAMA3), "isolated"),
+            pre_tokenizers.Split(Regex(QWEN2 if digits else LLAMA3), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -658,7 +658,7 @@ def test_an_unknown_pre_tokenizer_shows_its_pattern(cli, llama_copy, out_folder)
     ("part", "value", "says"),
     [
         ("pre_tokenizer", {"type": "Whitespace"}, "byte_fallback"),
-        ("normalizer", {"type": "Lowercase"}, "normalizer must be null or NFC, got 'Lowercase'"),
+        ("normalizer", {"type": "Lowercase"}, '{"type": "Lowercase"}'),
         ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "got 'WordLevel'"),
     ],
 )

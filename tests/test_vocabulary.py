@@ -19,9 +19,9 @@ TOKENIZERS = SHARED_MODELS.parent / "tokenizers"
 @pytest.mark.parametrize(
     ("name", "rows", "compared"),
     [
-        ("pythia.tokenizer.json", 50304, 44),
-        ("gpt-neox-20b.tokenizer.json", 50432, 46),
-        ("mistral_v1.tokenizer.model", 32000, 18),
+        ("pythia.tokenizer.json", 50304, 94),
+        ("gpt-neox-20b.tokenizer.json", 50432, 96),
+        ("mistral_v1.tokenizer.model", 32000, 68),
     ],
 )
 def test_a_real_tokenizer_gives_the_same_ids(name, rows, compared, tmp_path):
@@ -62,6 +62,6 @@ def test_a_fine_tune_with_added_tokens_still_converts(llama_copy: Path, tmp_path
     ]
     (llama_copy / "tokenizer.json").write_text(json.dumps(parsed))
     result = pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
-    assert result.checks[0].strings_compared == 22  # one for each added token more
+    assert result.checks[0].strings_compared == 72  # one for each added token more
     with pi_gguf.open(tmp_path / "out.gguf") as model:
         assert 401 in model.tokenize("a <tool> b")
