@@ -77,6 +77,8 @@ class Model(LanguageModel):
         if not on_gpu:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
         threads = n_threads or cores()
+        from jinja2 import TemplateError
+
         llama_cpp = llama_cpp_library()
         log.clear()
         try:
@@ -95,6 +97,8 @@ class Model(LanguageModel):
             )
         except (ValueError, RuntimeError) as error:
             raise GgufError(f"{path}: llama.cpp does not open it ({last_error() or error})") from error
+        except TemplateError as error:
+            raise GgufError(f"{path}: tokenizer.chat_template is broken ({error})", "write the file again") from error
         self._evaluated: list[int] = []
 
     def __enter__(self) -> Model:
