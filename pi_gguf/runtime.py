@@ -82,6 +82,8 @@ class Model(LanguageModel):
         if not on_gpu:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
         threads = n_threads or cores()
+        from jinja2 import TemplateError
+
         llama_cpp = llama_cpp_library()
         log.clear()
         try:
@@ -103,6 +105,8 @@ class Model(LanguageModel):
                 self._reopen(watch)
         except (ValueError, RuntimeError) as error:
             raise GgufError(f"{path}: llama.cpp does not open it ({last_error() or error})") from error
+        except TemplateError as error:
+            raise GgufError(f"{path}: tokenizer.chat_template is broken ({error})", "write the file again") from error
         try:
             apply_adapters(self._llama, lora)
         except GgufError:

@@ -133,6 +133,9 @@ def check_space_prefix(parsed: dict[str, Any], path: str) -> bool:
 def keys_of_unigram_json(parsed: dict[str, Any], rows: int, path: str) -> dict[str, Any]:
     """Return the keys of a Unigram tokenizer.json.
 
+    Hugging Face applies the character map to a letter with its marks at once and can lose the marks (`½` with an
+    accent); llama.cpp and SentencePiece keep them.
+
     Args:
         rows: of the embedding.
 
@@ -172,6 +175,8 @@ def keys_of_unigram_json(parsed: dict[str, Any], rows: int, path: str) -> dict[s
         "pre_tokenizer.prepend_scheme 'first' (llama.cpp puts a space before each text and behind each special "
         "token, or nowhere)": scheme == "first",
         f"the token {inside!r} with a space inside, and pre_tokenizer.split": inside and pre.get("split", True),
+        "normalizer Precompiled with white space that is not merged (Hugging Face makes one space of a line end of "
+        "two characters)": charsmap and not merge_spaces,
         **_white_space_problems(True, scheme == "always", merge_spaces),
     }
     _refuse(path, problems)

@@ -90,7 +90,7 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
     _add_tokens(keys, tokenizer)
     _pad_to_embedding(keys, checkpoint)
     _special_tokens(keys, checkpoint, tokenizer)
-    keys |= _chat_templates(tokenizer)
+    keys |= _chat_templates(tokenizer, str(checkpoint.path))
     if not parsed:
         keys["tokenizer.ggml.add_bos_token"] = _begins(checkpoint, tokenizer)
     return keys
@@ -321,16 +321,28 @@ def _special_tokens(keys: dict[str, Any], checkpoint: Checkpoint, tokenizer: Pre
     keys["tokenizer.ggml.add_eos_token"] = bool(behind)
 
 
-def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the chat templates: the default one, and others by name."""
+def _chat_templates(tokenizer: PreTrainedTokenizerBase, path: str) -> dict[str, Any]:
+    """Return the chat templates: the default one, and others by name. They are compiled, not run."""
+    from jinja2 import Environment, TemplateError
+
     templates = tokenizer.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    for name, template in templates.items():
+        try:
+            environment.compile(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))  # a tag of transformers alone
+        except TemplateError as error:
+            raise CheckpointError(
+                f"{path}: chat_template {name!r} is broken ({str(error).splitlines()[0]})", "correct or remove it"
+            ) from error
     keys: dict[str, Any] = {}
     others = sorted(name for name in templates if name != "default")
     for name in others:
         if not re.fullmatch(r"[a-z0-9_]+", name):
-            raise UnsupportedError(f"chat_template {name!r}: a name in GGUF is made of a-z, 0-9 and _", "rename it")
+            raise UnsupportedError(
+                f"{path}: chat_template {name!r}: a name in GGUF is made of a-z, 0-9 and _", "rename it"
+            )
         keys[f"tokenizer.chat_template.{name}"] = templates[name]
     if others:
         keys["tokenizer.chat_templates"] = others

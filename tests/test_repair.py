@@ -14,11 +14,11 @@ import pytest
 from conftest import SHARED_MODELS, make_llama, tensors
 
 import pi_gguf
-from pi_gguf.check import SAMPLE_TEXTS
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.defects import SAME_SPLITTING
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import TYPES, Entry, read_header, type_of_key
+from pi_gguf.sample_texts import sample_texts
 
 EOS = "tokenizer.ggml.eos_token_id"
 
@@ -240,7 +240,7 @@ def test_names_of_one_splitting_give_one_tokenization(sound, tmp_path):
         for name in names:
             fixed = {T + "pre": Entry.of(name), T + "add_bos_token": Entry.of(False)}
             with pi_gguf.open(in_place(tmp_path / "m.gguf", tmp_path / "b.gguf", fixed), n_ctx=512) as model:
-                seen.add(tuple(tuple(model.tokenize(text)) for text in SAMPLE_TEXTS))
+                seen.add(tuple(tuple(model.tokenize(text)) for text in sample_texts()))
         assert len(seen) == 1, names
         of_group += seen
     assert len(set(of_group)) >= 4

@@ -1,0 +1,608 @@
+"""Tokenizers part by part: trained on the spot, read by llama.cpp, compared id for id on thousands of texts."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_llama
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+
+import pi_gguf
+from pi_gguf import bundled
+from pi_gguf.errors import CheckError, CheckpointError, UnsupportedError
+from pi_gguf.gguf_file import read_gguf, write_header
+from pi_gguf.pre_tokenizers import _TABLE, recognize_pre_tokenizer
+from pi_gguf.sample_texts import sample_texts
+from pi_gguf.sentencepieces import keys_of_model, keys_of_unigram_json
+from pi_gguf.vocabulary import check_name
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+WORDS = {**BYTES, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def split(regex: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
+
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+JAIS2 = LLAMA3.replace(
+    r"\s+(?!\S)|\s+",
+    r"\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)|\s{4}(?!\S)"
+    r"|\s{1,2}(?!\S)|\s{1}",
+)
+EXAONE_MOE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SEED_CODER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
+KANA = "[一-龥぀-ゟ゠-ヿ]+"
+SPARK = DEEPSEEK3.replace(r"[\r\n]*|\s*[\r\n]+", r"|[\r\n]")
+MINICPM5 = QWEN2.replace(r"|\p{N}|", r"|\p{N}+|")
+YOUTU = "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+"
+
+PRE_TOKENIZERS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "GPT-2": ("gpt-2", [WORDS]),
+    "GPT-2, spelled out": ("gpt-2", [split(GPT2), BYTES]),
+    "StarCoder, SmolLM, Command-R": ("smollm", [DIGITS, WORDS]),
+    "Llama 3": ("llama-bpe", [split(LLAMA3), BYTES]),
+    "Llama 3, merging": ("smaug-bpe", [split(LLAMA3), BYTES]),
+    "GLM-4, what matches is kept": ("smaug-bpe", [split(LLAMA3, "Removed", True), BYTES]),
+    "cl100k": ("smaug-bpe", [split(CL100K), BYTES]),
+    "Qwen 2": ("qwen2", [split(QWEN2), BYTES]),
+    "Bailing": ("qwen2", [split(CL100K.replace("{1,3}", "")), BYTES]),
+    "Qwen 3.5": ("qwen35", [split(QWEN35), BYTES]),
+    "DeepSeek V3": ("deepseek-v3", [split(r"\p{N}{1,3}"), split(KANA), split(DEEPSEEK3), BYTES]),
+    "Spark 2.5": ("spark2_5", [split(r"\p{N}{1,3}"), split(KANA), split(SPARK), split(r"\p{N}"), BYTES]),
+    "BLOOM": ("bloom", [split(BLOOM), BYTES]),
+    "Viking": ("viking", [split(BLOOM), DIGITS, BYTES]),
+    "Seed-Coder": ("seed-coder", [split(SEED_CODER), BYTES]),
+    "Jais 2": ("jais-2", [split(JAIS2), BYTES]),
+    "MiniCPM 5": ("minicpm5", [split(r"\p{N}{1,3}"), split(MINICPM5), BYTES]),
+    "Ufakzeka": ("ufakzeka", [split(QWEN2.partition("|[^")[1][1:] + QWEN2.partition("|[^")[2]), BYTES]),
+    "EXAONE MoE": ("exaone-moe", [split(EXAONE_MOE), BYTES]),
+    "Laguna": ("laguna", [split(r"[^\n]+|[\n]+"), split(QWEN2), BYTES]),
+    "Falcon": (
+        "falcon",
+        [
+            {"type": "Punctuation", "behavior": "Contiguous"},
+            WORDS,
+            {"type": "Digits", "individual_digits": False},
+            split("[0-9][0-9][0-9]"),
+        ],
+    ),
+    "Tekken": ("granite-embed-multi-97m", [split(TEKKEN), BYTES]),
+    "GPT-4o": ("granite-embed-multi-97m", [split(GPT4O), BYTES]),
+    "Youtu": ("youtu", [split(YOUTU), split(GPT4O.replace("{1,3}", "")), BYTES]),
+}
+INEXACT = {splitting.name for splitting in _TABLE if not splitting.exact}
+MERGELESS = {splitting.name for splitting in _TABLE if splitting.ignore_merges}
+TEXTS = sample_texts(1500, seed=1)
+
+
+def trained(parts: list[dict[str, Any]], vocab_size: int = 3000) -> dict[str, Any]:
+    """Train a byte-level BPE on the very kind of texts that are compared; return its tokenizer.json."""
+    pre = {"type": "Sequence", "pretokenizers": parts}
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "pre_tokenizer": pre, "model": model}))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    novel = next(iter(bundled.novels("train").values()))[:30_000]
+    tokenizer.train_from_iterator([novel, *sample_texts(3000, seed=2)], trainer)
+    parsed: dict[str, Any] = json.loads(tokenizer.to_str())
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def unsplit() -> dict[str, Any]:
+    """A tokenizer trained without splitting: wherever a text is split otherwise, other tokens come out."""
+    return trained([BYTES], vocab_size=6000)
+
+
+class LlamaCpp:
+    """The tokenizer of llama.cpp, of a file without tensors."""
+
+    def __init__(self, path: Path, keys: dict[str, Any]) -> None:
+        from pi_gguf.ggml import llama_cpp_library
+
+        self.library = llama_cpp_library()
+        sizes = {"context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 64}
+        heads = {"attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5}
+        rows = len(keys["tokenizer.ggml.tokens"])
+        ids = {f"tokenizer.ggml.{name}_token_id": 0 for name in ("bos", "eos")}
+        adds = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": False}
+        shape = {f"llama.{key}": value for key, value in {**sizes, **heads, "vocab_size": rows}.items()}
+        write_header(path, "llama", {**shape, **ids, **keys, **adds}, [])
+        params = self.library.llama_model_default_params()
+        params.vocab_only = True
+        self.model = self.library.llama_model_load_from_file(str(path).encode(), params)
+        assert self.model, keys["tokenizer.ggml.pre"]
+        self.vocab = self.library.llama_model_get_vocab(self.model)
+
+    def tokenize(self, text: str) -> list[int]:
+        data = text.encode()
+        ids = (ctypes.c_int32 * (2 * len(data) + 16))()
+        n = self.library.llama_tokenize(self.vocab, data, len(data), ids, len(ids), False, False)
+        return list(ids[:n])
+
+    def close(self) -> None:
+        self.library.llama_model_free(self.model)
+
+
+def bpe_keys(parsed: dict[str, Any]) -> dict[str, Any]:
+    vocab = parsed["model"]["vocab"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": recognize_pre_tokenizer(parsed, "tokenizer.json"),
+        "tokenizer.ggml.tokens": sorted(vocab, key=vocab.get),
+        "tokenizer.ggml.token_type": [1] * len(vocab),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in parsed["model"]["merges"]],
+    }
+
+
+def assert_same_ids(path: Path, keys: dict[str, Any], reference: Any, texts: list[str] = TEXTS) -> None:
+    theirs = LlamaCpp(path, keys)
+    try:
+        different = [text for text in texts if theirs.tokenize(text) != reference(text)]
+    finally:
+        theirs.close()
+    assert len(texts) > 1000
+    assert not different, f"{len(different)} of {len(texts)}, {min(different, key=len)!r}"
+
+
+def test_every_pre_tokenizer_of_the_table_is_compared_here():
+    assert {name for name, _ in PRE_TOKENIZERS.values()} == {splitting.name for splitting in _TABLE}
+    assert len(PRE_TOKENIZERS) == 24
+
+
+@pytest.mark.parametrize("kind", PRE_TOKENIZERS)
+def test_a_pre_tokenizer_splits_in_llama_cpp_as_in_hugging_face(kind, unsplit, tmp_path):
+    name, parts = PRE_TOKENIZERS[kind]
+    parsed = trained(parts) if name in INEXACT else json.loads(json.dumps(unsplit))
+    parsed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    parsed["model"]["ignore_merges"] = name in MERGELESS
+    keys = bpe_keys(parsed)
+    assert keys["tokenizer.ggml.pre"] == name
+    hugging_face = Tokenizer.from_str(json.dumps(parsed))
+    assert_same_ids(tmp_path / "v.gguf", keys, lambda text: hugging_face.encode(text).ids)
+
+
+@pytest.mark.parametrize("kind", ["Tekken", "GPT-4o", "Falcon", "Youtu"])
+def test_a_token_that_spans_a_split_llama_cpp_leaves_out_is_refused(kind, unsplit):
+    parsed = json.loads(json.dumps(unsplit))
+    name, parts = PRE_TOKENIZERS[kind]
+    parsed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    parsed["model"]["ignore_merges"] = name in MERGELESS
+    with pytest.raises(UnsupportedError, match="spans a place where pre_tokenizer splits"):
+        recognize_pre_tokenizer(parsed, "tokenizer.json")
+
+
+def test_ignore_merges_matters_only_for_a_token_that_merges_do_not_reach(unsplit):
+    parsed = trained([split(QWEN2), BYTES], vocab_size=400)
+    parsed["model"]["ignore_merges"] = True
+    assert recognize_pre_tokenizer(parsed, "tokenizer.json") == "qwen2"
+    parsed["model"]["vocab"]["zebra"] = 400
+    with pytest.raises(UnsupportedError, match="ignore_merges True matters for the token 'zebra'"):
+        recognize_pre_tokenizer(parsed, "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [BYTES, split(LLAMA3)],  # the pattern would see bytes
+        [split(LLAMA3, "MergedWithNext"), BYTES],
+        [split(r"\p{N}{1,3}", "Removed", True), BYTES],  # drops all but numbers
+        [split(LLAMA3), {**BYTES, "add_prefix_space": True}],
+        [split(r"\p{N}+"), split(r"(?=(\d{3})+(?!\d))"), BYTES],  # SuperBPE: llama.cpp knows only ASCII digits there
+        [],
+    ],
+)
+def test_the_order_and_kind_of_every_step_counts(parts):
+    parsed = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}, "model": {}}
+    with pytest.raises(UnsupportedError, match="no equivalent"):
+        recognize_pre_tokenizer(parsed, "tokenizer.json")
+
+
+# SentencePiece
+
+SENTENCEPIECES: dict[str, dict[str, Any]] = {
+    "as T5's": {},
+    "lower case": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "as written": {"normalization_rule_name": "identity"},
+    "spaces kept, none put first": {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    "spaces kept": {"remove_extra_whitespaces": False},
+    "none put first": {"add_dummy_prefix": False},
+    "bytes": {"byte_fallback": True},
+    "space behind": {"treat_whitespace_as_suffix": True},
+    "a symbol of its own": {"user_defined_symbols": ["<tool>"]},
+    "BPE, normalized": {"model_type": "bpe", "byte_fallback": True},
+    "BPE, spaces merged": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"},
+    "BPE": {
+        "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    },
+    "word": {"model_type": "word"},
+}  # fmt: skip
+REFUSED = {
+    "spaces kept": "none before a text of spaces",
+    "none put first": "white space is merged, with no space before a text",
+    "bytes": "byte_fallback of a Unigram model",
+    "space behind": "treat_whitespace_as_suffix",
+    "a symbol of its own": "user-defined piece '<tool>' with add_dummy_prefix",
+    "BPE, normalized": "normalizer_spec.name 'nmt_nfkc' of a BPE model",
+    "BPE, spaces merged": "remove_extra_whitespaces of a BPE model",
+    "word": "model_type 3",
+}
+
+
+def train_sentencepiece(path: Path, **settings: Any) -> Path:
+    import sentencepiece
+
+    novel = next(iter(bundled.novels("train").values()))[:50_000]
+    lines = [line for text in (novel, *sample_texts(500, seed=3)) for line in text.replace("\0", "").splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for line in lines if line.strip()), model_prefix=str(path.with_suffix("")),
+        hard_vocab_limit=False, minloglevel=2,
+        **{"model_type": "unigram", "vocab_size": 1000, "character_coverage": 0.98, **settings},
+    )  # fmt: skip
+    path.with_suffix(".vocab").unlink()
+    return path
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECES)
+def test_a_sentencepiece_model_gives_sentencepieces_ids_or_is_refused(kind, tmp_path):
+    from sentencepiece import SentencePieceProcessor
+
+    path = train_sentencepiece(tmp_path / "tokenizer.model", **SENTENCEPIECES[kind])
+    if kind in REFUSED:
+        with pytest.raises(UnsupportedError, match=REFUSED[kind]):
+            keys_of_model(str(path))
+        return
+    reference = SentencePieceProcessor(model_file=str(path))
+    assert_same_ids(tmp_path / "v.gguf", keys_of_model(str(path)), reference.encode)
+
+
+def test_a_unigram_model_converts_whole(tmp_path):
+    folder = make_llama(tmp_path / "model", vocab_size=1200, bos_token_id=1, eos_token_id=2)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    train_sentencepiece(folder / "tokenizer.model")
+    result = pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+    assert result.checks[0].kl_divergence < 1e-6
+    metadata = read_gguf(tmp_path / "out.gguf").metadata
+    assert metadata["tokenizer.ggml.model"] == "t5"
+    assert read_gguf(tmp_path / "out.gguf").array_lengths["tokenizer.ggml.precompiled_charsmap"] > 10_000
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory) -> dict[str, Any]:
+    """The tokenizer.json of a Unigram model with a character map, as transformers makes it."""
+    import base64
+
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    model.ParseFromString(train_sentencepiece(tmp_path_factory.mktemp("unigram") / "m.model").read_bytes())
+    charsmap = base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
+    end = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    special = {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": token, "special": True, **FLAGS} for i, token in enumerate(("<unk>", "<s>", "</s>"))
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Precompiled", "precompiled_charsmap": charsmap},
+                {"type": "Strip", "strip_left": False, "strip_right": True},
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": end, "pair": end * 2, "special_tokens": special,
+        },
+        "model": {
+            "type": "Unigram", "unk_id": 0, "byte_fallback": False,
+            "vocab": [[piece.piece, piece.score] for piece in model.pieces],
+        },
+    }  # fmt: skip
+
+
+def test_a_unigram_tokenizer_json_converts_whole(unigram, tmp_path):
+    folder = make_llama(tmp_path / "model", vocab_size=1200, bos_token_id=1, eos_token_id=2)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(unigram))
+    result = pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+    assert result.checks[0].strings_compared == 71
+    metadata = read_gguf(tmp_path / "out.gguf").metadata
+    assert metadata["tokenizer.ggml.add_eos_token"] is True and metadata["tokenizer.ggml.add_bos_token"] is False
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda j: j["pre_tokenizer"].update(prepend_scheme="first"), "prepend_scheme 'first'"),
+        (lambda j: j["pre_tokenizer"].update(prepend_scheme="never"), "white space is merged, with no space before"),
+        (lambda j: j["normalizer"]["normalizers"].__delitem__(slice(1, 3)), "none before a text of spaces"),
+        (lambda j: j["normalizer"]["normalizers"].insert(1, {"type": "Lowercase"}), '"type": "Lowercase"'),
+        (lambda j: j["normalizer"]["normalizers"].pop(0), '"type": "Strip"'),
+        (lambda j: j.update(pre_tokenizer={"type": "WhitespaceSplit"}), '"type": "WhitespaceSplit"'),
+        (lambda j: j["model"].update(byte_fallback=True), "model.byte_fallback"),
+        (lambda j: j["model"]["vocab"].append(["of▁the", -3.0]), "the token 'of▁the' with a space inside"),
+        (lambda j: j["model"].update(unk_id=None), "model.unk_id must be a token"),
+    ],
+)
+def test_what_unigram_does_otherwise_in_llama_cpp_is_refused(unigram, change, said):
+    parsed = json.loads(json.dumps(unigram))
+    keys_of_unigram_json(parsed, 1200, "tokenizer.json")
+    change(parsed)
+    with pytest.raises(UnsupportedError, match=said):
+        keys_of_unigram_json(parsed, 1200, "tokenizer.json")
+
+
+def sentencepiece_bpe() -> dict[str, Any]:
+    """A tokenizer.json of Llama's kind: no pre-tokenizer, spaces as ▁, bytes for what has no token."""
+    corpus = (
+        "▁" + line.replace(" ", "▁") for line in next(iter(bundled.novels("train").values()))[:40_000].split("\n")
+    )
+    tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}))
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False, max_token_length=8)
+    tokenizer.train_from_iterator(corpus, trainer)
+    parsed: dict[str, Any] = json.loads(tokenizer.to_str())
+    parsed["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    parsed["added_tokens"] = parsed["added_tokens"][:3]
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    parsed["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("change", "prefix", "said"),
+    [
+        ({}, True, ""),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}}, False, ""),
+        (
+            {
+                "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                "pre_tokenizer": {
+                    "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+                },
+            },
+            False,
+            "",
+        ),
+        ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "never"}}, False, ""),
+        ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "first"}}, None, "prepend_scheme 'first'"),
+        ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "always"}}, None, "prepend_scheme 'always'"),
+        ({"normalizer": None}, None, "normalizer null with pre_tokenizer null"),
+        ({"normalizer": {"type": "NFKC"}}, None, "NFKC"),
+    ],
+)  # fmt: skip
+def test_the_space_before_a_text_is_read_off_the_parts_or_refused(change, prefix, said, tmp_path):
+    folder = make_llama(tmp_path / "model", vocab_size=800, bos_token_id=1, eos_token_id=2)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    parsed = {**sentencepiece_bpe(), **change}
+    if "prepend_scheme" in (parsed["pre_tokenizer"] or {}):
+        parsed["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "split": False, **parsed["pre_tokenizer"]}
+    (folder / "tokenizer.json").write_text(json.dumps(parsed))
+    if prefix is None:
+        with pytest.raises(UnsupportedError, match=said):
+            pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+        return
+    assert pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32").checks[0].strings_compared == 71
+    assert read_gguf(tmp_path / "out.gguf").metadata["tokenizer.ggml.add_space_prefix"] is prefix
+
+
+# Added and special tokens
+
+
+def edit(folder: Path, name: str, change: Any) -> None:
+    path = folder / name
+    parsed = json.loads(path.read_text()) if path.exists() else {}
+    change(parsed)
+    path.write_text(json.dumps(parsed))
+
+
+def add(*tokens: tuple[str, bool], **flags: bool) -> Any:
+    """Return a change that adds tokens (content, special) from id 400 on."""
+
+    def change(parsed: dict[str, Any]) -> None:
+        for i, (content, special) in enumerate(tokens):
+            parsed["added_tokens"].append({"id": 400 + i, "content": content, "special": special, **FLAGS, **flags})
+
+    return change
+
+
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
+def test_an_added_token_that_llama_cpp_would_find_elsewhere_is_refused(flag, llama_copy, tmp_path):
+    edit(llama_copy, "tokenizer.json", add(("<tool>", False), **{flag: True}))
+    with pytest.raises(UnsupportedError, match=f"'<tool>' is {flag}"):
+        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+
+
+def test_an_added_token_that_is_looked_for_after_normalizing_is_refused(tmp_path):
+    folder = make_llama(tmp_path / "model", vocab_size=800, bos_token_id=1, eos_token_id=2)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    parsed = sentencepiece_bpe()
+    parsed["added_tokens"].append({"id": 750, "content": "<tool>", "special": False, **FLAGS, "normalized": True})
+    (folder / "tokenizer.json").write_text(json.dumps(parsed))
+    with pytest.raises(UnsupportedError, match="'<tool>' is normalized to '▁<tool>'"):
+        pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+
+
+def test_spaces_behind_special_tokens_go_by_the_name_of_the_file(llama_copy, tmp_path):
+    def change(parsed: dict[str, Any]) -> None:
+        add(("<unk>", True), ("<|endoftext|>", True))(parsed)
+        add(("<|user|>", True), rstrip=True)(parsed)
+        parsed["added_tokens"][-1]["id"] = 402
+        next(token for token in parsed["added_tokens"] if token["content"] == "</s>")["rstrip"] = True
+
+    edit(llama_copy, "tokenizer.json", change)
+    with pytest.raises(UnsupportedError, match="drops the spaces behind special tokens"):
+        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+    folder = llama_copy.rename(tmp_path / "my-Phi-3-mini")
+    pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+    with pi_gguf.open(tmp_path / "out.gguf") as model:
+        assert model.tokenize("<|user|>   a") == model.tokenize("<|user|>a")
+
+
+def test_a_name_with_phi_3_in_it_is_refused_for_another_tokenizer(llama):
+    from pi_gguf.checkpoint import load_checkpoint
+
+    tokenizer = load_checkpoint(str(llama)).load_tokenizer()
+    check_name("my-model", tokenizer)
+    with pytest.raises(UnsupportedError, match="my-phi3: llama.cpp drops the spaces"):
+        check_name("my-phi3", tokenizer)
+
+
+def test_two_tokens_of_one_spelling_are_refused_and_padding_finds_another(llama_copy, tmp_path):
+    edit(llama_copy, "tokenizer.json", lambda j: j["model"]["vocab"].update({"[PAD405]": 400}))
+    pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")  # llama.cpp aborts at a spelling twice
+    assert read_gguf(tmp_path / "out.gguf").array_lengths["tokenizer.ggml.tokens"] == 410
+
+
+def test_every_end_token_ends_in_llama_cpp(llama_copy, tmp_path):
+    edit(llama_copy, "tokenizer.json", add(("<A>", True), ("<B>", True), ("<C>", True), ("<|im_end|>", True)))
+    edit(llama_copy, "generation_config.json", lambda j: j.update(eos_token_id=[1, 400, 403, 401]))
+    pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+    with pi_gguf.open(tmp_path / "out.gguf") as model:
+        assert [i for i in range(410) if model.is_end(i)] == [1, 400, 401, 403]
+        assert model.info.metadata["tokenizer.ggml.eot_token_id"] == 400
+        assert model.info.metadata["tokenizer.ggml.eom_token_id"] == 401
+    edit(llama_copy, "generation_config.json", lambda j: j.update(eos_token_id=[1, 400, 401, 402]))
+    with pytest.raises(UnsupportedError, match=r"can end at two tokens more than '</s>', got \['<A>', '<B>', '<C>'\]"):
+        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32", overwrite=True)
+
+
+def test_an_end_that_llama_cpp_does_not_know_fails_the_check(llama_copy, tmp_path, monkeypatch):
+    from pi_gguf import vocabulary
+
+    edit(llama_copy, "tokenizer.json", add(("<A>", True)))
+    edit(llama_copy, "generation_config.json", lambda j: j.update(eos_token_id=[1, 400]))
+    monkeypatch.setattr(vocabulary, "_ENDS", {*vocabulary._ENDS, "<A>"})
+    with pytest.raises(CheckError, match="llama.cpp does not end at token 400"):
+        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+
+
+def test_special_tokens_are_written_by_name(llama_copy, tmp_path):
+    names = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+    edit(llama_copy, "tokenizer.json", add(*((name, False) for name in names), ("<sep>", True)))
+    settings = {"sep_token": "<sep>", "pad_token": "</s>", "unk_token": "<s>", "mask_token": "<sep>"}
+    edit(llama_copy, "tokenizer_config.json", lambda j: j.update(settings))
+    pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+    metadata = read_gguf(tmp_path / "out.gguf").metadata
+    expected = {"bos": 0, "eos": 1, "padding": 1, "unknown": 0, "seperator": 406, "mask": 406}
+    expected |= {f"fim_{name}": 400 + i for i, name in enumerate(("pre", "suf", "mid", "pad", "rep", "sep"))}
+    found = {key[15:-9]: value for key, value in metadata.items() if key.endswith("_token_id")}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("single", "begins", "ends"), [("A", False, False), ("<s> A </s>", True, True), ("</s> <s> A", None, None)]
+)
+def test_what_the_post_processor_adds(single, begins, ends, llama_copy, tmp_path):
+    ids = {"<s>": 0, "</s>": 1}
+
+    def change(parsed: dict[str, Any]) -> None:
+        parts = [
+            {"SpecialToken": {"id": part, "type_id": 0}} if part in ids else {"Sequence": {"id": "A", "type_id": 0}}
+            for part in single.split()
+        ]
+        special = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()}
+        parsed["post_processor"].update(single=parts, special_tokens=special)
+
+    edit(llama_copy, "tokenizer.json", change)
+    if begins is None:
+        with pytest.raises(UnsupportedError, match=r"\['</s>', '<s>'\] come before a text"):
+            pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+        return
+    pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+    metadata = read_gguf(tmp_path / "out.gguf").metadata
+    assert metadata["tokenizer.ggml.add_bos_token"] is begins and metadata["tokenizer.ggml.add_eos_token"] is ends
+
+
+def test_a_plain_token_that_llama_cpp_takes_for_an_end_is_refused(llama_copy, tmp_path):
+    edit(llama_copy, "tokenizer.json", lambda j: j["model"]["vocab"].update({"<eos>": 400}))
+    with pytest.raises(UnsupportedError, match=r"\['<eos>'\] are plain tokens"):
+        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+
+
+# Chat templates, normalizers, what is printed
+
+
+def test_all_chat_templates_go_in(llama_copy, tmp_path):
+    (llama_copy / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (llama_copy / "additional_chat_templates").mkdir()
+    (llama_copy / "additional_chat_templates" / "tool_use.jinja").write_text("T {{ messages[0].content }}")
+    pi_gguf.convert(str(llama_copy), tmp_path / "files.gguf", quant="F32")
+    (llama_copy / "chat_template.jinja").unlink()
+    (llama_copy / "additional_chat_templates" / "tool_use.jinja").unlink()
+    named = [{"name": "default", "template": "{{ messages[0].content }}!"}]
+    named.append({"name": "tool_use", "template": "T {{ messages[0].content }}"})
+    edit(llama_copy, "tokenizer_config.json", lambda j: j.update(chat_template=named))
+    pi_gguf.convert(str(llama_copy), tmp_path / "list.gguf", quant="F32")
+    for name in ("files.gguf", "list.gguf"):
+        info = read_gguf(tmp_path / name)
+        assert info.metadata["tokenizer.chat_template"] == "{{ messages[0].content }}!"
+        assert info.metadata["tokenizer.chat_template.tool_use"] == "T {{ messages[0].content }}"
+        assert info.array_lengths["tokenizer.chat_templates"] == 1
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m", "{{ messages | no_such_filter }}"])
+def test_a_broken_chat_template_is_refused(template, llama_copy, tmp_path):
+    edit(llama_copy, "tokenizer_config.json", lambda j: j.update(chat_template=template))
+    with pytest.raises(CheckpointError, match="chat_template 'default' is broken"):
+        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+
+
+def test_composing_is_said_to_be_left_out_and_any_other_normalizer_is_refused(llama_copy, tmp_path, capfd):
+    edit(llama_copy, "tokenizer.json", lambda j: j.update(normalizer={"type": "NFC"}))
+    pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+    err = capfd.readouterr().err
+    assert "composes accents (normalizer NFC) and llama.cpp does not" in err
+    assert "70 texts tokenized alike" in err  # convert prints how many
+    hugging_face = Tokenizer.from_file(str(llama_copy / "tokenizer.json"))
+    with pi_gguf.open(tmp_path / "out.gguf") as model:
+        assert model.tokenize("e\u0301") != hugging_face.encode("e\u0301").ids  # the difference that the note is about
+    both = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    edit(llama_copy, "tokenizer.json", lambda j: j.update(normalizer=both))
+    with pytest.raises(UnsupportedError, match="Lowercase"):
+        pi_gguf.convert(str(llama_copy), tmp_path / "out2.gguf", quant="F32")
