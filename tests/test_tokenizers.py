@@ -30,7 +30,10 @@ def split(regex: str, behavior: str = "Isolated", invert: bool = False) -> dict[
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
 
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -489,7 +492,7 @@ def test_a_name_with_phi_3_in_it_is_refused_for_another_tokenizer(llama):
 
     tokenizer = load_checkpoint(str(llama)).load_tokenizer()
     check_name("my-model", tokenizer)
-    with pytest.raises(UnsupportedError, match="my-phi3: llama.cpp drops the spaces"):
+    with pytest.raises(UnsupportedError, match=r"my-phi3: llama\.cpp drops the spaces"):
         check_name("my-phi3", tokenizer)
 
 
@@ -518,7 +521,7 @@ def test_an_end_that_llama_cpp_does_not_know_fails_the_check(llama_copy, tmp_pat
     edit(llama_copy, "tokenizer.json", add(("<A>", True)))
     edit(llama_copy, "generation_config.json", lambda j: j.update(eos_token_id=[1, 400]))
     monkeypatch.setattr(vocabulary, "_ENDS", {*vocabulary._ENDS, "<A>"})
-    with pytest.raises(CheckError, match="llama.cpp does not end at token 400"):
+    with pytest.raises(CheckError, match=r"llama\.cpp does not end at token 400"):
         pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
 
 
