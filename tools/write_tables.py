@@ -1,6 +1,6 @@
 """Write the recorded tables into README.md, between the marks `<!-- table FILE -->` and `<!-- end -->`.
 
-In: `recipes/*/results.json`, as `pi-gguf demo` writes them. Out: README.md with the tables they hold.
+In: `recipes/*/results.json`, as `pi-gguf demo` writes them, and `benchmarks/*.json`. Out: README.md with their tables.
 
 Example:
     python tools/write_tables.py
@@ -11,18 +11,34 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from pi_gguf.demo import markdown_table
 
 ROOT = Path(__file__).parent.parent
 
 
+def benchmark_table(record: dict[str, Any]) -> str:
+    """Return the medians of a benchmark, and each of ours by the peer's."""
+    lines = ["| | seconds | peak memory, MiB |", "| --- | ---: | ---: |"]
+    for name, median in record["medians"].items():
+        ratio = {key: record["ratios"].get(f"{name.removesuffix(', pi-gguf')}, {key}") for key in median}
+        cells = [
+            f"{median[key]:,.1f}" if key == "seconds" else f"{median[key]:,.0f}" for key in ("seconds", "peak_mib")
+        ]
+        if name.endswith("pi-gguf"):
+            cells = [f"{cell} ({ratio[key]:.2f} x)" for cell, key in zip(cells, ("seconds", "peak_mib"), strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     readme = ROOT / "README.md"
 
     def table(match: re.Match[str]) -> str:
-        results = json.loads((ROOT / match[1]).read_text())
-        return f"<!-- table {match[1]} -->\n{markdown_table(results)}<!-- end -->"
+        record = json.loads((ROOT / match[1]).read_text())
+        made = benchmark_table(record) if "medians" in record else markdown_table(record)
+        return f"<!-- table {match[1]} -->\n{made}<!-- end -->"
 
     text = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, readme.read_text(), flags=re.DOTALL)
     readme.write_text(text)
