@@ -62,7 +62,7 @@ def training_plan(llama, **options):
         "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
         "factor_warmup": 0, "device": "cpu",
     }  # fmt: skip
-    return plan_training(checkpoint, checkpoint.rope.interpolated(4 * WINDOW), **{**defaults, **options})
+    return plan_training(checkpoint, checkpoint.interpolated(4 * WINDOW), **{**defaults, **options})
 
 
 def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
@@ -178,7 +178,7 @@ def test_the_written_folder_opens_with_its_scaling(llama, tmp_path, text):
 
 def test_a_growing_factor_has_the_angles_of_the_smaller_scaling(llama):
     checkpoint = load_checkpoint(str(llama))
-    rope = checkpoint.rope.interpolated(16 * WINDOW)
+    rope = checkpoint.interpolated(16 * WINDOW)
     assert (rope.grown(0).factor, rope.grown(0.5).factor, rope.grown(1.0)) == (1.0, 4.0, rope)
     half = rope.grown(0.5)
     assert half.max_position_embeddings == 4 * WINDOW
@@ -193,7 +193,7 @@ def test_a_growing_factor_has_the_angles_of_the_smaller_scaling(llama):
 
 
 def test_the_factor_grows_step_by_step_and_reaches_the_whole(llama):
-    rope = load_checkpoint(str(llama)).rope.interpolated(4 * WINDOW)
+    rope = load_checkpoint(str(llama)).interpolated(4 * WINDOW)
     training = training_plan(llama, batch_tokens=2 * 8192, factor_warmup=2)  # factors 2, 4, then plain
     assert training.accumulation == 2
     rows = [np.zeros(WINDOW, np.int32), np.zeros(WINDOW - 3, np.int32)]
