@@ -49,7 +49,7 @@ def quantize(
     importance = matrix.importance if matrix else {}
     if matrix:
         types = mixture(source, quant, importance=importance)
-        changed = {t.name for t in info.tensors if types[t.name] != t.type}
+        changed = {t.name for t in info.tensors if types.get(t.name, t.type) != t.type}
         matrix.check_fits(str(source), {t.name: t.shape for t in info.tensors}, changed)
     requantize = info.quantization not in UNQUANTIZED
     if requantize:
