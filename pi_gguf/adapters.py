@@ -520,9 +520,10 @@ def _rope_of_config(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
             "check that MODEL is the one the adapter was trained on",
         )
     if stated.rope_type != "linear" or base.rope_type != "default" or stated.factor == 1:
+        kinds = [rope.own.rope_type if rope.own else rope.rope_type for rope in (stated, base)]
         raise UnsupportedError(
-            f"{path}: states rope_type {stated.rope_type}, factor {stated.factor:g} and a window of "
-            f"{stated.max_position_embeddings} tokens; MODEL has {base.rope_type}, {base.factor:g} and {window}",
+            f"{path}: states rope_type {kinds[0]}, factor {stated.factor:g} and a window of "
+            f"{stated.max_position_embeddings} tokens; MODEL has {kinds[1]}, {base.factor:g} and {window}",
             "delete this config.json if the adapter was trained with MODEL's own positions",
         )
     if stated.max_position_embeddings not in (window, scaled):

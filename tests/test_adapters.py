@@ -311,7 +311,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
         ("config.json", {"max_position_embeddings": 300}, "max_position_embeddings must be the model's 64 or 256"),
         ("config.json", {"rope_theta": 5e5}, "rope_theta must be the model's 10000, got 500000"),
         ("config.json", {"rope_scaling": None, "max_position_embeddings": 256}, "states rope_type default"),
-        ("config.json", {"rope_scaling": YARN}, "rope_type must be default, linear or"),
+        ("config.json", {"rope_scaling": YARN}, "states rope_type yarn"),
         ("pi_gguf.json", {"original_window": 32}, "original_window must be the model's 64, got 32"),
         ("pi_gguf.json", {"context": 512}, "context 512 must be above original_window 64, by factor 4"),
         ("pi_gguf.json", {"context": "x"}, "context must be a positive integer"),
