@@ -184,7 +184,7 @@ def _show_convert(result: Any) -> str:
         files = "".join(f"{path}: {nbytes:,} bytes\n" for path, nbytes in result.files)
         return (
             f"{table}\n{files}all: {result.nbytes:,} bytes, {result.header_bytes:,} of them before the first tensor\n"
-            f"memory: about {human_bytes(result.memory_bytes)} beside the mapped checkpoint; disk: "
+            f"memory: about {human_bytes(result.memory_bytes)} beside Python and its libraries; disk: "
             f"{human_bytes(result.disk_bytes)}\nnothing was written"
         )
     wrote = f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"

@@ -46,7 +46,7 @@ class Conversion:
 class DryRun:
     """What would be written: files and tensors (GGUF name, shape as torch has it, type, bytes), exact sizes in bytes.
 
-    `memory_bytes` is what writing takes beyond the mapped checkpoint, about; `disk_bytes` includes the fine-tune's.
+    `memory_bytes` is what writing takes beyond Python itself, about; `disk_bytes` includes the fine-tune's.
     """
 
     files: list[tuple[str, int]]

@@ -55,6 +55,13 @@ _NUMBERED = re.compile(r"(\.experts)\.\d+\.|\.norms\.\d+\.")
 _F16_LIMIT = 65520
 """What no longer rounds to F16's largest number, 65504."""
 
+_MAPPED_BYTES = 2**26
+"""Bytes read of the checkpoint before its files are closed and opened anew: mapped pages count as memory in use."""
+
+_WRITE_BYTES = 2**16
+"""Bytes written at once: a new file's pages come in pieces of this size, and large ones can cost several times
+as much on a virtual machine that has to ask its host for them."""
+
 _CHUNK_ELEMENTS = 2**18
 """Weights that a core quantizes at once: 1 MiB as 32-bit floats, so that they stay in its cache."""
 
@@ -107,7 +114,7 @@ class FilePlan:
 
     @property
     def memory_bytes(self) -> int:
-        """What writing takes beside the mapped checkpoint, about: two of the largest tensors read, two written."""
+        """What writing takes beside Python itself, about: two of the largest tensors read, two written."""
         read = [sum(source.nbytes for source in output.sources) for output in self.outputs]
         return 2 * max(read) + 2 * max(output.nbytes for output in self.outputs)
 
@@ -353,6 +360,7 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
     left = plan.outputs[done:]
     check_free_disk(path.parent, sum(padded(output.nbytes) for output in left))
     files: dict[Path, Any] = {}
+    mapped = 0
     with (
         disk_errors(path),
         path.open("ab") as file,
@@ -364,15 +372,27 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
     ):
         advance(sum(output.nbytes for output in plan.outputs[:done]))
 
+        def read(output: Output) -> torch.Tensor:
+            nonlocal mapped
+            if mapped > _MAPPED_BYTES:
+                files.clear()
+                mapped = 0
+            mapped += sum(source.nbytes for source in output.sources)
+            return _values(output, files)
+
         def put(output: Output, data: np.ndarray) -> None:
-            file.write(data.data)
+            checksum = 0
+            for start in range(0, output.nbytes, _WRITE_BYTES):
+                part = data[start : start + _WRITE_BYTES].data
+                checksum = zlib.crc32(part, checksum)
+                file.write(part)
             file.write(bytes(padded(output.nbytes) - output.nbytes))
             file.flush()
-            state.write(json.dumps([output.name, zlib.crc32(data.data)]) + "\n")
+            state.write(json.dumps([output.name, checksum]) + "\n")
             state.flush()
             advance(output.nbytes)
 
-        reading = (reader.submit(_values, output, files) for output in left)
+        reading = (reader.submit(read, output) for output in left)
         coming, writing = next(reading, None), None
         for output in left:
             assert coming is not None
