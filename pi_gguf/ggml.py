@@ -84,7 +84,10 @@ def check_quantization(name: str, *, importance: bool = False) -> str:
         OptionError: otherwise, with the list; or it needs an importance matrix, or has no use for one.
     """
     if name.upper() not in quantizations():
-        raise OptionError(f"quant must be one of {', '.join(sorted(quantizations()))}, got {name}")
+        raise OptionError(
+            f"quant must be one of {', '.join(sorted(quantizations()))}, got {name}",
+            "Q4_K_M is a good choice for most, Q8_0 is close to exact",
+        )
     if name.upper() in NEED_IMPORTANCE_MATRIX and not importance:
         raise OptionError(
             f"quant {name}: llama.cpp writes it with an importance matrix only",

@@ -260,7 +260,10 @@ def plan(
 
     checkpoint = load_checkpoint(model, config_only=True)
     if quant.upper() not in BITS_PER_WEIGHT:
-        raise OptionError(f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}")
+        raise OptionError(
+            f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}",
+            "convert --dry-run gives the exact size of any type, from the weights",
+        )
     rope = checkpoint.rope if context is None else checkpoint.interpolated(context)
     device = _device(device)
     training, seconds, memory = None, 0.0, 0

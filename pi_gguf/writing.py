@@ -349,8 +349,8 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         overwrite: begin anew where the file there is of another plan or source.
 
     Raises:
-        CheckpointError: a weight is not a number, or beyond F16; or the source changed since the run that stopped.
-        OptionError: the file there is of another plan.
+        CheckpointError: a weight is not a number, or beyond F16.
+        OptionError: the file there is of another plan, or the source changed since; it stays.
         ResourceError: not enough disk; what was written stays.
     """
     state_path = path.with_name(path.name + ".state")
@@ -420,10 +420,8 @@ def _resume(plan: FilePlan, path: Path, state_path: Path, overwrite: bool) -> in
     before, recorded = _read_state(state_path) if path.exists() else (None, [])
     difference = before is not None and next((key for key in identity if before.get(key) != identity[key]), "")
     if difference and not overwrite:
-        hint = "begin anew with --overwrite"
-        if difference == "settings":
-            raise OptionError(f"{path}: an unfinished conversion with other settings", hint)
-        raise CheckpointError(f"{path}: {difference} changed since this conversion was begun", hint)
+        what = "with other settings" if difference == "settings" else f"of what {difference} was before it changed"
+        raise OptionError(f"{path}: an unfinished conversion {what}", "begin anew with --overwrite")
     whole: list[list[Any]] = []
     with disk_errors(path):
         if before is None or difference or not _begins_with(path, plan.header):

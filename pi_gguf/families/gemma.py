@@ -42,6 +42,11 @@ def _full_every(n: int) -> Any:
     )
 
 
+def _positive(name: str) -> Any:
+    """llama.cpp caps what Gemma 2 computes in any case."""
+    return lambda config: (getattr(config, name) or "a positive number",)
+
+
 _GELU = ("gelu_pytorch_tanh", "gelu")
 
 GEMMA = Family("gemma", "gemma", "Gemma, CodeGemma", rms_keys, NORM_PLUS_ONE, {"hidden_act": _GELU})
@@ -51,6 +56,8 @@ GEMMA2 = Family(
         "query_pre_attn_scalar": _attention_scale(_GEMMA2_27B_LAYERS),
         "layer_types": _full_every(2),
         "hidden_activation": _GELU,
+        "attn_logit_softcapping": _positive("attn_logit_softcapping"),
+        "final_logit_softcapping": _positive("final_logit_softcapping"),
     },
 )  # fmt: skip
 GEMMA3 = Family(
