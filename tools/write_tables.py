@@ -32,16 +32,20 @@ def benchmark_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
+def with_tables(text: str) -> str:
+    """Return a text with what lies between its marks made anew."""
 
     def table(match: re.Match[str]) -> str:
         record = json.loads((ROOT / match[1]).read_text())
         made = benchmark_table(record) if "medians" in record else markdown_table(record)
         return f"<!-- table {match[1]} -->\n{made}<!-- end -->"
 
-    text = re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, readme.read_text(), flags=re.DOTALL)
-    readme.write_text(text)
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text()))
     print(f"wrote {readme}")
 
 
