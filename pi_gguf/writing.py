@@ -349,12 +349,13 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         overwrite: begin anew where the file there is of another plan or source.
 
     Raises:
-        CheckpointError: a weight is not a number, or beyond F16.
+        CheckpointError: a weight is not a number, or beyond F16; or the source changed while it was read.
         OptionError: the file there is of another plan, or the source changed since; it stays.
         ResourceError: not enough disk; what was written stays.
     """
     state_path = path.with_name(path.name + ".state")
-    done = _resume(plan, path, state_path, overwrite)
+    identity = _identity(plan)
+    done = _resume(plan, path, state_path, identity, overwrite)
     if done:
         say(f"go on with {path}: {done} of {len(plan.outputs)} tensors are there")
     left = plan.outputs[done:]
@@ -403,6 +404,8 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
             writing = writer.submit(put, output, data)
         if writing:
             writing.result()
+    if changed := next((key for key, value in _identity(plan).items() if identity[key] != value), None):
+        raise CheckpointError(f"{path}: {changed} changed while it was read", "convert again")
 
 
 @contextmanager
@@ -414,9 +417,8 @@ def _stopping(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _resume(plan: FilePlan, path: Path, state_path: Path, overwrite: bool) -> int:
+def _resume(plan: FilePlan, path: Path, state_path: Path, identity: dict[str, str], overwrite: bool) -> int:
     """Bring file and state to the last whole tensor, or begin both; return how many tensors are there."""
-    identity = _identity(plan)
     before, recorded = _read_state(state_path) if path.exists() else (None, [])
     difference = before is not None and next((key for key in identity if before.get(key) != identity[key]), "")
     if difference and not overwrite:

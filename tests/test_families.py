@@ -232,6 +232,7 @@ def test_a_window_beyond_what_slides_is_refused(tmp_path):
         ("mistral", {"sliding_window": 64}, "sliding_window must be None at 640 tokens, got 64"),
         ("phi3", {"sliding_window": 64}, "sliding_window must be None at 640 tokens, got 64"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping must be a positive number, got None"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping must be a positive number, got None"),
         ("gemma2", {"layer_types": ["full_attention"] * 3}, "layer_types must be"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1]}, "no_rope_layers must be"),
         ("mpt", {"attn_config": {"alibi": False}}, "attn_config.alibi must be True, got False"),

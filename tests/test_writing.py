@@ -264,6 +264,22 @@ def test_a_source_that_changed_is_an_error_and_not_a_mixture(stopped):
     assert tensors(out)["blk.0.ffn_up.weight"] != tensors(whole)["blk.0.ffn_up.weight"]
 
 
+def test_a_source_that_is_replaced_while_it_is_read_leaves_nothing(llama_copy, tmp_path, monkeypatch):
+    from pi_gguf import writing
+
+    weights, encode = llama_copy / "model.safetensors", writing._encode
+
+    def replace(output, *arguments):
+        weights.with_suffix(".new").write_bytes(weights.read_bytes())
+        weights.with_suffix(".new").replace(weights)
+        return encode(output, *arguments)
+
+    monkeypatch.setattr(writing, "_encode", replace)
+    with pytest.raises(CheckpointError, match=r"model.safetensors changed while it was read"):
+        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="Q8_0", check="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
 def test_other_settings_do_not_go_on(stopped):
     model, out, whole = stopped
     with pytest.raises(OptionError, match="other settings"):
