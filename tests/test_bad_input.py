@@ -516,7 +516,6 @@ def test_the_context_is_too_large_for_a_gguf_file(cli, llama, out_folder):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--quant", "Q99_X"), ("quant must be one of", "Q4_K_M", "got Q99_X")),
         (("--quant", ""), ("quant must be one of",)),
         (("--check", "some"), ("check must be one of", "got some")),
         (("--steps", "-1"), ("steps must not be negative", "got -1")),
@@ -528,6 +527,13 @@ def test_the_context_is_too_large_for_a_gguf_file(cli, llama, out_folder):
 )
 def test_an_option_has_a_value_that_cannot_work(cli, llama, out_folder, options, says):
     assert_not_converted(cli, llama, out_folder, OPTION, *says, options=options)
+
+
+@pytest.mark.parametrize(("command", "hint"), [("convert", "Q4_K_M is a good choice"), ("plan", "convert --dry-run")])
+def test_a_type_that_does_not_exist(cli, llama, out_folder, command, hint):
+    out = [out_folder / "out.gguf"] if command == "convert" else []
+    assert_error(cli(command, llama, *out, "--quant", "Q99_X"), OPTION, "quant must be one of", "got Q99_X", hint=hint)
+    assert contents(out_folder) == {}
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model", "model.gguf.txt"])
