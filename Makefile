@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/pi-gguf demo --out out/demo
 
 test: .venv/installed-dev
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # A core for each worker: two that both start a thread on every core spend their time waiting for each other.
+    places = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {places[int(worker.removeprefix("gw")) % len(places)]})
 
 from pi_gguf import bundled
 

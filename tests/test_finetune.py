@@ -16,10 +16,11 @@ from conftest import WINDOW
 from safetensors.torch import load_file
 
 import pi_gguf
+from pi_gguf.batches import batch_positions, training_batches
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.data import pack, pose_positions
-from pi_gguf.finetune import batch_positions, rate_share, training_batches
 from pi_gguf.planning import Stage, plan_training
+from pi_gguf.training import rate_share
 
 
 def test_documents_that_fit_are_never_cut_and_no_token_is_lost():

@@ -1,0 +1,180 @@
+"""The training run itself: transformers' Trainer with the paper's optimizer and schedule, and a safe end.
+
+In: a checkpoint, the scaling and the batches. Out: the trained model. A run that stops leaves its last checkpoint in
+its folder, from which the next one goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf.batches import BatchDataset
+from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.errors import PiGgufError, ResourceError
+from pi_gguf.files import human_bytes
+from pi_gguf.planning import TrainingPlan, estimate_training_memory, fast_bf16, free_memory
+from pi_gguf.progress import progress_bar, say
+from pi_gguf.rope import RopeScaling
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model after the run, and what was measured: last loss, seconds, device."""
+
+    model: PreTrainedModel
+    measured: dict[str, Any]
+
+
+def train(
+    checkpoint: Checkpoint,
+    rope: RopeScaling,
+    training: TrainingPlan,
+    batches: list[list[np.ndarray]],
+    work_dir: Path,
+    seed: int,
+    device: str,
+) -> Trained:
+    """Run transformers' Trainer, from its last checkpoint where there is one."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    recompute = estimate_training_memory(checkpoint, training) > 0.6 * free_memory(device)
+    need = estimate_training_memory(checkpoint, training, recompute=recompute)
+    if need > (free := free_memory(device)):
+        raise ResourceError(
+            f"{checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",
+            "a smaller --train-window or --batch-tokens helps only with activations; weights take 16 bytes a parameter",
+        )
+    model = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
+    model.config.use_cache = False
+
+    class PaperTrainer(Trainer):  # type: ignore[misc]
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            if self.lr_scheduler is None:  # type: ignore[has-type]
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                    optimizer or self.optimizer, lambda step: rate_share(step, training)
+                )
+            return self.lr_scheduler
+
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # they come in their order already
+
+    stop = _StopOnInterrupt()
+
+    class Progress(TrainerCallback):  # type: ignore[misc]
+        def __init__(self, advance: Any) -> None:
+            self.advance, self.loss, self.done = advance, None, 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.done = state.global_step
+            self.advance(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.advance(state.global_step - self.done, text=f"loss {self.loss:.3f}" if self.loss else None)
+            self.done = state.global_step
+            if stop.asked:
+                control.should_save = control.should_training_stop = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            self.loss = (logs or {}).get("loss", self.loss)
+            if self.loss is not None and not math.isfinite(self.loss):
+                raise PiGgufError(f"the loss is not a number before step {state.global_step}", "lower --learning-rate")
+
+    arguments = TrainingArguments(
+        output_dir=str(work_dir),
+        max_steps=training.steps,
+        per_device_train_batch_size=1,  # an item is a micro-batch
+        gradient_accumulation_steps=training.accumulation,
+        learning_rate=training.learning_rate,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=fast_bf16(device),
+        **({"activation_checkpointing": True} if recompute else {}),
+        save_strategy="steps",
+        save_steps=max(10, training.steps // 20),
+        save_total_limit=2,
+        logging_steps=min(10, training.steps),
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one device; Trainer would split every batch over all there are
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
+        progress = Progress(advance)
+        trainer = PaperTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=BatchDataset(batches, rope, training, seed),
+            data_collator=itemgetter(0),
+        )
+        trainer.remove_callback(_printer())
+        trainer.add_callback(progress)
+        last = get_last_checkpoint(str(work_dir))
+        if last:
+            say(f"resume from {last}")
+        result = trainer.train(resume_from_checkpoint=last)
+    if stop.asked and trainer.state.global_step < training.steps:
+        say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
+        raise KeyboardInterrupt
+    measured = {
+        "loss": round(progress.loss or result.training_loss, 4),
+        "seconds": round(result.metrics["train_runtime"], 1),
+        "device": device,
+    }
+    return Trained(trainer.model, measured)
+
+
+def rate_share(step: int, training: TrainingPlan) -> float:
+    """Return the share of the peak rate at a step: linear warm-up from a tenth, then as the schedule says."""
+    if step < training.warmup_steps:
+        return 0.1 + 0.9 * step / training.warmup_steps
+    if training.schedule == "constant":
+        return 1.0
+    left = (training.steps - step) / max(1, training.steps - max(training.warmup_steps, training.steps * 2 // 3))
+    return 0.1 + 0.9 * min(1.0, max(0.0, left))
+
+
+class _StopOnInterrupt:
+    """Turns the first Ctrl-C into a request to stop after the step; a second one interrupts at once."""
+
+    asked = False
+
+    def __enter__(self) -> None:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not in the main thread: leave Ctrl-C to whoever is
+            self._before = None
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("stopping after this step; a checkpoint is saved")
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _printer() -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
