@@ -221,9 +221,9 @@ class AdaptedCheckpoint(Checkpoint):
     def adapter_hashes(self) -> dict[str, str]:
         return {f"adapter {i} ({adapter.name})": adapter.sha256() for i, adapter in enumerate(self.adapters, 1)}
 
-    def interpolated(self, context: int) -> RopeScaling:
+    def extended(self, context: int, method: str = "linear") -> RopeScaling:
         if not self.rope_stated:
-            return super().interpolated(context)
+            return super().extended(context, method)
         if context != self.rope.max_position_embeddings:
             raise OptionError(
                 f"context must be the adapter's {self.rope.max_position_embeddings} tokens, got {context}",
@@ -532,7 +532,7 @@ def _rope_of_config(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
             f"{stated.factor:g}-fold, got {config.get(checkpoint.family.window)}",
             "check that MODEL is the one the adapter was trained on",
         )
-    return checkpoint.interpolated(scaled)
+    return checkpoint.extended(scaled)
 
 
 def _rope_of_record(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
@@ -558,4 +558,4 @@ def _rope_of_record(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
         )
     if base.rope_type == "linear" and base.max_position_embeddings == context:
         return base
-    return checkpoint.interpolated(context)
+    return checkpoint.extended(context)

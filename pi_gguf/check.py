@@ -103,7 +103,7 @@ class Reference:
         self.ids: list[int] = []
         self.logits: np.ndarray | None = None
         window, length = rope.max_position_embeddings, _PLAIN_TOKENS
-        if rope.rope_type == "linear":
+        if rope.is_extended:
             length = rope.original_max_position_embeddings + _SCORED_TOKENS
         elif rope.own is not None and rope.own.switches:
             length = rope.own.fields["original_max_position_embeddings"] + _SCORED_TOKENS

@@ -20,6 +20,7 @@ from pi_gguf import bundled
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
+from pi_gguf.methods import find_method
 from pi_gguf.rope import (
     DEFAULT_ROPE_THETA,
     FACTOR_TENSORS,
@@ -98,15 +99,24 @@ class Checkpoint:
     def family(self) -> Family:
         return FAMILIES[self.config["model_type"]]
 
-    def interpolated(self, context: int) -> RopeScaling:
-        """Return the Position Interpolation of this model to a window of `context` tokens.
+    def extended(self, context: int, method: str = "linear") -> RopeScaling:
+        """Return the scaling of this model extended to a window of `context` tokens.
+
+        Args:
+            context: new window, in tokens.
+            method: `linear` (Position Interpolation) or another of `METHODS`.
 
         Raises:
-            OptionError: `context` is not above the window.
+            OptionError: `context` is not above the window, or there is no such method.
             UnsupportedError: its family has no rotation, or llama.cpp no way to read the composition.
         """
         path = self.path / "config.json"
-        rope = self.rope.interpolated(context, self.rotary_dim)
+        rope = find_method(method).extended(self.rope, context, self.rotary_dim)
+        if method != "linear" and (self.family.longrope_only or rope.sliding_rope_theta is not None):
+            raise UnsupportedError(
+                f"{path}: method {method} is not handled for model_type {self.config['model_type']}",
+                "--method linear is",
+            )
         if self.family.longrope_only and rope.own is None:
             rope = replace(rope, own=divisors_scaling([1.0] * (self.rotary_dim // 2)))
         hf_config = _open_config(rope.to_hf(self.config), path)

@@ -137,7 +137,7 @@ def _show_plan(plan: Any) -> str:
 
     rows = [
         ("model", f"{plan.model}, {plan.parameters / 1e6:,.1f} M parameters"),
-        ("window", f"{plan.original_window} -> {plan.context} tokens, factor {plan.factor:g}"),
+        ("window", f"{plan.original_window} -> {plan.context} tokens, method {plan.method}, factor {plan.factor:g}"),
     ]
     if plan.training:
         t = plan.training
@@ -146,7 +146,7 @@ def _show_plan(plan: Any) -> str:
                 ("fine-tune", f"{stage.steps} steps of {t.step_tokens(stage)} tokens in sequences of {stage.window}")
                 for stage in t.stages
             ),
-            ("method", f"{t.method}: {t.reason}"),
+            ("sequences", f"{t.sequences}: {t.reason}"),
             ("tokens", f"{t.tokens / 1e6:,.1f} M"),
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
             *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),

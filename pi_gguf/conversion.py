@@ -66,6 +66,7 @@ def convert(
     out: str | Path,
     *,
     context: int | None = None,
+    method: str = "linear",
     quant: str = "Q4_K_M",
     steps: int = 1000,
     data: Sequence[str] = (),
@@ -100,6 +101,7 @@ def convert(
         model: Hugging Face folder, Hub id or bundled:tiny.
         out: GGUF file to write.
         context: new window, in tokens, e.g. 32768; converted as it is when left out.
+        method: linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.
         quant: any type llama.cpp has, e.g. F16, Q8_0 or Q4_K_M; quantized in one pass, with no file in between.
         steps: optimizer steps; 0 applies the scaling without training.
         data: text file or folder of them to train on; the bundled sample when left out. Repeatable.
@@ -143,12 +145,12 @@ def convert(
     if lora:
         checkpoint = with_adapters(checkpoint, lora)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
-    rope = checkpoint.interpolated(context) if context is not None else checkpoint.rope
+    rope = checkpoint.extended(context, method) if context is not None else checkpoint.rope
     trained, vocabulary = checkpoint.provenance, {}
     if not adapter_only:
         tokenizer = checkpoint.load_tokenizer()
         vocabulary = gguf_vocabulary(checkpoint, tokenizer)
-        check_name(_general(model, rope, trained, ())["general.name"], tokenizer)
+        check_name(_general(model, rope, trained, (), method)["general.name"], tokenizer)
     fine_tune = context is not None and steps != 0
     if dry_run and fine_tune:
         planned = plan_training(
@@ -162,7 +164,7 @@ def convert(
         stated = False
         if isinstance(checkpoint, AdaptedCheckpoint):
             adapters, stated = [adapter.name for adapter in checkpoint.adapters], checkpoint.rope_stated
-        general = _general(model, rope, trained, adapters)
+        general = _general(model, rope, trained, adapters, method)
         if adapter_only:
             assert isinstance(checkpoint, AdaptedCheckpoint)
             if stated:
@@ -201,7 +203,7 @@ def convert(
         check_free_disk(out.parent, nbytes)
         hf_dir = out.with_name(out.stem + "-hf")
         extend(
-            model, hf_dir, context=context, data=data, steps=steps, train_window=train_window,
+            model, hf_dir, context=context, method=method, data=data, steps=steps, train_window=train_window,
             learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup,
             seed=seed, device=device, overwrite=overwrite,
         )  # fmt: skip
@@ -286,7 +288,9 @@ def _read_override(text: str) -> tuple[str, str]:
     return pattern, kind.upper()
 
 
-def _general(source: str, rope: RopeScaling, trained: dict[str, Any], adapters: Sequence[str]) -> dict[str, Any]:
+def _general(
+    source: str, rope: RopeScaling, trained: dict[str, Any], adapters: Sequence[str], method: str
+) -> dict[str, Any]:
     """Return the `general.*` keys that say where a file comes from."""
     source = str(trained.get("source", source))
     name = source.removeprefix("bundled:") if ":" in source else Path(source).name
@@ -297,12 +301,18 @@ def _general(source: str, rope: RopeScaling, trained: dict[str, Any], adapters: 
     made += [f"{library} {number}" for library, number in library_versions().items()]
     if adapters:
         keys["general.pi_gguf.adapters"] = ", ".join(adapters)
-    if rope.rope_type == "linear":
+    method = trained.get("method", method)
+    if rope.rope_type == "linear" or method != "linear":
         steps, tokens = trained.get("steps", 0), trained.get("tokens", 0)
         known = bool(trained) or not adapters
+        windows = (
+            f"{trained.get('original_window', rope.original_max_position_embeddings)} -> {rope.max_position_embeddings}"
+        )
+        how = f"Position Interpolation {windows} (factor {rope.factor:g})"
+        if method != "linear":
+            how = f"Window {windows} by method {method}"
         keys["general.description"] = (
-            f"Position Interpolation {rope.original_max_position_embeddings} -> {rope.max_position_embeddings} "
-            f"(factor {rope.factor:g}), {f'{steps} steps, {tokens} tokens' if known else 'training not recorded'}"
+            f"{how}, {f'{steps} steps, {tokens} tokens' if known else 'training not recorded'}"
         )
         if known:
             keys["general.pi_gguf.steps"] = int(steps)

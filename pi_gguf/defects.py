@@ -16,7 +16,7 @@ from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.gguf_file import TensorInfo, tensor_types
 from pi_gguf.gguf_header import Entry, Header, type_of_key
-from pi_gguf.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES, RopeScaling, check_consistent
+from pi_gguf.rope import NOPE_FACTOR, FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES, RopeScaling, check_consistent
 from pi_gguf.sentencepieces import CONTROL
 from pi_gguf.vocabulary import gguf_vocabulary
 from pi_gguf.writing import model_metadata
@@ -126,7 +126,7 @@ def expect(header: Header, tensors: Sequence[TensorInfo], checkpoint: Checkpoint
     if kind == "linear" and not factor > 1 and _is_window(window):
         factor = window / before
     if rope.rope_type == "default" and kind in (None, "linear") and 1 < factor < 1e6 and not checkpoint.family.alibi:
-        rope = checkpoint.interpolated(round(factor * before))
+        rope = checkpoint.extended(round(factor * before))
     finetuned = metadata.get(f"{arch}.rope.scaling.finetuned", checkpoint.provenance.get("steps", 0) > 0)
     vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
     return Expectation(
@@ -368,6 +368,8 @@ def _positions(header: Header, tensors: Sequence[TensorInfo]) -> Iterator[Findin
 
 def _interpolation(arch: str, window: int, factor: float, original: Any, stated: Any) -> Iterator[Finding]:
     scaling = f"{arch}.rope.scaling"
+    if factor == NOPE_FACTOR:
+        return  # rotary positions are switched off; no window follows from the factor
     if not 1 < factor < 1e6:
         grown = window / original if _is_window(original) and window > original else None
         reads = "llama.cpp reads 1, no scaling." if stated is None else "linear scaling needs one above 1."

@@ -90,6 +90,7 @@ def evaluate_perplexity(
     samples: int | None = None,
     max_tokens: int = 32768,
     context: int | None = None,
+    method: str = "linear",
     seed: int = 0,
     device: str = "auto",
 ) -> PerplexityReport:
@@ -105,7 +106,8 @@ def evaluate_perplexity(
         stride: tokens that a window moves on, and scores.
         samples: stretches to score in each document, evenly spaced; all of the document when left out.
         max_tokens: documents are cut here, in tokens; not with --samples.
-        context: interpolate the positions of a Hugging Face model to this window, in tokens, without training.
+        context: extend a Hugging Face model to this window, in tokens, without training.
+        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
         seed: recorded; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -119,7 +121,7 @@ def evaluate_perplexity(
     if samples is not None and samples < 1:
         raise OptionError(f"samples must be at least 1, got {samples}")
     documents = read_texts(text) if text else _heldout()
-    with opened(model, n_ctx=largest, context=context, device=device) as lm:
+    with opened(model, n_ctx=largest, context=context, method=method, device=device) as lm:
         tokenized = {name: lm.tokenize(body) for name, body in documents.items()}
         for name, ids in tokenized.items():
             if len(ids) < largest:
@@ -196,6 +198,7 @@ def evaluate_passkey(
     distances: int = 32,
     keys: int = 10,
     context: int | None = None,
+    method: str = "linear",
     seed: int = 0,
     device: str = "auto",
 ) -> PasskeyReport:
@@ -209,7 +212,8 @@ def evaluate_passkey(
         windows: prompt lengths, in tokens.
         distances: places of the key in each window.
         keys: keys tried at each place.
-        context: interpolate the positions of a Hugging Face model to this window, in tokens, without training.
+        context: extend a Hugging Face model to this window, in tokens, without training.
+        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
         seed: of the keys drawn.
         device: auto, cpu or cuda.
 
@@ -220,7 +224,7 @@ def evaluate_passkey(
     for name, value in (("distances", distances), ("keys", keys)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
-    with opened(model, n_ctx=max(windows), context=context, device=device) as lm:
+    with opened(model, n_ctx=max(windows), context=context, method=method, device=device) as lm:
         cells: list[PasskeyCell] = []
         grid = [(window, window * i // distances) for window in windows for i in range(1, distances + 1)]
         # Within a window the key moves from the end to the start, so that most of a prompt is shared with the next.
@@ -280,7 +284,7 @@ class PasskeyPrompts:
 
 @contextmanager
 def opened(
-    model: str | LanguageModel, *, n_ctx: int, context: int | None = None, device: str = "auto"
+    model: str | LanguageModel, *, n_ctx: int, context: int | None = None, method: str = "linear", device: str = "auto"
 ) -> Iterator[LanguageModel]:
     """Open a GGUF file or a Hugging Face MODEL for `n_ctx` tokens, and close it; an open model passes through."""
     if isinstance(model, LanguageModel):
@@ -297,7 +301,7 @@ def opened(
         from pi_gguf.hf_model import HfModel
 
         checkpoint = load_checkpoint(model)
-        lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.interpolated(context))
+        lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.extended(context, method))
     if n_ctx > lm.window:
         say(f"note: {model} has a window of {lm.window} tokens and is read to {n_ctx}")
     try:

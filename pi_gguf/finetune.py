@@ -43,6 +43,7 @@ def extend(
     out_dir: str | Path,
     *,
     context: int,
+    method: str = "linear",
     data: Sequence[str] = (),
     steps: int = 1000,
     train_window: int | str | None = None,
@@ -60,6 +61,7 @@ def extend(
         model: Hugging Face folder, Hub id or bundled:tiny.
         out_dir: folder to write.
         context: new window, in tokens, e.g. 32768.
+        method: linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.
         data: text file or folder of them; the bundled sample when left out. Repeatable.
         steps: optimizer steps; 0 applies the scaling without training.
         train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
@@ -82,7 +84,7 @@ def extend(
 
     out_dir = Path(out_dir)
     checkpoint = load_checkpoint(model)
-    rope = checkpoint.interpolated(context)
+    rope = checkpoint.extended(context, method)
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
     device = torch_device(device)
@@ -92,6 +94,7 @@ def extend(
     record: dict[str, Any] = {
         "source": checkpoint.source,
         "weights_sha256": checkpoint.fingerprint(),
+        "method": method,
         "rope_type": rope.rope_type,
         "factor": rope.factor,
         "original_window": rope.original_max_position_embeddings,
@@ -118,8 +121,8 @@ def extend(
     work_dir = out_dir.with_name(out_dir.name + ".partial")
     _begin_or_resume(work_dir, record, overwrite)
     say(
-        f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} (factor {rope.factor:g}), "
-        f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.method} on sequences of "
+        f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {method}, "
+        f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
         f"{', '.join(str(stage.window) for stage in training.stages)} tokens ({training.reason})"
     )
     trained = train(checkpoint, rope, training, batches, work_dir, seed, device)

@@ -71,8 +71,8 @@ class TrainingPlan:
     Args:
         steps: optimizer steps.
         stages: lengths of the training sequences, one after the other.
-        method: `full length` or `PoSE`.
-        reason: why this method.
+        sequences: `full length`, or `PoSE` where positions skip.
+        reason: why these.
         accumulation: micro-batches of one optimizer step.
         learning_rate: at its peak.
         warmup_steps: linear, from a tenth of the peak.
@@ -82,7 +82,7 @@ class TrainingPlan:
 
     steps: int
     stages: list[Stage]
-    method: str
+    sequences: str
     reason: str
     accumulation: int
     learning_rate: float
@@ -173,6 +173,8 @@ def plan_training(
             raise OptionError(f"train-window must be from 2 to the context of {context}, got {window}")
     if not 0 <= factor_warmup <= steps:
         raise OptionError(f"factor-warmup must be from 0 to the {steps} steps, got {factor_warmup}")
+    if factor_warmup and rope.rope_type != "linear":
+        raise OptionError("factor-warmup is for method linear: the others have no factor that grows", "leave it out")
     begun = 0
     for window, count in windows:
         if begun < factor_warmup and window > original:
@@ -181,8 +183,8 @@ def plan_training(
                 f"begin with --train-window {original}x{factor_warmup}, or leave --factor-warmup out",
             )
         begun += count
-    method = "PoSE" if any(window < context for window, _ in windows) else "full length"
-    if method == "PoSE":
+    sequences = "PoSE" if any(window < context for window, _ in windows) else "full length"
+    if sequences == "PoSE":
         reason += f"; positions skip so that distances up to {context} are seen"
     recipe = default_recipe(checkpoint.n_parameters())
     batch_tokens = batch_tokens or recipe.batch_tokens
@@ -190,7 +192,7 @@ def plan_training(
     return TrainingPlan(
         steps=steps,
         stages=[Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows],
-        method=method,
+        sequences=sequences,
         reason=reason,
         accumulation=accumulation,
         learning_rate=learning_rate or recipe.learning_rate,
@@ -206,6 +208,7 @@ class Plan:
 
     model: str
     parameters: int
+    method: str
     factor: float
     rope_theta: float
     original_window: int
@@ -227,6 +230,7 @@ def plan(
     model: str,
     *,
     context: int | None = None,
+    method: str = "linear",
     quant: str = "Q4_K_M",
     steps: int = 1000,
     train_window: int | str | None = None,
@@ -242,6 +246,7 @@ def plan(
     Args:
         model: Hugging Face folder, Hub id or bundled:tiny.
         context: new window, in tokens; the model's own when left out.
+        method: linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.
         quant: type of the output file, e.g. F16, Q8_0 or Q4_K_M.
         steps: optimizer steps of the fine-tune; 0 for none.
         train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
@@ -264,7 +269,7 @@ def plan(
             f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}",
             "convert --dry-run gives the exact size of any type, from the weights",
         )
-    rope = checkpoint.rope if context is None else checkpoint.interpolated(context)
+    rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
     device = _device(device)
     training, seconds, memory = None, 0.0, 0
     n = checkpoint.n_parameters()
@@ -294,6 +299,7 @@ def plan(
     return Plan(
         model=model,
         parameters=n,
+        method=method,
         factor=rope.factor,
         rope_theta=rope.rope_theta,
         original_window=rope.original_max_position_embeddings,

@@ -32,6 +32,9 @@ FACTOR_TENSORS = {
 }
 """Tensors that hold a divisor for each frequency, by GGUF's name of the architecture; others have none."""
 
+NOPE_FACTOR = 2.0**40
+"""Linear scaling by this is no rotation at all: position 2^21 turns by 2^-19 of a radian."""
+
 _LONGROPE_TENSORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 FACTOR_TENSOR_NAMES = ("rope_freqs.weight", *_LONGROPE_TENSORS)
@@ -161,10 +164,11 @@ class RopeScaling:
     """How a model turns positions into angles, and up to which position.
 
     Args:
-        rope_type: `default` (no interpolation), `linear` (Position Interpolation) or `alibi` (no rotation at all).
+        rope_type: `default` (no interpolation), `linear` (Position Interpolation), `nope` (rotary positions switched
+            off, spelled as linear scaling by NOPE_FACTOR) or `alibi` (a family without rotation).
         factor: of the interpolation, the new window by the original one, dimensionless; 1.0 for `default`.
         rope_theta: base of the angles, dimensionless.
-        original_max_position_embeddings: window before the interpolation, in tokens.
+        original_max_position_embeddings: window before it was extended, in tokens.
         max_position_embeddings: window of the model now, in tokens.
         own: scaling of its frequencies that the model had before; None for most.
         sliding_rope_theta: base in layers with a sliding window, whose short distances are never scaled; None where
@@ -184,7 +188,12 @@ class RopeScaling:
         """What llama.cpp multiplies every position by; 1 but for linear scaling and for YaRN told by keys."""
         if self.own is not None and self._as_keys:
             return 1 / float(self.own.fields["factor"])
-        return 1 / self.factor if self.rope_type == "linear" else 1.0
+        return 1 / self.factor if self.rope_type in ("linear", "nope") else 1.0
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether the window is longer than the one the model had before."""
+        return self.max_position_embeddings > self.original_max_position_embeddings
 
     def interpolated(self, context: int, rotary_dim: int) -> RopeScaling:
         """Return the Position Interpolation of this model to a window of `context` tokens.
@@ -200,11 +209,31 @@ class RopeScaling:
             OptionError: `context` is not above the window.
             UnsupportedError: there is no rotation.
         """
+        self.check_extendable(context)
+        window = self.max_position_embeddings
+        if self.rope_type == "linear":
+            return replace(self, factor=self.factor * context / window, max_position_embeddings=context)
+        return replace(
+            self, rope_type="linear", factor=context / window, original_max_position_embeddings=window,
+            max_position_embeddings=context, own=self.own and self._as_divisors(self.own, rotary_dim),
+        )  # fmt: skip
+
+    def check_extendable(self, context: int) -> None:
+        """Check that the window can become `context` tokens, whatever the method.
+
+        Raises:
+            OptionError: `context` is not above the window.
+            UnsupportedError: there is no rotation.
+        """
         window = self.max_position_embeddings
         if self.rope_type == "alibi":
             raise UnsupportedError(
                 "Position Interpolation needs rotary positions; this family has ALiBi, biases that grow with distance",
                 "leave --context out to convert as is",
+            )
+        if self.rope_type == "nope":
+            raise UnsupportedError(
+                "this model's rotary positions are switched off (NoPE)", "take the model before that"
             )
         if context <= window:
             raise OptionError(
@@ -213,12 +242,6 @@ class RopeScaling:
             )
         if context >= 2**31:
             raise OptionError(f"context must be below 2^31 tokens, got {context}")
-        if self.rope_type == "linear":
-            return replace(self, factor=self.factor * context / window, max_position_embeddings=context)
-        return replace(
-            self, rope_type="linear", factor=context / window, original_max_position_embeddings=window,
-            max_position_embeddings=context, own=self.own and self._as_divisors(self.own, rotary_dim),
-        )  # fmt: skip
 
     def _as_divisors(self, own: OwnScaling, rotary_dim: int) -> OwnScaling:
         """Return a scaling of the same angles that is one list of divisors, whatever the prompt's length."""
@@ -308,6 +331,8 @@ class RopeScaling:
         if rope_type in ("llama3", "yarn", "longrope", "su") and sliding_theta is None:
             own = OwnScaling.from_hf("longrope" if rope_type == "su" else rope_type, rope, config, window, field, path)
             return _with_own(plain, own, path)
+        if rope_type == "linear" and rope.get("factor") == NOPE_FACTOR:
+            return replace(plain, rope_type="nope", factor=NOPE_FACTOR)
         if rope_type != "linear":
             raise UnsupportedError(
                 f"{path}: {field}.rope_type must be default, linear, llama3, yarn or longrope, got {rope_type!r}",
@@ -349,8 +374,8 @@ class RopeScaling:
                 "attention_factor": self.own.attention_factor,
                 "original_max_position_embeddings": self.original_max_position_embeddings,
             }
-        elif self.rope_type == "linear":
-            parameters["factor"] = self.factor
+        elif self.rope_type in ("linear", "nope"):
+            parameters |= {"rope_type": "linear", "factor": self.factor}
         if "original_max_position_embeddings" in config and "original_max_position_embeddings" in parameters:
             config = {**config, "original_max_position_embeddings": parameters["original_max_position_embeddings"]}
         older = {key: value for key, value in parameters.items() if key != "rope_theta"}
@@ -389,6 +414,8 @@ class RopeScaling:
             keys[f"{arch}.rope.scaling.factor"] = self.factor
             keys[f"{arch}.rope.scaling.original_context_length"] = self.original_max_position_embeddings
             keys[f"{arch}.rope.scaling.finetuned"] = finetuned
+        if self.rope_type == "nope":
+            keys |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": self.factor}
         if self.own is None:
             return keys
         attention = self.own.attention_factor
@@ -434,6 +461,8 @@ class RopeScaling:
             )
         except CheckpointError as error:
             raise GgufError(str(error), "write the file again from its checkpoint") from error
+        if rope_type == "linear" and factor == NOPE_FACTOR:
+            return cls("nope", factor, theta, window, window)
         original = metadata.get(f"{arch}.rope.scaling.original_context_length", round(window / factor))
         return cls("default" if rope_type == "none" else rope_type, factor, theta, original, window)
 

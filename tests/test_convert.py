@@ -120,7 +120,7 @@ def written_with(llama, tmp_path, rope):
     ],
 )
 def test_the_check_finds_a_wrong_scaling(llama, tmp_path, wrong, complaint):
-    planned = load_checkpoint(str(llama)).interpolated(4 * WINDOW)
+    planned = load_checkpoint(str(llama)).extended(4 * WINDOW)
     path = written_with(llama, tmp_path, dataclasses.replace(planned, **wrong))
     with pytest.raises(CheckError, match=complaint):
         check_gguf(path, Reference(load_checkpoint(str(llama)), planned, "quick"))

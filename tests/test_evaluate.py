@@ -84,7 +84,7 @@ def test_what_was_read_before_does_not_change_a_score(llama, gguf_path, backend)
         return (
             Model(gguf_path, type_k="f32", type_v="f32", flash_attn=False)
             if backend == "gguf"
-            else HfModel(checkpoint, rope=checkpoint.interpolated(1024))
+            else HfModel(checkpoint, rope=checkpoint.extended(1024))
         )
 
     rng = np.random.default_rng(0)

@@ -220,7 +220,7 @@ def test_an_older_gemma3_config_names_both_bases(tmp_path):
 def test_a_window_beyond_what_slides_is_refused(tmp_path):
     folder = make_model(tmp_path / "model", "mistral", {"sliding_window": WINDOW})
     with pytest.raises(UnsupportedError, match="sliding_window must be None at 2560 tokens, got 640"):
-        load_checkpoint(str(folder)).interpolated(4 * WINDOW)
+        load_checkpoint(str(folder)).extended(4 * WINDOW)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def training_plan(llama, **options):
         "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
         "factor_warmup": 0, "device": "cpu",
     }  # fmt: skip
-    return plan_training(checkpoint, checkpoint.interpolated(4 * WINDOW), **{**defaults, **options})
+    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), **{**defaults, **options})
 
 
 def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
@@ -74,9 +74,9 @@ def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
 
 
 def test_the_plan_says_which_way_it_trains(llama):
-    assert training_plan(llama).method == "PoSE"
+    assert training_plan(llama).sequences == "PoSE"
     assert [stage.window for stage in training_plan(llama).stages] == [WINDOW]
-    assert training_plan(llama, train_window=4 * WINDOW).method == "full length"
+    assert training_plan(llama, train_window=4 * WINDOW).sequences == "full length"
     plan = training_plan(llama, train_window=2 * WINDOW, batch_tokens=1000)
     assert (plan.stages, plan.accumulation) == ([Stage(128, 100, 7)], 1)
 
@@ -84,7 +84,7 @@ def test_the_plan_says_which_way_it_trains(llama):
 def test_sequences_of_several_lengths_share_the_steps(llama):
     plan = training_plan(llama, train_window="64x50,128x30,256", batch_tokens=512)
     assert plan.stages == [Stage(64, 50, 8), Stage(128, 30, 4), Stage(256, 20, 2)]
-    assert plan.method == "PoSE" and plan.tokens == 100 * 512
+    assert plan.sequences == "PoSE" and plan.tokens == 100 * 512
     long = training_plan(llama, train_window="64x99,256", batch_tokens=100)
     assert [long.step_tokens(stage) for stage in long.stages] == [64, 256], "no step is shorter than a sequence"
     big = training_plan(llama, train_window="64x99,256", batch_tokens=4 * 8192)
@@ -179,7 +179,7 @@ def test_the_written_folder_opens_with_its_scaling(llama, tmp_path, text):
 
 def test_a_growing_factor_has_the_angles_of_the_smaller_scaling(llama):
     checkpoint = load_checkpoint(str(llama))
-    rope = checkpoint.interpolated(16 * WINDOW)
+    rope = checkpoint.extended(16 * WINDOW)
     assert (rope.grown(0).factor, rope.grown(0.5).factor, rope.grown(1.0)) == (1.0, 4.0, rope)
     half = rope.grown(0.5)
     assert half.max_position_embeddings == 4 * WINDOW
@@ -194,7 +194,7 @@ def test_a_growing_factor_has_the_angles_of_the_smaller_scaling(llama):
 
 
 def test_the_factor_grows_step_by_step_and_reaches_the_whole(llama):
-    rope = load_checkpoint(str(llama)).interpolated(4 * WINDOW)
+    rope = load_checkpoint(str(llama)).extended(4 * WINDOW)
     training = training_plan(llama, batch_tokens=2 * 8192, factor_warmup=2)  # factors 2, 4, then plain
     assert training.accumulation == 2
     rows = [np.zeros(WINDOW, np.int32), np.zeros(WINDOW - 3, np.int32)]

@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text()
 LAYERS = [
     {"errors", "passkey", "progress", "data", "scoring", "tables", "provenance"},
     {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
+    {"methods"},
     {"checkpoint"},
     {"adapters"},
     {"vocabulary"},
@@ -133,7 +134,7 @@ def test_plan_prints_the_figures_of_a_known_model(cli, tmp_path):
     assert plan["factor"] == 16
     assert plan["training"]["learning_rate"] == 2e-5
     assert plan["tokens"] == 1000 * 131072
-    assert plan["training"]["method"] == "PoSE"
+    assert plan["training"]["sequences"] == "PoSE"
     assert abs(plan["output_bytes"] / 4.08e9 - 1) < 0.02  # llama.cpp's own figure for a 7B at Q4_K_M
     code, out, _ = cli("plan", tmp_path, "--context", "32768", "--device", "cpu")
     assert code == 0 and "16.0 GiB" in out and "PoSE" in out
