@@ -32,6 +32,15 @@ THINGS = [
     "saddle", "window", "wardrobe", "barrel", "trunk", "desk", "drawer", "gate", "clock", "vault",
 ]  # fmt: skip
 
+KINDS = [
+    "old", "new", "red", "blue", "green", "black", "white", "grey", "small", "great",
+    "wooden", "iron", "silver", "golden", "broken", "hidden", "upper", "lower", "northern", "southern",
+    "quiet", "narrow", "stone", "empty", "painted", "dusty", "round", "tall", "royal", "common",
+]  # fmt: skip
+
+CHARACTERS_PER_KEY = 200
+"""A recall task has at most one key for so many characters, so that long ones ask as much as short ones."""
+
 
 @cache
 def novels(split: str) -> dict[str, str]:
@@ -107,7 +116,7 @@ def _recall_document(rng: random.Random, texts: list[str], characters: int, far:
         facts = [key_sentence(key)]
         questions = [f"{QUESTION} {key}.\n"]
     else:
-        things = rng.sample(THINGS, rng.randint(2, min(12, characters // 200)))
+        things = _names(rng, rng.randint(2, max(2, characters // CHARACTERS_PER_KEY)))
         keys = {thing: draw_key(rng, for_evaluation=False) for thing in things}
         facts = [f"The {thing} key is {key}. Remember it. {key} is the {thing} key.\n" for thing, key in keys.items()]
         questions = [f"What is the {thing} key? The {thing} key is {key}.\n" for thing, key in keys.items()]
@@ -118,3 +127,10 @@ def _recall_document(rng: random.Random, texts: list[str], characters: int, far:
     for fact in facts:
         lines.insert(rng.randint(0, len(lines) // 3 if far else len(lines)), fact)
     return introduction + "".join(lines) + "".join(questions)
+
+
+def _names(rng: random.Random, count: int) -> list[str]:
+    """Return different things to have a key: `garden`, and where there are many, `red garden`; at most 1200."""
+    if count <= 12:
+        return rng.sample(THINGS, count)
+    return rng.sample([f"{kind} {thing}" for kind in KINDS for thing in THINGS], min(count, len(KINDS) * len(THINGS)))
