@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+TOKEN = [("id", "i4"), ("weight", "f4")]
+"""What a row is made of: a token id, and how much predicting it counts in the loss (1 but for answers)."""
+
 
 def training_batches(
     checkpoint: Checkpoint, training: TrainingPlan, documents: dict[str, str] | None, seed: int
@@ -32,8 +35,8 @@ def training_batches(
         documents: texts by name; None for the bundled model's own mixture.
 
     Returns:
-        Micro-batches in the order they are trained on; each a list of rows of at most the stage's window of ids,
-        int32. The texts begin again, in a new order, when they are used up.
+        Micro-batches in the order they are trained on; each a list of rows of at most the stage's window of `TOKEN`.
+        The texts begin again, in a new order, when they are used up.
 
     Raises:
         TextError: no document is as long as a training sequence.
@@ -43,11 +46,16 @@ def training_batches(
     tokenizer: Any = checkpoint.load_tokenizer()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        return ids + end
+    def encode(text: str) -> list[tuple[int, float]]:
+        return [(i, 1.0) for i in [*tokenizer(text, verbose=False)["input_ids"], *end]]
 
-    tokenized: list[list[int]] = []
+    def encode_task(text: str, weight: float) -> list[tuple[int, float]]:
+        encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+        answers = {at for match in bundled.ANSWER.finditer(text) for at in range(*match.span(1))}
+        weights = [weight if start in answers else 1.0 for start, _ in encoded["offset_mapping"]]
+        return [*zip(encoded["input_ids"], weights, strict=True), *((i, 1.0) for i in end)]
+
+    tokenized: list[list[tuple[int, float]]] = []
     if documents is not None:
         names = sorted(documents)
         random.Random(seed).shuffle(names)
@@ -63,20 +71,23 @@ def training_batches(
                 f"give longer texts or --train-window {max(2, longest)}",
             )
 
-    def rows(stage: int, window: int) -> Iterator[list[int]]:
+    def rows(stage: int, window: int) -> Iterator[list[tuple[int, float]]]:
         if documents is None:
-            yield from pack((encode(t) for t in bundled.training_mixture(seed + 1 + 1000 * stage, window)), window)
+            mixture = bundled.training_mixture(seed + 1 + 1000 * stage, window)
+            weight = max(1.0, window / bundled.TOKENS_PER_WEIGHT)
+            yield from pack((encode_task(text, weight) for text in mixture), window)
         packed = list(pack(tokenized, window))
         for turn in itertools.count():
             random.Random(f"{seed} {stage} {turn}").shuffle(packed)
             yield from packed
 
     batches: list[list[np.ndarray]] = []
+    streams: dict[int, Iterator[list[tuple[int, float]]]] = {}  # lengths that come in turn go on with their own rows
     with progress_bar("pack", training.steps * training.accumulation, "batches") as advance:
         for i, stage in enumerate(training.stages):
-            stream = (np.array(row, np.int32) for row in rows(i, stage.window))
+            stream = streams.setdefault(stage.window, rows(i, stage.window))
             for _ in range(stage.steps * training.accumulation):
-                batches.append(list(itertools.islice(stream, stage.micro_batch)))
+                batches.append([np.array(row, TOKEN) for row in itertools.islice(stream, stage.micro_batch)])
                 advance(1)
     return batches
 
@@ -122,17 +133,19 @@ class BatchDataset:
 
 
 def padded(rows: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return a model's inputs, (B, T) each: ids, labels (-100 where padded), positions and mask."""
+    """Return a model's inputs, (B, T) each: ids, labels (-100 where padded), positions, mask, weights of labels."""
     import numpy as np
     import torch
 
     shape = (len(rows), max(map(len, rows)))
     ids, labels = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
     places, mask = np.zeros(shape, positions[0].dtype), np.zeros(shape, np.int64)
+    weights = np.zeros(shape, np.float32)
     for i, (row, place) in enumerate(zip(rows, positions, strict=True)):
         n = len(row)
-        ids[i, :n], labels[i, :n], places[i, :n], mask[i, :n] = row, row, place, 1
+        ids[i, :n], labels[i, :n], places[i, :n], mask[i, :n] = row["id"], row["id"], place, 1
+        weights[i, :n] = row["weight"]
     # The mask is given even when it is all ones: without one, transformers takes a skip in the positions for the
     # start of another document and lets nothing attend across it.
-    batch = {"input_ids": ids, "labels": labels, "position_ids": places, "attention_mask": mask}
+    batch = {"input_ids": ids, "labels": labels, "position_ids": places, "attention_mask": mask, "weights": weights}
     return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -143,8 +143,8 @@ def _show_plan(plan: Any) -> str:
         t = plan.training
         rows += [
             *(
-                ("fine-tune", f"{stage.steps} steps of {t.step_tokens(stage)} tokens in sequences of {stage.window}")
-                for stage in t.stages
+                ("fine-tune", f"{steps} steps in sequences of {window} tokens")
+                for window, steps in t.steps_by_window().items()
             ),
             ("sequences", f"{t.sequences}: {t.reason}"),
             ("tokens", f"{t.tokens / 1e6:,.1f} M"),

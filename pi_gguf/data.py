@@ -6,22 +6,25 @@ In: documents as token ids. Out: rows that `extend` trains on. It knows nothing 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
+Token = TypeVar("Token")
 
-def pack(documents: Iterable[list[int]], window: int) -> Iterator[list[int]]:
+
+def pack(documents: Iterable[list[Token]], window: int) -> Iterator[list[Token]]:
     """Pack documents into rows of `window` tokens.
 
     A document that fits a row is never cut; longer ones fill what the others leave free. When there is nothing to
     fill with, a row ends short.
 
     Args:
-        documents: token ids of each document.
+        documents: tokens of each document.
         window: tokens of a full row.
     """
-    row: list[int] = []
-    rest: list[int] = []
+    row: list[Token] = []
+    rest: list[Token] = []
     for document in documents:
         if len(document) > window:
             rest += document

@@ -94,6 +94,13 @@ class TrainingPlan:
     def tokens(self) -> int:
         return sum(stage.steps * self.step_tokens(stage) for stage in self.stages)
 
+    def steps_by_window(self) -> dict[int, int]:
+        """Return the steps on sequences of each length, in the order they first come."""
+        steps: dict[int, int] = {}
+        for stage in self.stages:
+            steps[stage.window] = steps.get(stage.window, 0) + stage.steps
+        return steps
+
     def step_tokens(self, stage: Stage) -> int:
         """Return the tokens of one optimizer step in a stage."""
         return self.accumulation * stage.micro_batch * stage.window
@@ -104,7 +111,7 @@ def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
 
     Args:
         train_window: tokens, e.g. 2048; or `512x500,2048x200,8192`: 500 steps on 512 tokens, 200 on 2048, the rest on
-            8192.
+            8192; or `512x500,8192+512x200`: the last 200 steps on 8192 and 512 tokens in turn.
         steps: of the whole run.
 
     Returns:
@@ -114,21 +121,26 @@ def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
         OptionError: not of this form, or the steps do not add up.
     """
     text = str(train_window)
-    if not re.fullmatch(r"([0-9]+x[0-9]+,)*[0-9]+(x[0-9]+)?", text):
+    turn = r"[0-9]+(\+[0-9]+)*"
+    if not re.fullmatch(rf"({turn}x[0-9]+,)*{turn}(x[0-9]+)?", text):
         raise OptionError(
             f"train-window must be tokens, or tokens x steps separated by commas, got {train_window!r}",
             "for example 2048, or 512x500,2048x200,8192 (the last takes the steps that are left)",
         )
-    pairs: list[tuple[int, int]] = []
+    counted: list[tuple[list[int], int]] = []
     for part in text.split(","):
-        window, _, count = part.partition("x")
-        pairs.append((int(window), int(count) if count else steps - sum(n for _, n in pairs)))
-    if any(n < 1 for _, n in pairs) or sum(n for _, n in pairs) != steps:
-        counts = " + ".join(str(n) for _, n in pairs)
+        windows, _, count = part.partition("x")
+        left = steps - sum(n for _, n in counted)
+        counted.append(([int(window) for window in windows.split("+")], int(count) if count else left))
+    if any(n < 1 for _, n in counted) or sum(n for _, n in counted) != steps:
+        counts = " + ".join(str(n) for _, n in counted)
         raise OptionError(
             f"train-window {train_window!r} does not divide the {steps} steps: {counts}",
             f"let its steps add up to {steps}, or leave the last one's out",
         )
+    pairs: list[tuple[int, int]] = []
+    for in_turn, n in counted:
+        pairs += [(in_turn[0], n)] if len(in_turn) == 1 else [(in_turn[i % len(in_turn)], 1) for i in range(n)]
     return pairs
 
 
@@ -250,7 +262,7 @@ def plan(
         quant: type of the output file, e.g. F16, Q8_0 or Q4_K_M.
         steps: optimizer steps of the fine-tune; 0 for none.
         train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
-            follow each other: 512x500,2048x200,8192.
+            follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
         learning_rate: at its peak; by the model's size when left out.
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).

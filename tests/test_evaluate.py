@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 
 import numpy as np
 import pytest
@@ -128,19 +127,6 @@ def test_no_evaluation_key_filler_or_novel_is_in_the_training_mixture():
     assert EVALUATION_FILLER.split(". ")[0] not in text
     assert not set(bundled.novels("train")) & set(bundled.novels("heldout"))
     assert text.count("The pass key is ") > 50
-
-
-def test_long_recall_tasks_ask_as_much_as_short_ones():
-    def questions_by_character(window):
-        mixture = bundled.training_mixture(1, window)
-        tasks = [text for text in (next(mixture) for _ in range(400)) if text.count("key? The ") > 1]
-        for text in tasks:
-            asked = re.findall(r"What is the ([\w ]+) key\? The \1 key is (\d{5})\.", text)
-            assert len(dict(asked)) == len(asked) == text.count(". Remember it. ")
-            assert all(f"The {name} key is {key}. Remember it. {key} is the {name} key." in text for name, key in asked)
-        return sum(text.count("key? The ") for text in tasks) / sum(map(len, tasks))
-
-    assert questions_by_character(16384) == pytest.approx(questions_by_character(1024), rel=0.25)
 
 
 def test_the_reports_are_json_with_provenance(cli, llama, text_path):
