@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,13 @@ class Stage:
         window: tokens of a sequence.
         steps: optimizer steps.
         micro_batch: sequences computed at once.
+        full_micro_batches: of the stage's micro-batches, those that are of the whole new window instead.
     """
 
     window: int
     steps: int
     micro_batch: int
+    full_micro_batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,16 @@ class TrainingPlan:
     Args:
         steps: optimizer steps.
         stages: lengths of the training sequences, one after the other.
-        sequences: `full length`, or `PoSE` where positions skip.
+        sequences: `full length`, `PoSE` where positions skip, or `PoSE and full length` where both are mixed.
         reason: why these.
         accumulation: micro-batches of one optimizer step.
         learning_rate: at its peak.
         warmup_steps: linear, from a tenth of the peak.
         schedule: `constant` (the paper's) or `decay` (linear to a tenth of the peak over the last third).
         factor_warmup_steps: steps over which the factor grows from 1; 0 (the paper's) starts with the whole.
+        mix: share of the tokens that is asked for in sequences of the whole new window, among shorter ones.
+        full_window: tokens of those sequences; 0 without a mix.
+        full_micro_batch: of those sequences, how many are computed at once.
     """
 
     steps: int
@@ -89,14 +94,36 @@ class TrainingPlan:
     warmup_steps: int
     schedule: str
     factor_warmup_steps: int
+    mix: float = 0.0
+    full_window: int = 0
+    full_micro_batch: int = 0
 
     @property
     def tokens(self) -> int:
-        return sum(stage.steps * self.step_tokens(stage) for stage in self.stages)
+        return sum(tokens for _, tokens in self.tokens_by_window())
+
+    def tokens_by_window(self) -> list[tuple[int, int]]:
+        """Return the tokens of the run by the length of their sequences: pairs of window and tokens."""
+        pairs = []
+        for stage in self.stages:
+            short = stage.steps * self.accumulation - stage.full_micro_batches
+            pairs.append((stage.window, short * stage.micro_batch * stage.window))
+        full = sum(stage.full_micro_batches for stage in self.stages) * self.full_micro_batch * self.full_window
+        return [*pairs, (self.full_window, full)] if full else pairs
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return max(self.full_micro_batch * self.full_window, *(s.micro_batch * s.window for s in self.stages))
 
     def step_tokens(self, stage: Stage) -> int:
-        """Return the tokens of one optimizer step in a stage."""
+        """Return the tokens of one optimizer step in a stage where nothing of the whole window is mixed in."""
         return self.accumulation * stage.micro_batch * stage.window
+
+    def is_full(self, stage: Stage, i: int) -> bool:
+        """Tell whether micro-batch `i` of a stage is of the whole window; those are spread evenly over the stage."""
+        full, total = stage.full_micro_batches, stage.steps * self.accumulation
+        return ((i + 1) * full + total // 2) // total > (i * full + total // 2) // total
 
 
 def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
@@ -143,6 +170,7 @@ def plan_training(
     schedule: str,
     factor_warmup: int,
     device: str,
+    mix: float = 0.0,
 ) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
 
@@ -158,10 +186,17 @@ def plan_training(
         raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
     if batch_tokens is not None and batch_tokens < 1:
         raise OptionError(f"batch-tokens must be at least 1, got {batch_tokens}")
+    if not 0 <= mix < 1:
+        raise OptionError(
+            f"mix must be from 0 to below 1, got {mix}",
+            f"--train-window {context} without --mix trains on sequences of the whole window only",
+        )
     reason = "as given by --train-window"
     if train_window is None:
         whole = _memory(checkpoint, context, recompute=True)
-        if device != "cuda":
+        if mix:
+            train_window, reason = original, f"the shorter sequences of --mix stay at the original {original} tokens"
+        elif device != "cuda":
             train_window, reason = original, f"without a GPU sequences stay at the original {original} tokens"
         elif whole < 0.8 * free_memory(device):
             train_window, reason = context, "sequences of the whole new window fit the GPU"
@@ -183,15 +218,24 @@ def plan_training(
                 f"begin with --train-window {original}x{factor_warmup}, or leave --factor-warmup out",
             )
         begun += count
+    if mix:
+        _check_mix(windows, context, factor_warmup)
     sequences = "PoSE" if any(window < context for window, _ in windows) else "full length"
     if sequences == "PoSE":
         reason += f"; positions skip so that distances up to {context} are seen"
     recipe = default_recipe(checkpoint.n_parameters())
     batch_tokens = batch_tokens or recipe.batch_tokens
-    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, *(window for window, _ in windows)))
+    longest = max(context if mix else 0, *(window for window, _ in windows))
+    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, longest))
+    stages = [Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows]
+    full_micro_batch = max(1, batch_tokens // accumulation // context) if mix else 0
+    if mix:
+        stages = [_mixed(stage, mix, stage.steps * accumulation, full_micro_batch * context) for stage in stages]
+        sequences += " and full length"
+        reason += f"; {mix:.1%} of the tokens in sequences of {context}"
     return TrainingPlan(
         steps=steps,
-        stages=[Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows],
+        stages=stages,
         sequences=sequences,
         reason=reason,
         accumulation=accumulation,
@@ -199,7 +243,30 @@ def plan_training(
         warmup_steps=min(20, steps),
         schedule=schedule,
         factor_warmup_steps=factor_warmup,
+        mix=mix,
+        full_window=context if mix else 0,
+        full_micro_batch=full_micro_batch,
     )
+
+
+def _check_mix(windows: list[tuple[int, int]], context: int, factor_warmup: int) -> None:
+    if any(window >= context for window, _ in windows):
+        raise OptionError(
+            f"mix needs training sequences shorter than the context of {context}, got a train-window of {context}",
+            "give a shorter --train-window, or leave --mix out",
+        )
+    if factor_warmup:
+        raise OptionError(
+            f"mix and factor-warmup exclude each other: {context} tokens do not fit the window while the factor grows",
+            "leave one of them out",
+        )
+
+
+def _mixed(stage: Stage, mix: float, micro_batches: int, full_tokens: int) -> Stage:
+    """Return the stage with as many micro-batches of `full_tokens` that they hold a share `mix` of its tokens."""
+    short_tokens = stage.micro_batch * stage.window
+    full = mix * micro_batches * short_tokens / ((1 - mix) * full_tokens + mix * short_tokens)
+    return replace(stage, full_micro_batches=min(micro_batches, max(1, round(full))))
 
 
 @dataclass(frozen=True)
@@ -238,6 +305,7 @@ def plan(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
+    mix: float = 0.0,
     seed: int = 0,
     device: str = "auto",
 ) -> Plan:
@@ -255,6 +323,8 @@ def plan(
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
+        mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
+            train-window with PoSE; 0 for none.
         seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -278,11 +348,10 @@ def plan(
     if context is not None and steps:
         training = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
+            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
         )  # fmt: skip
         operations = sum(
-            stage.steps * training.step_tokens(stage) * _train_operations(checkpoint, stage.window)
-            for stage in training.stages
+            tokens * _train_operations(checkpoint, window) for window, tokens in training.tokens_by_window()
         )
         seconds = operations / _operations_a_second(device)
         memory = estimate_training_memory(checkpoint, training)
@@ -329,8 +398,7 @@ def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, 
     Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
     attention matrix, which flash attention never stores.
     """
-    tokens = max(stage.micro_batch * stage.window for stage in training.stages)
-    return _memory(checkpoint, tokens, recompute=recompute)
+    return _memory(checkpoint, training.micro_batch_tokens, recompute=recompute)
 
 
 def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool) -> int:

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import WINDOW
+from conftest import WINDOW, corpus_of
 from safetensors.torch import load_file
 
 import pi_gguf
@@ -25,8 +25,8 @@ from pi_gguf.training import rate_share
 
 def test_documents_that_fit_are_never_cut_and_no_token_is_lost():
     rng = np.random.default_rng(0)
-    documents = [[i] * int(n) for i, n in enumerate(rng.integers(1, 30, 200))]
-    rows = list(pack(documents, 20))
+    documents = [np.full(int(n), i) for i, n in enumerate(rng.integers(1, 30, 200))]
+    rows = [np.concatenate(row).tolist() for row in pack(documents, 20)]
     assert sorted(t for row in rows for t in row) == sorted(t for d in documents for t in d)
     assert max(map(len, rows)) == 20
     for i, document in enumerate(documents):
@@ -102,8 +102,8 @@ def test_sequences_of_several_lengths_share_the_steps(llama):
 def test_batches_have_the_lengths_of_their_stage(llama):
     plan = training_plan(llama, steps=6, train_window="32x2,64x3,128", batch_tokens=256)
     texts = {"a.txt": "the quick brown fox " * 60, "b.txt": "one two three " * 20}
-    batches = training_batches(load_checkpoint(str(llama)), plan, texts, seed=0)
-    assert [max(len(row) for row in batch) for batch in batches] == [32] * 2 + [64] * 3 + [128]
+    batches = training_batches(load_checkpoint(str(llama)), plan, corpus_of(llama, texts.values()), seed=0)
+    assert [max(len(row) for (row,) in batch) for batch in batches] == [32] * 2 + [64] * 3 + [128]
     assert [len(batch) for batch in batches] == [8, 8, 4, 4, 4, 2]
 
 
@@ -197,10 +197,10 @@ def test_the_factor_grows_step_by_step_and_reaches_the_whole(llama):
     rope = load_checkpoint(str(llama)).extended(4 * WINDOW)
     training = training_plan(llama, batch_tokens=2 * 8192, factor_warmup=2)  # factors 2, 4, then plain
     assert training.accumulation == 2
-    rows = [np.zeros(WINDOW, np.int32), np.zeros(WINDOW - 3, np.int32)]
+    rows = [[np.zeros(WINDOW, np.int32)], [np.zeros(WINDOW - 3, np.int32)]]
     for i, (spacing, kind) in {0: (2, "f"), 1: (2, "f"), 2: (1, "f"), 3: (1, "f"), 4: (1, "i")}.items():
         for row, positions in zip(rows, batch_positions(i, rows, rope, training, seed=0), strict=True):
-            assert len(positions) == len(row) and positions.dtype.kind == kind, i
+            assert len(positions) == len(row[0]) and positions.dtype.kind == kind, i
             assert np.diff(positions).min() == spacing, i
             assert positions[0] >= 0 and positions[-1] < rope.max_position_embeddings, i
 
@@ -230,8 +230,9 @@ def test_a_growing_factor_needs_rows_of_the_original_window(llama):
 
 def test_texts_that_are_used_up_begin_again_in_another_order(llama):
     plan = training_plan(llama, steps=8, train_window="16", batch_tokens=16 * 8)
-    text = {"a.txt": next(iter(pi_gguf.bundled.novels("train").values()))[:900]}
-    rows = [tuple(row) for batch in training_batches(load_checkpoint(str(llama)), plan, text, seed=0) for row in batch]
+    corpus = corpus_of(llama, [next(iter(pi_gguf.bundled.novels("train").values()))[:900]])
+    batches = training_batches(load_checkpoint(str(llama)), plan, corpus, seed=0)
+    rows = [tuple(row) for batch in batches for (row,) in batch]
     once = len(set(rows))
     first, second = rows[:once], rows[once : 2 * once]
     assert 3 < once <= 32 and set(first) == set(second) and first != second
