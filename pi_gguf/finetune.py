@@ -195,9 +195,9 @@ def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) ->
         )
     if key:
         work_dir.mkdir(parents=True, exist_ok=True)
-        for path in work_dir.iterdir():
-            if not path.name.startswith(CACHE_PREFIX):  # its name says which texts and tokenizer it is of
-                remove(path)
+        for old in list(work_dir.iterdir()):
+            if not old.name.startswith(CACHE_PREFIX):  # its name says which texts and tokenizer it is of
+                remove(old)
         write_json(path, record)
     for checkpoint_dir in work_dir.glob("checkpoint-*"):
         try:

@@ -216,7 +216,9 @@ def test_texts_are_tokenized_once(llama, llama_copy, sources, tmp_path, tokenize
     assert len(list(folder.iterdir())) == 3
 
 
-@pytest.mark.parametrize("damage", ["ids cut", "ids gone", "offsets cut", "offsets gone", "offsets zero", "only begun"])
+@pytest.mark.parametrize(
+    "damage", ["ids cut", "ids gone", "offsets cut", "offsets gone", "offsets zero", "offsets mixed up", "only begun"]
+)
 def test_a_torn_cache_is_made_again(llama, sources, tmp_path, tokenized, damage):
     checkpoint, texts, folder = load_checkpoint(str(llama)), open_texts(sources["folder"]), tmp_path / "work"
     folder.mkdir()
@@ -230,6 +232,8 @@ def test_a_torn_cache_is_made_again(llama, sources, tmp_path, tokenized, damage)
         offsets.write_bytes(offsets.read_bytes()[:-8])
     elif damage == "offsets zero":
         np.save(offsets, np.zeros(4, np.int64))
+    elif damage == "offsets mixed up":
+        np.save(offsets, np.load(offsets)[[0, 2, 1, 3]])
     elif damage == "only begun":  # as a kill while writing leaves it
         cache.rename(folder / f".{cache.name}.partial")
         (folder / f".{cache.name}.partial" / "offsets.npy").unlink()
@@ -460,6 +464,15 @@ def test_a_mix_is_in_the_batches_and_in_the_memory(llama):
     whole = plan_of(llama, train_window=256, batch_tokens=64)
     memory = [estimate_training_memory(checkpoint, p) for p in (small, large, whole)]
     assert memory[0] < memory[1] == memory[2]
+
+
+def test_a_step_with_a_mix_is_no_longer_than_it_is_asked_for(llama):
+    checkpoint = load_checkpoint(str(llama))
+    plan = plan_training(
+        checkpoint, checkpoint.extended(16384), steps=10, train_window=None, learning_rate=None, batch_tokens=32768,
+        schedule="constant", factor_warmup=0, device="cpu", mix=0.5,
+    )  # fmt: skip
+    assert (plan.accumulation, plan.full_micro_batch) == (2, 1) and plan.tokens == 10 * 32768
 
 
 def test_a_mix_is_in_the_plan_that_is_printed(cli, llama):
