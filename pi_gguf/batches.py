@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
-from pi_gguf.corpus import Corpus, encoder
+from pi_gguf.corpus import Corpus
 from pi_gguf.data import Row, describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import TextError
 from pi_gguf.planning import TrainingPlan
@@ -30,8 +30,12 @@ MASKED_TOKENS = 8192
 """Rows of isolated documents are no longer than this: their mask has T x T elements, 64 MiB here and 1 GiB at 32768,
 and keeps flash attention from being used. In a longer window a row is one document, which needs no mask."""
 
+TOKEN = [("id", "i4"), ("weight", "f4")]
+"""What a piece is made of where answers weigh more: a token id, and how much predicting it counts in the loss. Other
+pieces are ids, int32, whose weight is 1."""
+
 _FULL = 500
-"""Added to a stage's number for its sequences of the whole window, whose order is another."""
+"""Added to a seed's stage for the sequences of the whole window that are mixed in: their order is another."""
 
 
 def training_batches(
@@ -53,14 +57,12 @@ def training_batches(
             has room for.
 
     Returns:
-        Micro-batches in the order they are trained on; each a list of rows of at most the stage's window of ids,
-        int32. The texts begin again, in a new order, when they are used up.
+        Micro-batches in the order they are trained on; each a list of rows of at most the stage's window of ids or of
+        `TOKEN`. The texts begin again, in a new order, when they are used up.
 
     Raises:
         TextError: no document is as long as a training sequence.
     """
-    import numpy as np
-
     if corpus is not None:
         window = max(training.full_window, *(stage.window for stage in training.stages))
         check_lengths(corpus, window)
@@ -69,33 +71,49 @@ def training_batches(
             f"data: {len(lengths):,} documents, {lengths.sum():,} tokens; {(lengths >= window).sum():,} are as long as "
             f"the training window of {window}"
         )
-    encode = encoder(checkpoint) if corpus is None else None
     one_each = packing == "isolate" and not takes_block_mask(checkpoint)
 
     def rows(stage: int, window: int, need: int) -> Iterator[Row]:
         alone = packing == "isolate" and (one_each or window > MASKED_TOKENS)
         pack_rows = pack_alone if alone else pack
         if corpus is None:
-            assert encode is not None
-            mixture = bundled.training_mixture(seed + 1 + 1000 * stage, window)
-            found = pack_rows((np.array(encode([text])[0], np.int32) for text in mixture), window)
+            found = pack_rows(_mixture(checkpoint, seed + 1 + 1000 * stage, window), window)
         else:
             found = _turns(corpus, pack_rows, window, seed, stage, need if longest_first else None)
-        return (_joined(row) for row in found) if packing == "join" else found
+        for row in found:
+            pieces = _joined(row) if packing == "join" else row
+            if any(len(piece) > 1 for piece in pieces):  # otherwise nothing in it is predicted
+                yield pieces
 
+    counts = [stage.steps * training.accumulation for stage in training.stages]
+    stages = [(i, stage) for i, stage in enumerate(training.stages) for _ in range(counts[i])]
+    need: dict[int, int] = {}
+    for (_, stage), whole in zip(stages, training.full_length, strict=True):
+        need[stage.window] = need.get(stage.window, 0) + (0 if whole else stage.micro_batch)
+    full = rows(_FULL, training.full_window, training.full_micro_batches * training.full_micro_batch)
+    streams: dict[int, Iterator[Row]] = {}  # lengths that come in turn go on with their own rows
     batches: list[list[Row]] = []
-    with progress_bar("pack", training.steps * training.accumulation, "batches") as advance:
-        for i, stage in enumerate(training.stages):
-            count = stage.steps * training.accumulation
-            need = (count - stage.full_micro_batches) * stage.micro_batch
-            short = rows(i, stage.window, need)
-            full = rows(_FULL + i, training.full_window, stage.full_micro_batches * training.full_micro_batch)
-            for j in range(count):
-                whole = training.is_full(stage, j)
-                n = training.full_micro_batch if whole else stage.micro_batch
-                batches.append(list(itertools.islice(full if whole else short, n)))
-                advance(1)
+    with progress_bar("pack", len(stages), "batches") as advance:
+        for (i, stage), whole in zip(stages, training.full_length, strict=True):
+            short = streams.setdefault(stage.window, rows(i, stage.window, need[stage.window]))
+            taken = (full, training.full_micro_batch) if whole else (short, stage.micro_batch)
+            batches.append(list(itertools.islice(*taken)))
+            advance(1)
     return batches
+
+
+def _mixture(checkpoint: Checkpoint, seed: int, window: int) -> Iterator[np.ndarray]:
+    """Yield documents of the bundled mixture as `TOKEN`, the answers of recall tasks weighed by the window."""
+    import numpy as np
+
+    tokenizer: Any = checkpoint.load_tokenizer()
+    end = [] if tokenizer.eos_token_id is None else [(tokenizer.eos_token_id, 1.0)]
+    weight = max(1.0, window / bundled.TOKENS_PER_WEIGHT)
+    for text in bundled.training_mixture(seed, window):
+        encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+        answers = {at for match in bundled.ANSWER.finditer(text) for at in range(*match.span(1))}
+        weights = [weight if start in answers else 1.0 for start, _ in encoded["offset_mapping"]]
+        yield np.array([*zip(encoded["input_ids"], weights, strict=True), *end], TOKEN)
 
 
 def check_lengths(corpus: Corpus, window: int) -> None:
@@ -202,7 +220,7 @@ class BatchDataset:
 
 
 def padded(rows: Sequence[Row], positions: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return a model's inputs, (B, T) each: ids, labels (-100 where padded), positions and mask.
+    """Return a model's inputs, (B, T) each: ids, labels (-100 where padded), positions, mask, weights of labels.
 
     Where a row has several pieces, the first token of each later one is no label, and the mask is boolean,
     (B, 1, T, T), true where a token sees another: those before it in its own piece. transformers takes that one as it
@@ -214,10 +232,12 @@ def padded(rows: Sequence[Row], positions: Sequence[np.ndarray]) -> dict[str, to
     shape = (len(rows), max(map(len, positions)))
     ids, labels = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
     places, pieces = np.zeros(shape, positions[0].dtype), np.zeros(shape, np.int64)
+    weights = np.zeros(shape, np.float32)
     for i, (row, place) in enumerate(zip(rows, positions, strict=True)):
-        n = len(place)
-        ids[i, :n], places[i, :n] = np.concatenate(row), place
-        labels[i, :n] = ids[i, :n]
+        n, tokens = len(place), np.concatenate(row)
+        weighed = tokens.dtype.names is not None
+        ids[i, :n], weights[i, :n] = (tokens["id"], tokens["weight"]) if weighed else (tokens, 1.0)
+        labels[i, :n], places[i, :n] = ids[i, :n], place
         pieces[i, :n] = np.repeat(np.arange(len(row)) + 1, [len(piece) for piece in row])
         labels[i, np.cumsum([len(piece) for piece in row[:-1]], dtype=np.int64)] = -100
     # The mask is given even when it is all ones: without one, transformers takes a skip in the positions for the
@@ -225,5 +245,5 @@ def padded(rows: Sequence[Row], positions: Sequence[np.ndarray]) -> dict[str, to
     mask = (pieces > 0).astype(np.int64)
     if pieces.max() > 1:
         mask = np.tril(pieces[:, None, :, None] == pieces[:, None, None, :])
-    batch = {"input_ids": ids, "labels": labels, "position_ids": places, "attention_mask": mask}
+    batch = {"input_ids": ids, "labels": labels, "position_ids": places, "attention_mask": mask, "weights": weights}
     return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -143,8 +143,8 @@ def _show_plan(plan: Any) -> str:
         t = plan.training
         rows += [
             *(
-                ("fine-tune", f"{stage.steps} steps of {t.step_tokens(stage)} tokens in sequences of {stage.window}")
-                for stage in t.stages
+                ("fine-tune", f"{steps} steps in sequences of {window} tokens")
+                for window, steps in t.steps_by_window().items()
             ),
             *([("full length", _mix_text(t))] if t.full_window else []),
             ("sequences", f"{t.sequences}: {t.reason}"),
@@ -163,11 +163,10 @@ def _show_plan(plan: Any) -> str:
 
 
 def _mix_text(training: Any) -> str:
-    full = sum(stage.full_micro_batches for stage in training.stages)
-    _, tokens = training.tokens_by_window()[-1]
+    share = training.tokens_by_window()[training.full_window] / training.tokens
     return (
-        f"{full} of {training.steps * training.accumulation} micro-batches are {training.full_micro_batch} x "
-        f"{training.full_window} tokens, {tokens / training.tokens:.1%} of all"
+        f"{training.full_micro_batches} of {training.steps * training.accumulation} micro-batches are "
+        f"{training.full_micro_batch} x {training.full_window} tokens, {share:.1%} of all"
     )
 
 

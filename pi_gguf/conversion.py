@@ -110,7 +110,7 @@ def convert(
         data: text, JSONL or Parquet file, folder of them, or a data set of the Hub as owner/name or owner/name:split;
             the bundled sample when left out. Repeatable.
         train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
-            follow each other: 512x500,2048x200,8192.
+            follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).

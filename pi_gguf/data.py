@@ -1,6 +1,6 @@
 """Text for fine-tuning: documents -> token rows of one window each, and the positions they are trained at.
 
-In: documents as token ids, int32 arrays. Out: rows that `extend` trains on; a row is a list of the pieces of documents
+In: documents as arrays of tokens. Out: rows that `extend` trains on; a row is a list of the pieces of documents
 that it is made of. It knows nothing of the model or of the trainer.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 Row = list[np.ndarray]
-"""Token ids of the pieces of a row, in order. A piece is trained as a sequence of its own."""
+"""The pieces of a row, in order: tokens of a document each. A piece is trained as a sequence of its own."""
 
 
 def pack(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
@@ -21,7 +21,7 @@ def pack(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
     fill with, a row ends short. Pieces are views of the documents: no token is copied.
 
     Args:
-        documents: token ids of each document.
+        documents: tokens of each document.
         window: tokens of a full row.
     """
     row: Row = []
@@ -50,7 +50,7 @@ def pack_alone(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
     """Cut documents into rows of `window` tokens, each of one document; a row of less than half of it is left out.
 
     Args:
-        documents: token ids of each document.
+        documents: tokens of each document.
         window: tokens of a full row.
     """
     for document in documents:

@@ -70,7 +70,7 @@ def extend(
             the bundled sample when left out. Repeatable.
         steps: optimizer steps; 0 applies the scaling without training.
         train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
-            follow each other: 512x500,2048x200,8192.
+            follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
@@ -147,7 +147,7 @@ def extend(
     say(
         f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {method}, "
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
-        f"{', '.join(str(stage.window) for stage in training.stages)} tokens ({training.reason})"
+        f"{', '.join(map(str, training.steps_by_window()))} tokens ({training.reason})"
     )
     trained = train(checkpoint, rope, training, batches, work_dir, seed, device)
     _write_folder(checkpoint, rope, out_dir, record | trained.measured, trained.model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,11 @@ class Stage:
         window: tokens of a sequence.
         steps: optimizer steps.
         micro_batch: sequences computed at once.
-        full_micro_batches: of the stage's micro-batches, those that are of the whole new window instead.
     """
 
     window: int
     steps: int
     micro_batch: int
-    full_micro_batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,7 @@ class TrainingPlan:
         mix: share of the tokens that is asked for in sequences of the whole new window, among shorter ones.
         full_window: tokens of those sequences; 0 without a mix.
         full_micro_batch: of those sequences, how many are computed at once.
+        full_micro_batches: of the run's micro-batches, how many are of those sequences.
     """
 
     steps: int
@@ -97,33 +96,53 @@ class TrainingPlan:
     mix: float = 0.0
     full_window: int = 0
     full_micro_batch: int = 0
+    full_micro_batches: int = 0
 
     @property
     def tokens(self) -> int:
-        return sum(tokens for _, tokens in self.tokens_by_window())
+        return sum(self.tokens_by_window().values())
 
-    def tokens_by_window(self) -> list[tuple[int, int]]:
-        """Return the tokens of the run by the length of their sequences: pairs of window and tokens."""
-        pairs = []
+    def tokens_by_window(self) -> dict[int, int]:
+        """Return the tokens of the run by the length of their sequences."""
+        tokens: dict[int, int] = {}
+        shorts = (stage for stage in self.stages for _ in range(stage.steps * self.accumulation))
+        for stage, whole in zip(shorts, self.full_length, strict=True):
+            window, n = (self.full_window, self.full_micro_batch) if whole else (stage.window, stage.micro_batch)
+            tokens[window] = tokens.get(window, 0) + n * window
+        return tokens
+
+    @cached_property
+    def full_length(self) -> list[bool]:
+        """Whether each micro-batch of the run is of the whole window, by the mix.
+
+        Each time that brings the share of the tokens so far nearer to `mix`; so they are spread evenly over the run.
+        """
+        chosen: list[bool] = []
+        full, tokens, new = 0, 0, self.full_micro_batch * self.full_window
         for stage in self.stages:
-            short = stage.steps * self.accumulation - stage.full_micro_batches
-            pairs.append((stage.window, short * stage.micro_batch * stage.window))
-        full = sum(stage.full_micro_batches for stage in self.stages) * self.full_micro_batch * self.full_window
-        return [*pairs, (self.full_window, full)] if full else pairs
+            short = stage.micro_batch * stage.window
+            for _ in range(stage.steps * self.accumulation):
+                above, below = full + new - self.mix * (tokens + new), full - self.mix * (tokens + short)
+                chosen.append(self.mix > 0 and abs(above) < abs(below))
+                full += new if chosen[-1] else 0
+                tokens += new if chosen[-1] else short
+        return chosen
 
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of the largest micro-batch."""
         return max(self.full_micro_batch * self.full_window, *(s.micro_batch * s.window for s in self.stages))
 
+    def steps_by_window(self) -> dict[int, int]:
+        """Return the steps on sequences of each length, in the order they first come."""
+        steps: dict[int, int] = {}
+        for stage in self.stages:
+            steps[stage.window] = steps.get(stage.window, 0) + stage.steps
+        return steps
+
     def step_tokens(self, stage: Stage) -> int:
         """Return the tokens of one optimizer step in a stage where nothing of the whole window is mixed in."""
         return self.accumulation * stage.micro_batch * stage.window
-
-    def is_full(self, stage: Stage, i: int) -> bool:
-        """Tell whether micro-batch `i` of a stage is of the whole window; those are spread evenly over the stage."""
-        full, total = stage.full_micro_batches, stage.steps * self.accumulation
-        return ((i + 1) * full + total // 2) // total > (i * full + total // 2) // total
 
 
 def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
@@ -131,7 +150,7 @@ def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
 
     Args:
         train_window: tokens, e.g. 2048; or `512x500,2048x200,8192`: 500 steps on 512 tokens, 200 on 2048, the rest on
-            8192.
+            8192; or `512x500,8192+512x200`: the last 200 steps on 8192 and 512 tokens in turn.
         steps: of the whole run.
 
     Returns:
@@ -141,21 +160,26 @@ def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
         OptionError: not of this form, or the steps do not add up.
     """
     text = str(train_window)
-    if not re.fullmatch(r"([0-9]+x[0-9]+,)*[0-9]+(x[0-9]+)?", text):
+    turn = r"[0-9]+(\+[0-9]+)*"
+    if not re.fullmatch(rf"({turn}x[0-9]+,)*{turn}(x[0-9]+)?", text):
         raise OptionError(
             f"train-window must be tokens, or tokens x steps separated by commas, got {train_window!r}",
             "for example 2048, or 512x500,2048x200,8192 (the last takes the steps that are left)",
         )
-    pairs: list[tuple[int, int]] = []
+    counted: list[tuple[list[int], int]] = []
     for part in text.split(","):
-        window, _, count = part.partition("x")
-        pairs.append((int(window), int(count) if count else steps - sum(n for _, n in pairs)))
-    if any(n < 1 for _, n in pairs) or sum(n for _, n in pairs) != steps:
-        counts = " + ".join(str(n) for _, n in pairs)
+        windows, _, count = part.partition("x")
+        left = steps - sum(n for _, n in counted)
+        counted.append(([int(window) for window in windows.split("+")], int(count) if count else left))
+    if any(n < 1 for _, n in counted) or sum(n for _, n in counted) != steps:
+        counts = " + ".join(str(n) for _, n in counted)
         raise OptionError(
             f"train-window {train_window!r} does not divide the {steps} steps: {counts}",
             f"let its steps add up to {steps}, or leave the last one's out",
         )
+    pairs: list[tuple[int, int]] = []
+    for in_turn, n in counted:
+        pairs += [(in_turn[0], n)] if len(in_turn) == 1 else [(in_turn[i % len(in_turn)], 1) for i in range(n)]
     return pairs
 
 
@@ -230,10 +254,9 @@ def plan_training(
     stages = [Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows]
     full_micro_batch = max(1, batch_tokens // accumulation // context) if mix else 0
     if mix:
-        stages = [_mixed(stage, mix, stage.steps * accumulation, full_micro_batch * context) for stage in stages]
         sequences += " and full length"
         reason += f"; {mix:.1%} of the tokens in sequences of {context}"
-    return TrainingPlan(
+    training = TrainingPlan(
         steps=steps,
         stages=stages,
         sequences=sequences,
@@ -247,6 +270,13 @@ def plan_training(
         full_window=context if mix else 0,
         full_micro_batch=full_micro_batch,
     )
+    training = replace(training, full_micro_batches=sum(training.full_length))
+    if mix and not training.full_micro_batches:
+        raise OptionError(
+            f"mix {mix:g} of the run's {training.tokens:,} tokens is not one micro-batch of {context} tokens",
+            "give more --steps or a larger --mix, or leave it out",
+        )
+    return training
 
 
 def _check_mix(windows: list[tuple[int, int]], context: int, factor_warmup: int) -> None:
@@ -260,13 +290,6 @@ def _check_mix(windows: list[tuple[int, int]], context: int, factor_warmup: int)
             f"mix and factor-warmup exclude each other: {context} tokens do not fit the window while the factor grows",
             "leave one of them out",
         )
-
-
-def _mixed(stage: Stage, mix: float, micro_batches: int, full_tokens: int) -> Stage:
-    """Return the stage with as many micro-batches of `full_tokens` that they hold a share `mix` of its tokens."""
-    short_tokens = stage.micro_batch * stage.window
-    full = mix * micro_batches * short_tokens / ((1 - mix) * full_tokens + mix * short_tokens)
-    return replace(stage, full_micro_batches=min(micro_batches, max(1, round(full))))
 
 
 @dataclass(frozen=True)
@@ -318,7 +341,7 @@ def plan(
         quant: type of the output file, e.g. F16, Q8_0 or Q4_K_M.
         steps: optimizer steps of the fine-tune; 0 for none.
         train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
-            follow each other: 512x500,2048x200,8192.
+            follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
         learning_rate: at its peak; by the model's size when left out.
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
@@ -351,7 +374,7 @@ def plan(
             batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
         )  # fmt: skip
         operations = sum(
-            tokens * _train_operations(checkpoint, window) for window, tokens in training.tokens_by_window()
+            tokens * _train_operations(checkpoint, window) for window, tokens in training.tokens_by_window().items()
         )
         seconds = operations / _operations_a_second(device)
         memory = estimate_training_memory(checkpoint, training)

@@ -24,6 +24,7 @@ from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -66,6 +67,10 @@ def train(
                     optimizer or self.optimizer, lambda step: rate_share(step, training)
                 )
             return self.lr_scheduler
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            loss, outputs = weighted_loss(model, inputs)
+            return (loss, outputs) if return_outputs else loss
 
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)  # they come in their order already
@@ -125,6 +130,7 @@ def train(
             train_dataset=BatchDataset(batches, rope, training, seed),
             data_collator=itemgetter(0),
         )
+        trainer.model_accepts_loss_kwargs = False  # a micro-batch's loss is its own mean; the Trainer averages them
         trainer.remove_callback(_printer())
         trainer.add_callback(progress)
         last = get_last_checkpoint(str(work_dir))
@@ -140,6 +146,23 @@ def train(
         "device": device,
     }
     return Trained(trainer.model, measured)
+
+
+def weighted_loss(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+    """Return the mean loss of next-token prediction over a micro-batch, by the weights of its labels, and the outputs.
+
+    Args:
+        inputs: as `padded` makes them; `weights` is (B, T).
+    """
+    import torch
+
+    inputs = dict(inputs)
+    labels, weights = inputs.pop("labels"), inputs.pop("weights")
+    outputs = model(**inputs)
+    logits, wanted = outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    losses = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="none")
+    weights = weights[:, 1:].flatten() * (wanted != -100)
+    return (losses * weights).sum() / weights.sum(), outputs
 
 
 def rate_share(step: int, training: TrainingPlan) -> float:

@@ -311,6 +311,7 @@ def test_no_document_learns_from_another_in_its_row(llama, packing):
     assert batch["attention_mask"].ndim == (4 if packing == "isolate" else 2)
     embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
     labels, ends = batch.pop("labels"), np.cumsum(lengths)
+    del batch["weights"]
     for first, last in zip(ends - lengths, ends, strict=True):
         if last - first == 1:
             continue
@@ -353,11 +354,11 @@ def test_a_document_in_a_row_is_computed_as_if_it_were_alone(family, tmp_path):
     row, positions = isolated_row((20, 25, 10))
     with torch.inference_mode():
         together = padded([row], [positions])
-        del together["labels"]
+        del together["labels"], together["weights"]
         logits = model(**together).logits[0]
         for i, first in enumerate((0, 20, 45)):
             alone = padded([row[i : i + 1]], [positions[first : first + len(row[i])]])
-            del alone["labels"]
+            del alone["labels"], alone["weights"]
             torch.testing.assert_close(
                 logits[first : first + len(row[i])], model(**alone).logits[0], atol=1e-3, rtol=1e-3
             )
@@ -426,35 +427,35 @@ def test_the_longest_documents_come_first(llama):
 
 @pytest.mark.parametrize("mix", [0.1, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("batch_tokens", [64, 256, 4 * 8192])
-@pytest.mark.parametrize("train_window", [None, "32x30,64x50,128"])
+@pytest.mark.parametrize("train_window", [None, "32x30,64x50,128", "64x20,128+32"])
 def test_a_mix_has_its_share_of_the_tokens_spread_evenly(llama, mix, batch_tokens, train_window):
     plan = plan_of(llama, mix=mix, batch_tokens=batch_tokens, train_window=train_window)
     assert plan.sequences == "PoSE and full length" and plan.full_window == 256
-    assert plan.tokens == sum(n for _, n in plan.tokens_by_window())
-    for stage in plan.stages:
-        count = stage.steps * plan.accumulation
-        where = [i for i in range(count) if plan.is_full(stage, i)]
-        assert len(where) == stage.full_micro_batches
-        gaps = np.diff(where)
-        assert not len(gaps) or gaps.max() - gaps.min() <= 1
-        assert abs((where[0] + 1) - (count - where[-1])) <= 1, "as far from the beginning as from the end"
-        full, short = plan.full_micro_batch * 256, stage.micro_batch * stage.window
+    full = plan.full_micro_batch * 256
+    shorts = [stage.micro_batch * stage.window for stage in plan.stages for _ in range(stage.steps * plan.accumulation)]
+    tokens = np.where(plan.full_length, full, shorts)
+    assert plan.tokens == tokens.sum() == sum(plan.tokens_by_window().values())
+    assert plan.tokens_by_window()[256] == full * plan.full_micro_batches == full * sum(plan.full_length)
+    so_far = np.cumsum(np.where(plan.full_length, full, 0)) - mix * np.cumsum(tokens)
+    assert np.abs(so_far).max() <= max(full, *shorts), "never further from the share than one micro-batch"
+    if len(plan.stages) == 1:
+        gaps = np.diff(np.flatnonzero(plan.full_length))
+        assert gaps.max() - gaps.min() <= 1
 
-        def share(n, count=count, full=full, short=short):
-            return n * full / (n * full + (count - n) * short)
 
-        nearer = min(range(count + 1), key=lambda n: abs(share(n) - mix))
-        assert abs(stage.full_micro_batches - nearer) <= 1, "within one micro-batch"
+def test_a_mix_that_rounds_to_nothing_is_refused(llama):
+    with pytest.raises(OptionError, match=r"mix 0\.01 of the run's 64 tokens is not one micro-batch of 256 tokens"):
+        plan_of(llama, mix=0.01, steps=1, batch_tokens=64)
 
 
 def test_a_mix_is_in_the_batches_and_in_the_memory(llama):
     plan = plan_of(llama, steps=8, mix=0.5, batch_tokens=256)
-    assert plan.stages == [Stage(64, 8, 4, full_micro_batches=4)] and plan.tokens == 8 * 256
+    assert plan.stages == [Stage(64, 8, 4)] and plan.full_micro_batches == 4 and plan.tokens == 8 * 256
     corpus = corpus_of(llama, ["the quick brown fox " * 400])
     batches = training_batches(load_checkpoint(str(llama)), plan, corpus, 0, packing="isolate")
     lengths = [[len(row[0]) for row in batch] for batch in batches]
     assert sorted(lengths) == [[64] * 4] * 4 + [[256]] * 4
-    assert [256 in found for found in lengths] == [plan.is_full(plan.stages[0], i) for i in range(8)]
+    assert [256 in found for found in lengths] == plan.full_length
     rope = load_checkpoint(str(llama)).extended(4 * WINDOW)
     for i, batch in enumerate(batches):
         for row, positions in zip(batch, batch_positions(i, batch, rope, plan, 0), strict=True):
@@ -464,6 +465,28 @@ def test_a_mix_is_in_the_batches_and_in_the_memory(llama):
     whole = plan_of(llama, train_window=256, batch_tokens=64)
     memory = [estimate_training_memory(checkpoint, p) for p in (small, large, whole)]
     assert memory[0] < memory[1] == memory[2]
+
+
+def test_the_bundled_mixture_can_be_isolated_and_mixed():
+    tiny = load_checkpoint("bundled:tiny")
+    plan = plan_training(
+        tiny, tiny.extended(4096), steps=8, train_window=512, learning_rate=None, batch_tokens=4096,
+        schedule="constant", factor_warmup=0, device="cpu", mix=0.5,
+    )  # fmt: skip
+    batches = training_batches(tiny, plan, None, 0, packing="isolate")
+    assert [len(batch) == 1 for batch in batches] == plan.full_length
+    assert any(len(row) > 1 for batch in batches for row in batch)
+    heaviest = {max(piece["weight"].max() for row in batch for piece in row) for batch in batches}
+    assert heaviest <= {1.0, 2.0, 16.0} and 16.0 in heaviest, "answers weigh by the length of their sequence"
+
+
+def test_a_row_of_which_nothing_is_predicted_is_left_out(llama):
+    corpus = corpus_of(llama, ["a b c d e f " * 20])
+    corpus = type(corpus)(corpus[0][:65], np.array([0, 65]), "text")  # rows of 64 tokens and of one
+    plan = plan_of(llama, steps=8, batch_tokens=64)
+    for packing in ("isolate", "join"):
+        batches = training_batches(load_checkpoint(str(llama)), plan, corpus, 0, packing=packing)
+        assert [len(batch[0][0]) for batch in batches] == [64] * 8
 
 
 def test_a_step_with_a_mix_is_no_longer_than_it_is_asked_for(llama):
@@ -527,7 +550,7 @@ def test_a_run_with_all_of_it(llama, tmp_path):
     )  # fmt: skip
     record = json.loads((out / "pi_gguf.json").read_text())
     assert (record["mix"], record["packing"], record["longest_first"]) == (0.5, "isolate", True)
-    assert record["stages"] == [{"window": 64, "steps": 4, "micro_batch": 4, "full_micro_batches": 2}]
+    assert record["full_micro_batches"] == 2
     assert np.isfinite(record["loss"]) and not (tmp_path / "out.partial").exists()
     shutil.rmtree(out)
     joined = pi_gguf.extend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from conftest import WINDOW, corpus_of
 from safetensors.torch import load_file
 
 import pi_gguf
-from pi_gguf.batches import batch_positions, training_batches
+from pi_gguf.batches import TOKEN, batch_positions, padded, training_batches
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.data import pack, pose_positions
 from pi_gguf.planning import Stage, plan_training
-from pi_gguf.training import rate_share
+from pi_gguf.training import rate_share, weighted_loss
 
 
 def test_documents_that_fit_are_never_cut_and_no_token_is_lost():
@@ -236,3 +237,51 @@ def test_texts_that_are_used_up_begin_again_in_another_order(llama):
     once = len(set(rows))
     first, second = rows[:once], rows[once : 2 * once]
     assert 3 < once <= 32 and set(first) == set(second) and first != second
+
+
+def test_lengths_come_in_turn(llama):
+    plan = training_plan(llama, steps=9, train_window="32x2,128+128+64x6,64", batch_tokens=256)
+    assert [stage.window for stage in plan.stages for _ in range(stage.steps)] == [32] * 2 + [128, 128, 64] * 2 + [64]
+    assert plan.steps_by_window() == {32: 2, 128: 4, 64: 3}
+    corpus = corpus_of(llama, [next(iter(pi_gguf.bundled.novels("train").values()))[:20_000]])
+    batches = training_batches(load_checkpoint(str(llama)), plan, corpus, seed=0)
+    assert [max(len(row) for (row,) in batch) for batch in batches] == [32] * 2 + [128, 128, 64] * 2 + [64]
+    rows = [tuple(row) for batch in batches[2:] for (row,) in batch if len(row) == 64]
+    assert len(set(rows)) == len(rows), "the short rows go on where their last turn ended"
+    for wrong in ("64+x9", "+64", "64+64x", "64++64x9"):
+        with pytest.raises(pi_gguf.errors.OptionError, match="must be tokens, or tokens x steps"):
+            training_plan(llama, steps=9, train_window=wrong)
+
+
+def test_answers_of_recall_tasks_weigh_by_the_length_of_the_sequence():
+    tiny = load_checkpoint("bundled:tiny")
+    training = plan_training(
+        tiny, tiny.extended(8192), steps=6, train_window="512x3,4096", learning_rate=None, batch_tokens=None,
+        schedule="constant", factor_warmup=0, device="cpu",
+    )  # fmt: skip
+    batches = training_batches(tiny, training, None, seed=0)
+    tokenizer = tiny.load_tokenizer()
+    found = 0
+    for i, batch in enumerate([row for (row,) in batch] for batch in batches):
+        text = "".join(tokenizer.decode(row["id"]) for row in batch)
+        heavy = "".join(tokenizer.decode(row["id"][row["weight"] > 1]) for row in batch)
+        asked = re.findall(r"\? The \w+ key is( \d{5})\.", text)
+        assert set(np.concatenate(batch)["weight"]) <= {1.0, 2.0 if i < 3 else 16.0}
+        assert set(asked) <= set(re.findall(r" \d{5}", heavy))
+        assert len(heavy) <= 6 * (len(asked) + 2 * len(batch)), "an answer may be cut by the end of its row, no more"
+        found += len(asked)
+    assert found > 20
+
+
+def test_the_loss_is_the_mean_by_weights(llama):
+    model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
+    rows = [np.array([(i, 1.0 + i % 3) for i in range(5, 25)], TOKEN), np.array([(9, 7.0), (8, 2.0)], TOKEN)]
+    batch = padded([[row] for row in rows], [np.arange(20), np.arange(2)])
+    loss, outputs = weighted_loss(model, batch)
+    logprobs = torch.log_softmax(outputs.logits, -1)
+    told = [(row["weight"][t + 1], -logprobs[i, t, row["id"][t + 1]].item())
+            for i, row in enumerate(rows) for t in range(len(row) - 1)]  # fmt: skip
+    assert loss.item() == pytest.approx(sum(w * nll for w, nll in told) / sum(w for w, _ in told))
+    alike = padded([[np.arange(5, 25)]], [np.arange(20)])
+    theirs = model(**{name: tensor for name, tensor in alike.items() if name != "weights"}).loss
+    assert weighted_loss(model, alike)[0].item() == pytest.approx(theirs.item(), rel=1e-6)

@@ -8,6 +8,7 @@ mixture of the bundled model: passages of the novels and recall tasks (see `trai
 from __future__ import annotations
 
 import random
+import re
 import tarfile
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,15 @@ NOVELS_PATH = Path(__file__).parent / "novels.tar.xz"
 
 CHARACTERS_PER_TOKEN = 2.7
 """What the tiny model's tokenizer needs for these texts, rounded down so that a document fits its window."""
+
+MOST_KEYS = 4
+"""Keys with names in one recall task, at most; a model of this size cannot keep more apart."""
+
+ANSWER = re.compile(r"key\? The (?:pass|\w+) key is( [0-9]{5})\.")
+"""A question with its answer, the group, as recall tasks ask it."""
+
+TOKENS_PER_WEIGHT = 256
+"""Answers weigh a sequence's tokens by this in the loss: as few are asked for in 8192 tokens as in 512."""
 
 RECALL_SHARE = 0.5
 """Share of the mixture's documents that are recall tasks; the prose inside them counts as recall too."""
@@ -107,7 +117,7 @@ def _recall_document(rng: random.Random, texts: list[str], characters: int, far:
         facts = [key_sentence(key)]
         questions = [f"{QUESTION} {key}.\n"]
     else:
-        things = rng.sample(THINGS, rng.randint(2, min(12, characters // 200)))
+        things = rng.sample(THINGS, rng.randint(2, min(MOST_KEYS, characters // 200)))
         keys = {thing: draw_key(rng, for_evaluation=False) for thing in things}
         facts = [f"The {thing} key is {key}. Remember it. {key} is the {thing} key.\n" for thing, key in keys.items()]
         questions = [f"What is the {thing} key? The {thing} key is {key}.\n" for thing, key in keys.items()]

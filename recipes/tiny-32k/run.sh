@@ -3,7 +3,7 @@
 # About an hour on 2 cores; minutes on a GPU (add --device cuda; not run on one so far).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-.venv/bin/pi-gguf demo --out out/tiny-32k --steps 1200 --train-window 256x300,512x500,2048x300,8192 --factor-warmup 300 \
+.venv/bin/pi-gguf demo --out out/tiny-32k --steps 1050 --train-window 512x800,8192+8192+512x210,16384+512 --factor-warmup 400 \
     --documents 2 --distances 4 --keys 3 "$@"
 cp out/tiny-32k/{results.json,table.md,perplexity.png,passkey.png} recipes/tiny-32k/
 .venv/bin/python tools/write_tables.py
