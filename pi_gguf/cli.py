@@ -22,7 +22,7 @@ from pi_gguf.errors import PiGgufError
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
-_REPEATABLE = {"data": "PATH", "text": "PATH", "tensor_type": "PATTERN=TYPE", "lora": "ADAPTER", "set": "KEY=VALUE"}
+_REPEATABLE = {"data": "SOURCE", "text": "PATH", "tensor_type": "PATTERN=TYPE", "lora": "ADAPTER", "set": "KEY=VALUE"}
 """What one value of an option that may be repeated is."""
 
 
@@ -146,6 +146,7 @@ def _show_plan(plan: Any) -> str:
                 ("fine-tune", f"{steps} steps in sequences of {window} tokens")
                 for window, steps in t.steps_by_window().items()
             ),
+            *([("full length", _mix_text(t))] if t.full_window else []),
             ("sequences", f"{t.sequences}: {t.reason}"),
             ("tokens", f"{t.tokens / 1e6:,.1f} M"),
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
@@ -159,6 +160,14 @@ def _show_plan(plan: Any) -> str:
         *((f"KV cache at {plan.context}, {name}", human_bytes(n)) for name, n in plan.kv_cache_bytes.items()),
     ]
     return text_table("", (), rows, numbers=False)
+
+
+def _mix_text(training: Any) -> str:
+    share = training.tokens_by_window()[training.full_window] / training.tokens
+    return (
+        f"{training.full_micro_batches} of {training.steps * training.accumulation} micro-batches are "
+        f"{training.full_micro_batch} x {training.full_window} tokens, {share:.1%} of all"
+    )
 
 
 def human_seconds(seconds: float) -> str:

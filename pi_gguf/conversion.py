@@ -75,6 +75,9 @@ def convert(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
+    mix: float = 0.0,
+    packing: str | None = None,
+    longest_first: bool = False,
     check: str = "quick",
     seed: int = 0,
     device: str = "auto",
@@ -104,13 +107,19 @@ def convert(
         method: linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.
         quant: any type llama.cpp has, e.g. F16, Q8_0 or Q4_K_M; quantized in one pass, with no file in between.
         steps: optimizer steps; 0 applies the scaling without training.
-        data: text file or folder of them to train on; the bundled sample when left out. Repeatable.
+        data: text, JSONL or Parquet file, folder of them, or a data set of the Hub as owner/name or owner/name:split;
+            the bundled sample when left out. Repeatable.
         train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
             follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
         learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
+        mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
+            train-window with PoSE; 0 for none.
+        packing: isolate (documents that share a row do not see each other) or join (a row is one sequence); when left
+            out, isolate, but join for the bundled model's own training mixture.
+        longest_first: fill rows with the longest documents first, and train on those alone if there are enough.
         check: quick reads a prompt longer than the original window, full the whole new window; none.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda; for the fine-tune.
@@ -155,7 +164,8 @@ def convert(
     if dry_run and fine_tune:
         planned = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=torch_device(device),
+            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, mix=mix,
+            device=torch_device(device),
         )  # fmt: skip
         trained = {"source": checkpoint.source, "steps": steps, "tokens": planned.tokens}
 
@@ -205,7 +215,7 @@ def convert(
         extend(
             model, hf_dir, context=context, method=method, data=data, steps=steps, train_window=train_window,
             learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup,
-            seed=seed, device=device, overwrite=overwrite,
+            mix=mix, packing=packing, longest_first=longest_first, seed=seed, device=device, overwrite=overwrite,
         )  # fmt: skip
         checkpoint = load_checkpoint(str(hf_dir))
         plans = plans_of(checkpoint, checkpoint.provenance)

@@ -1,55 +1,87 @@
 """Text for fine-tuning: documents -> token rows of one window each, and the positions they are trained at.
 
-In: documents as token ids. Out: rows that `extend` trains on. It knows nothing of the model or of the trainer.
+In: documents as arrays of tokens. Out: rows that `extend` trains on; a row is a list of the pieces of documents
+that it is made of. It knows nothing of the model or of the trainer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import numpy as np
 
-Token = TypeVar("Token")
+Row = list[np.ndarray]
+"""The pieces of a row, in order: tokens of a document each. A piece is trained as a sequence of its own."""
 
 
-def pack(documents: Iterable[list[Token]], window: int) -> Iterator[list[Token]]:
+def pack(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
     """Pack documents into rows of `window` tokens.
 
     A document that fits a row is never cut; longer ones fill what the others leave free. When there is nothing to
-    fill with, a row ends short.
+    fill with, a row ends short. Pieces are views of the documents: no token is copied.
 
     Args:
         documents: tokens of each document.
         window: tokens of a full row.
     """
-    row: list[Token] = []
-    rest: list[Token] = []
+    row: Row = []
+    rest: Row = []
     for document in documents:
         if len(document) > window:
-            rest += document
-            full = max(0, len(rest) // window - 1)  # what stays fills the rows of shorter documents
-            for start in range(0, full * window, window):
-                yield rest[start : start + window]
-            rest = rest[full * window :]
-        elif len(row) + len(document) <= window:
-            row = row + document
+            rest.append(document)
+            full = max(0, _size(rest) // window - 1)  # what stays fills the rows of shorter documents
+            for _ in range(full):
+                taken, rest = _take(rest, window)
+                yield taken
+        elif _size(row) + len(document) <= window:
+            row.append(document)
         else:
-            free = window - len(row)
-            yield row + rest[:free]
-            rest, row = rest[free:], document
-    for left in (row, rest):
-        for start in range(0, len(left), window):
-            yield left[start : start + window]
+            filler, rest = _take(rest, window - _size(row))
+            yield row + filler
+            row = [document]
+    if row:
+        yield row
+    while rest:
+        taken, rest = _take(rest, window)
+        yield taken
+
+
+def pack_alone(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
+    """Cut documents into rows of `window` tokens, each of one document; a row of less than half of it is left out.
+
+    Args:
+        documents: tokens of each document.
+        window: tokens of a full row.
+    """
+    for document in documents:
+        for start in range(0, len(document), window):
+            piece = document[start : start + window]
+            if 2 * len(piece) >= window:
+                yield [piece]
+
+
+def _size(row: Row) -> int:
+    return sum(map(len, row))
+
+
+def _take(pieces: Row, n: int) -> tuple[Row, Row]:
+    """Split pieces after their first `n` tokens."""
+    taken: Row = []
+    for i, piece in enumerate(pieces):
+        if n < len(piece):
+            return taken + ([piece[:n]] if n else []), [piece[n:], *pieces[i + 1 :]]
+        taken.append(piece)
+        n -= len(piece)
+    return taken, []
 
 
 def pose_positions(window: int, context: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the positions of one row under PoSE: two chunks, the second moved on by a random skip.
+    """Draw the positions of one sequence under PoSE: two chunks, the second moved on by a random skip.
 
-    Over many draws every distance up to `context` occurs. A row as long as the context gets 0, 1, 2, ...
+    Over many draws every distance up to `context` occurs. A sequence as long as the context gets 0, 1, 2, ...
 
     Args:
-        window: tokens in the row.
+        window: tokens in the sequence.
         context: the window to train for, in tokens; at least `window`.
         rng: source of randomness.
 
@@ -62,3 +94,20 @@ def pose_positions(window: int, context: int, rng: np.random.Generator) -> np.nd
     split = int(rng.integers(1, window)) if window > 1 else 0
     positions[split:] += int(rng.integers(0, context - window + 1))
     return positions
+
+
+def describe_lengths(lengths: Iterable[int], window: int) -> str:
+    """Return how many documents and tokens there are at each length, in powers of two up to the window.
+
+    Example:
+        <=512: 3 documents, 1,201 tokens; <=1024: 1 document, 800 tokens
+    """
+    classes: dict[int, list[int]] = {}
+    for length in lengths:
+        power = 1 << max(0, int(length) - 1).bit_length()
+        classes.setdefault(min(power, window) if length <= window else window + 1, []).append(int(length))
+    return "; ".join(
+        f"{f'<={bound}' if bound <= window else f'>{window}'}: {len(found):,} document{'s' if len(found) > 1 else ''}, "
+        f"{sum(found):,} tokens"
+        for bound, found in sorted(classes.items())
+    )

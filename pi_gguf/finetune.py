@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
-from pi_gguf.batches import training_batches
+from pi_gguf.batches import PACKINGS, training_batches
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, read_json
-from pi_gguf.errors import CheckpointError, OptionError, ResourceError, UnsupportedError
+from pi_gguf.corpus import CACHE_PREFIX, load_corpus
+from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError, UnsupportedError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json
 from pi_gguf.planning import (
     plan_training,
     training_disk_bytes,
 )
 from pi_gguf.progress import say
-from pi_gguf.provenance import library_versions, package_version, sha256
+from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
-from pi_gguf.texts import read_texts
+from pi_gguf.texts import Texts, held_texts, open_texts
 from pi_gguf.training import train
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def extend(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
+    mix: float = 0.0,
+    packing: str | None = None,
+    longest_first: bool = False,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -62,7 +66,8 @@ def extend(
         out_dir: folder to write.
         context: new window, in tokens, e.g. 32768.
         method: linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.
-        data: text file or folder of them; the bundled sample when left out. Repeatable.
+        data: text, JSONL or Parquet file, folder of them, or a data set of the Hub as owner/name or owner/name:split;
+            the bundled sample when left out. Repeatable.
         steps: optimizer steps; 0 applies the scaling without training.
         train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
             follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
@@ -70,6 +75,11 @@ def extend(
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
+        mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
+            train-window with PoSE; 0 for none.
+        packing: isolate (documents that share a row do not see each other) or join (a row is one sequence); when left
+            out, isolate, but join for the bundled model's own training mixture.
+        longest_first: fill rows with the longest documents first, and train on those alone if there are enough.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
         overwrite: replace another run that is there; a run of the same settings is used or gone on with.
@@ -85,6 +95,8 @@ def extend(
     out_dir = Path(out_dir)
     checkpoint = load_checkpoint(model)
     rope = checkpoint.extended(context, method)
+    if packing is not None and packing not in PACKINGS:
+        raise OptionError(f"packing must be {' or '.join(PACKINGS)}, got {packing}")
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
     device = torch_device(device)
@@ -108,18 +120,30 @@ def extend(
         return out_dir
     training = plan_training(
         checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-        batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
+        batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
     )  # fmt: skip
-    documents = _documents(checkpoint, data)
-    record |= {"tokens": training.tokens, **asdict(training), **_text_record(documents)}
+    texts = _texts(checkpoint, data)
+    if texts is None and longest_first:
+        raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
+    packing = packing or ("join" if texts is None else "isolate")
+    record |= {"tokens": training.tokens, **asdict(training), **_text_record(texts)}
+    record |= {"packing": packing, "longest_first": longest_first}
     if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
     check_writable(out_dir, overwrite, folder=True)
     check_free_disk(out_dir.parent, training_disk_bytes(checkpoint))
-    batches = training_batches(checkpoint, training, documents, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
     _begin_or_resume(work_dir, record, overwrite)
+    try:
+        corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir)
+        batches = training_batches(
+            checkpoint, training, corpus, seed, packing=packing, longest_first=longest_first
+        )  # fmt: skip
+    except PiGgufError:
+        if not any(work_dir.glob("checkpoint-*")):
+            remove(work_dir)
+        raise
     say(
         f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {method}, "
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
@@ -131,23 +155,22 @@ def extend(
     return out_dir
 
 
-def _documents(checkpoint: Checkpoint, data: Sequence[str]) -> dict[str, str] | None:
-    """Return the texts to train on by name; None for the bundled model's own mixture, which has no end."""
+def _texts(checkpoint: Checkpoint, data: Sequence[str]) -> Texts | None:
+    """Return the texts to train on; None for the bundled model's own mixture, which has no end."""
     if data:
-        return read_texts(data)
+        return open_texts(data)
     if checkpoint.source == bundled.TINY:
         say("no --data: the bundled sample is used, in the bundled model's own training mixture")
         return None
     documents = bundled.novels("train")
     say(f"no --data: the {len(documents)} training novels of the bundled sample are used")
-    return documents
+    return held_texts(documents)
 
 
-def _text_record(documents: dict[str, str] | None) -> dict[str, Any]:
-    if documents is None:
+def _text_record(texts: Texts | None) -> dict[str, Any]:
+    if texts is None:
         return {"data": "bundled mixture"}
-    names = sorted(documents)
-    return {"data": [Path(name).name for name in names], "data_sha256": sha256([documents[name] for name in names])}
+    return {"data": texts.labels, "data_sha256": texts.sha256}
 
 
 def _difference(before: dict[str, Any], record: dict[str, Any]) -> str:
@@ -171,8 +194,10 @@ def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) ->
             "repeat the first command to go on with it, or start anew with --overwrite",
         )
     if key:
-        remove(work_dir)
-        work_dir.mkdir(parents=True)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        for old in list(work_dir.iterdir()):
+            if not old.name.startswith(CACHE_PREFIX):  # its name says which texts and tokenizer it is of
+                remove(old)
         write_json(path, record)
     for checkpoint_dir in work_dir.glob("checkpoint-*"):
         try:

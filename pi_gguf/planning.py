@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,17 @@ class TrainingPlan:
     Args:
         steps: optimizer steps.
         stages: lengths of the training sequences, one after the other.
-        sequences: `full length`, or `PoSE` where positions skip.
+        sequences: `full length`, `PoSE` where positions skip, or `PoSE and full length` where both are mixed.
         reason: why these.
         accumulation: micro-batches of one optimizer step.
         learning_rate: at its peak.
         warmup_steps: linear, from a tenth of the peak.
         schedule: `constant` (the paper's) or `decay` (linear to a tenth of the peak over the last third).
         factor_warmup_steps: steps over which the factor grows from 1; 0 (the paper's) starts with the whole.
+        mix: share of the tokens that is asked for in sequences of the whole new window, among shorter ones.
+        full_window: tokens of those sequences; 0 without a mix.
+        full_micro_batch: of those sequences, how many are computed at once.
+        full_micro_batches: of the run's micro-batches, how many are of those sequences.
     """
 
     steps: int
@@ -89,10 +93,45 @@ class TrainingPlan:
     warmup_steps: int
     schedule: str
     factor_warmup_steps: int
+    mix: float = 0.0
+    full_window: int = 0
+    full_micro_batch: int = 0
+    full_micro_batches: int = 0
 
     @property
     def tokens(self) -> int:
-        return sum(stage.steps * self.step_tokens(stage) for stage in self.stages)
+        return sum(self.tokens_by_window().values())
+
+    def tokens_by_window(self) -> dict[int, int]:
+        """Return the tokens of the run by the length of their sequences."""
+        tokens: dict[int, int] = {}
+        shorts = (stage for stage in self.stages for _ in range(stage.steps * self.accumulation))
+        for stage, whole in zip(shorts, self.full_length, strict=True):
+            window, n = (self.full_window, self.full_micro_batch) if whole else (stage.window, stage.micro_batch)
+            tokens[window] = tokens.get(window, 0) + n * window
+        return tokens
+
+    @cached_property
+    def full_length(self) -> list[bool]:
+        """Whether each micro-batch of the run is of the whole window, by the mix.
+
+        Each time that brings the share of the tokens so far nearer to `mix`; so they are spread evenly over the run.
+        """
+        chosen: list[bool] = []
+        full, tokens, new = 0, 0, self.full_micro_batch * self.full_window
+        for stage in self.stages:
+            short = stage.micro_batch * stage.window
+            for _ in range(stage.steps * self.accumulation):
+                above, below = full + new - self.mix * (tokens + new), full - self.mix * (tokens + short)
+                chosen.append(self.mix > 0 and abs(above) < abs(below))
+                full += new if chosen[-1] else 0
+                tokens += new if chosen[-1] else short
+        return chosen
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return max(self.full_micro_batch * self.full_window, *(s.micro_batch * s.window for s in self.stages))
 
     def steps_by_window(self) -> dict[int, int]:
         """Return the steps on sequences of each length, in the order they first come."""
@@ -102,7 +141,7 @@ class TrainingPlan:
         return steps
 
     def step_tokens(self, stage: Stage) -> int:
-        """Return the tokens of one optimizer step in a stage."""
+        """Return the tokens of one optimizer step in a stage where nothing of the whole window is mixed in."""
         return self.accumulation * stage.micro_batch * stage.window
 
 
@@ -155,6 +194,7 @@ def plan_training(
     schedule: str,
     factor_warmup: int,
     device: str,
+    mix: float = 0.0,
 ) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
 
@@ -170,10 +210,17 @@ def plan_training(
         raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
     if batch_tokens is not None and batch_tokens < 1:
         raise OptionError(f"batch-tokens must be at least 1, got {batch_tokens}")
+    if not 0 <= mix < 1:
+        raise OptionError(
+            f"mix must be from 0 to below 1, got {mix}",
+            f"--train-window {context} without --mix trains on sequences of the whole window only",
+        )
     reason = "as given by --train-window"
     if train_window is None:
         whole = _memory(checkpoint, context, recompute=True)
-        if device != "cuda":
+        if mix:
+            train_window, reason = original, f"the shorter sequences of --mix stay at the original {original} tokens"
+        elif device != "cuda":
             train_window, reason = original, f"without a GPU sequences stay at the original {original} tokens"
         elif whole < 0.8 * free_memory(device):
             train_window, reason = context, "sequences of the whole new window fit the GPU"
@@ -195,15 +242,23 @@ def plan_training(
                 f"begin with --train-window {original}x{factor_warmup}, or leave --factor-warmup out",
             )
         begun += count
+    if mix:
+        _check_mix(windows, context, factor_warmup)
     sequences = "PoSE" if any(window < context for window, _ in windows) else "full length"
     if sequences == "PoSE":
         reason += f"; positions skip so that distances up to {context} are seen"
     recipe = default_recipe(checkpoint.n_parameters())
     batch_tokens = batch_tokens or recipe.batch_tokens
-    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, *(window for window, _ in windows)))
-    return TrainingPlan(
+    longest = max(context if mix else 0, *(window for window, _ in windows))
+    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, longest))
+    stages = [Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows]
+    full_micro_batch = max(1, batch_tokens // accumulation // context) if mix else 0
+    if mix:
+        sequences += " and full length"
+        reason += f"; {mix:.1%} of the tokens in sequences of {context}"
+    training = TrainingPlan(
         steps=steps,
-        stages=[Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows],
+        stages=stages,
         sequences=sequences,
         reason=reason,
         accumulation=accumulation,
@@ -211,7 +266,30 @@ def plan_training(
         warmup_steps=min(20, steps),
         schedule=schedule,
         factor_warmup_steps=factor_warmup,
+        mix=mix,
+        full_window=context if mix else 0,
+        full_micro_batch=full_micro_batch,
     )
+    training = replace(training, full_micro_batches=sum(training.full_length))
+    if mix and not training.full_micro_batches:
+        raise OptionError(
+            f"mix {mix:g} of the run's {training.tokens:,} tokens is not one micro-batch of {context} tokens",
+            "give more --steps or a larger --mix, or leave it out",
+        )
+    return training
+
+
+def _check_mix(windows: list[tuple[int, int]], context: int, factor_warmup: int) -> None:
+    if any(window >= context for window, _ in windows):
+        raise OptionError(
+            f"mix needs training sequences shorter than the context of {context}, got a train-window of {context}",
+            "give a shorter --train-window, or leave --mix out",
+        )
+    if factor_warmup:
+        raise OptionError(
+            f"mix and factor-warmup exclude each other: {context} tokens do not fit the window while the factor grows",
+            "leave one of them out",
+        )
 
 
 @dataclass(frozen=True)
@@ -250,6 +328,7 @@ def plan(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
+    mix: float = 0.0,
     seed: int = 0,
     device: str = "auto",
 ) -> Plan:
@@ -267,6 +346,8 @@ def plan(
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
+        mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
+            train-window with PoSE; 0 for none.
         seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -290,11 +371,10 @@ def plan(
     if context is not None and steps:
         training = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
+            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
         )  # fmt: skip
         operations = sum(
-            stage.steps * training.step_tokens(stage) * _train_operations(checkpoint, stage.window)
-            for stage in training.stages
+            tokens * _train_operations(checkpoint, window) for window, tokens in training.tokens_by_window().items()
         )
         seconds = operations / _operations_a_second(device)
         memory = estimate_training_memory(checkpoint, training)
@@ -341,8 +421,7 @@ def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, 
     Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
     attention matrix, which flash attention never stores.
     """
-    tokens = max(stage.micro_batch * stage.window for stage in training.stages)
-    return _memory(checkpoint, tokens, recompute=recompute)
+    return _memory(checkpoint, training.micro_batch_tokens, recompute=recompute)
 
 
 def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool) -> int:

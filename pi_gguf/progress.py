@@ -12,12 +12,12 @@ Advance = Callable[..., None]
 
 
 @contextmanager
-def progress_bar(title: str, total: float, unit: str) -> Iterator[Advance]:
+def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     """Show a bar for work of `total` units, with rate and time left.
 
     Args:
         title: what is being done.
-        total: amount of work.
+        total: amount of work; None where it is not known.
         unit: `bytes`, or the plural of what is counted.
     """
     from rich.console import Console

@@ -1,13 +1,30 @@
-"""The door to the user's texts: files or folders of them -> documents by name."""
+"""The door to the user's texts: files, folders of them or a data set of the Hub -> documents.
+
+`read_texts` holds all of them, for evaluations. `open_texts` streams them, for training. Nothing that comes with a
+data set is run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pi_gguf.errors import TextError
+from pi_gguf.progress import progress_bar
+from pi_gguf.provenance import sha256
 
 SUFFIXES = (".txt", ".md")
+TABLES = (".jsonl", ".parquet")
+"""Files of many documents, each in a field `text`."""
+
+FIELD = "text"
+
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")
 
 
 def read_texts(paths: Sequence[str]) -> dict[str, str]:
@@ -16,25 +33,213 @@ def read_texts(paths: Sequence[str]) -> dict[str, str]:
     Raises:
         TextError: a file is missing, empty or no UTF-8, or a folder has no text files.
     """
-    files: list[Path] = []
-    for name in paths:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
-            if not inside:
-                raise TextError(f"{path}: no {' or '.join(SUFFIXES)} files in this folder")
-            files += inside
-        elif path.is_file():
-            files.append(path)
+    return {str(path): _read_text(path) for name in paths for path in _find_files(name, SUFFIXES)}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents that are read when they are asked for, never all at once.
+
+    Args:
+        names: of the files or data sets, as messages give them.
+        labels: the same, as a record gives them: without folders.
+        sha256: hash of what is in them.
+        read: begins to read; yields the text of one document after another.
+        count: documents, where it is known before they are read.
+    """
+
+    names: list[str]
+    labels: list[str]
+    sha256: str
+    read: Callable[[], Iterator[str]]
+    count: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What messages call them."""
+        return f"{self.names[0]}{' and others' if len(self.names) > 1 else ''}"
+
+
+def held_texts(documents: dict[str, str]) -> Texts:
+    """Return documents that are in memory already, in the order of their names."""
+    names = sorted(documents)
+    bodies = [documents[name] for name in names]
+    return Texts(names, names, sha256(bodies), lambda: iter(bodies), len(names))
+
+
+def open_texts(sources: Sequence[str]) -> Texts:
+    """Find texts to train on, and hash what is in them; reads no document yet.
+
+    Args:
+        sources: text files (a document each), JSONL and Parquet files (a document a row, in its field `text`), folders
+            of them, or data sets of the Hub as owner/name or owner/name:split (split train when left out).
+
+    Raises:
+        TextError: a file is missing, a folder has no such files, or a data set cannot be opened. While reading: a text
+            is empty or no UTF-8, a row has no text, a file is broken.
+    """
+    files: set[Path] = set()
+    on_hub: set[str] = set()
+    for source in sources:
+        local = Path(source).expanduser()
+        if not local.exists() and _HUB_NAME.fullmatch(source) and local.suffix not in SUFFIXES + TABLES:
+            on_hub.add(source)
         else:
-            raise TextError(f"{path}: no such file or folder")
-    documents = {}
-    for path in files:
+            files.update(_find_files(source, SUFFIXES + TABLES))
+    paths = sorted(files, key=str)
+    revisions = {name: _hub_revision(name) for name in sorted(on_hub)}
+    digest = hashlib.sha256()
+    with progress_bar("read", sum(path.stat().st_size for path in paths), "bytes") as advance:
+        for path in paths:
+            kind = path.suffix if path.suffix in TABLES else "text"
+            digest.update(f"{kind} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    advance(len(block))
+    for name, revision in revisions.items():
+        digest.update(f"hub {name} {revision}\n".encode())
+
+    def read() -> Iterator[str]:
+        for path in paths:
+            yield from _file_documents(path)
+        for name, revision in revisions.items():
+            yield from hub_documents(name, revision)
+
+    only_texts = not revisions and all(path.suffix not in TABLES for path in paths)
+    return Texts(
+        names=[*map(str, paths), *revisions],
+        labels=[*(path.name for path in paths), *revisions],
+        sha256=digest.hexdigest(),
+        read=read,
+        count=len(paths) if only_texts else None,
+    )
+
+
+def _find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return a file, or all files in a folder that end in one of `suffixes`, sorted."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.suffix in suffixes)
+        if not inside:
+            raise TextError(f"{path}: no {' or '.join(suffixes)} files in this folder")
+        return inside
+    if not path.is_file():
+        raise TextError(f"{path}: no such file or folder")
+    return [path]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        body = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: not UTF-8 at byte {error.start}", "convert it with iconv -t UTF-8") from error
+    if not body.strip():
+        raise TextError(f"{path}: the text is empty")
+    return body
+
+
+def _file_documents(path: Path) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        return _jsonl_documents(path)
+    if path.suffix == ".parquet":
+        return _parquet_documents(path)
+    return iter([_read_text(path)])
+
+
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    """Yield the text of each line that has one."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise TextError(f"{where}: not UTF-8", "convert it with iconv -t UTF-8") from error
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise TextError(f"{where}: no JSON ({error})", "one object a line, as JSONL has it") from error
+            if not isinstance(row, dict):
+                raise TextError(f"{where}: must be an object with a field {FIELD}, got {type(row).__name__}")
+            yield from _documents([row], where)
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    """Yield the text of each row that has one; a few rows are in memory at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if FIELD not in schema.names:
+                strings = [field.name for field in schema if str(field.type).endswith("string")]
+                raise _no_field(str(path), schema.names, strings)
+            for batch in file.iter_batches(batch_size=64, columns=[FIELD]):
+                yield from _documents(batch.to_pylist(), str(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise TextError(f"{path}: no readable Parquet ({_one_line(error)})", "write or download it again") from error
+
+
+def hub_documents(name: str, revision: str | None) -> Iterator[str]:
+    """Stream the documents of a data set.
+
+    Args:
+        name: owner/name, or a folder that is laid out as a data set; with :split where it is not train.
+        revision: commit of the data set; None for a folder.
+    """
+    import datasets
+
+    repository, _, split = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, split=split or "train", streaming=True, revision=revision)
+        for row in rows:
+            yield from _documents([row], name)
+    except TextError:
+        raise
+    except Exception as error:  # datasets raises many kinds: names, splits, configurations, files, the network
+        raise TextError(f"{name}: the data set cannot be read ({_one_line(error)})", "check name and split") from error
+
+
+def _hub_revision(name: str) -> str:
+    """Return the commit of a data set of the Hub, so that all of a run reads the same."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name.partition(":")[0]).sha)
+    except Exception as error:  # offline, unknown, private: each a kind of its own
+        raise TextError(
+            f"{name}: no such file or folder, and no data set of the Hub that can be opened ({_one_line(error)})",
+            "check the name; a data set of the Hub needs the network, a file or folder does not",
+        ) from error
+
+
+def _documents(rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
+    """Yield the text of rows; those whose text is null or blank are left out."""
+    for row in rows:
+        if FIELD not in row:
+            raise _no_field(where, list(row), [key for key, value in row.items() if isinstance(value, str)])
+        text = row[FIELD]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise TextError(f"{where}: {FIELD} must be a string, got {type(text).__name__}")
         try:
-            body = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise TextError(f"{path}: not UTF-8 at byte {error.start}", "convert it with iconv -t UTF-8") from error
-        if not body.strip():
-            raise TextError(f"{path}: the text is empty")
-        documents[str(path)] = body
-    return documents
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise TextError(f"{where}: {FIELD} is no valid Unicode ({error.reason})") from error
+        if text.strip():
+            yield text
+
+
+def _no_field(where: str, names: Sequence[str], strings: Sequence[str]) -> TextError:
+    listed = ", ".join(map(str, names)) or "none"
+    hint = f"rename {strings[0]} to {FIELD}" if len(strings) == 1 else f"put the documents into a field {FIELD}"
+    return TextError(f"{where}: must have a field {FIELD}, its fields are: {listed}", hint)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

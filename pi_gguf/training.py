@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.batches import BatchDataset
 from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.data import Row
 from pi_gguf.errors import PiGgufError, ResourceError
 from pi_gguf.files import human_bytes
 from pi_gguf.planning import TrainingPlan, estimate_training_memory, fast_bf16, free_memory
@@ -23,7 +24,6 @@ from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from transformers import PreTrainedModel
 
@@ -40,7 +40,7 @@ def train(
     checkpoint: Checkpoint,
     rope: RopeScaling,
     training: TrainingPlan,
-    batches: list[list[np.ndarray]],
+    batches: list[list[Row]],
     work_dir: Path,
     seed: int,
     device: str,

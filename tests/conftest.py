@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,18 @@ def make_llama(path: Path, *, max_shard_size: str = "1GB", dtype: str = "float32
     model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=max_shard_size)
     make_tokenizer(path)
     return path
+
+
+def corpus_of(model: Path, texts: Iterable[str]) -> Any:
+    """Tokenize texts with a model's tokenizer, in memory."""
+    import numpy as np
+
+    from pi_gguf.checkpoint import load_checkpoint
+    from pi_gguf.corpus import Corpus, encoder
+
+    documents = encoder(load_checkpoint(str(model)))(list(texts))
+    offsets = np.cumsum([0, *map(len, documents)])
+    return Corpus(np.concatenate(documents).astype(np.int32), offsets, "texts")
 
 
 def tensors(path: Path) -> dict[str, tuple[str, bytes]]:

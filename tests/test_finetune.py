@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import WINDOW
+from conftest import WINDOW, corpus_of
 from safetensors.torch import load_file
 
 import pi_gguf
@@ -26,8 +26,8 @@ from pi_gguf.training import rate_share, weighted_loss
 
 def test_documents_that_fit_are_never_cut_and_no_token_is_lost():
     rng = np.random.default_rng(0)
-    documents = [[i] * int(n) for i, n in enumerate(rng.integers(1, 30, 200))]
-    rows = list(pack(documents, 20))
+    documents = [np.full(int(n), i) for i, n in enumerate(rng.integers(1, 30, 200))]
+    rows = [np.concatenate(row).tolist() for row in pack(documents, 20)]
     assert sorted(t for row in rows for t in row) == sorted(t for d in documents for t in d)
     assert max(map(len, rows)) == 20
     for i, document in enumerate(documents):
@@ -103,8 +103,8 @@ def test_sequences_of_several_lengths_share_the_steps(llama):
 def test_batches_have_the_lengths_of_their_stage(llama):
     plan = training_plan(llama, steps=6, train_window="32x2,64x3,128", batch_tokens=256)
     texts = {"a.txt": "the quick brown fox " * 60, "b.txt": "one two three " * 20}
-    batches = training_batches(load_checkpoint(str(llama)), plan, texts, seed=0)
-    assert [max(len(row) for row in batch) for batch in batches] == [32] * 2 + [64] * 3 + [128]
+    batches = training_batches(load_checkpoint(str(llama)), plan, corpus_of(llama, texts.values()), seed=0)
+    assert [max(len(row) for (row,) in batch) for batch in batches] == [32] * 2 + [64] * 3 + [128]
     assert [len(batch) for batch in batches] == [8, 8, 4, 4, 4, 2]
 
 
@@ -198,10 +198,10 @@ def test_the_factor_grows_step_by_step_and_reaches_the_whole(llama):
     rope = load_checkpoint(str(llama)).extended(4 * WINDOW)
     training = training_plan(llama, batch_tokens=2 * 8192, factor_warmup=2)  # factors 2, 4, then plain
     assert training.accumulation == 2
-    rows = [np.zeros(WINDOW, np.int32), np.zeros(WINDOW - 3, np.int32)]
+    rows = [[np.zeros(WINDOW, np.int32)], [np.zeros(WINDOW - 3, np.int32)]]
     for i, (spacing, kind) in {0: (2, "f"), 1: (2, "f"), 2: (1, "f"), 3: (1, "f"), 4: (1, "i")}.items():
         for row, positions in zip(rows, batch_positions(i, rows, rope, training, seed=0), strict=True):
-            assert len(positions) == len(row) and positions.dtype.kind == kind, i
+            assert len(positions) == len(row[0]) and positions.dtype.kind == kind, i
             assert np.diff(positions).min() == spacing, i
             assert positions[0] >= 0 and positions[-1] < rope.max_position_embeddings, i
 
@@ -231,9 +231,9 @@ def test_a_growing_factor_needs_rows_of_the_original_window(llama):
 
 def test_texts_that_are_used_up_begin_again_in_another_order(llama):
     plan = training_plan(llama, steps=8, train_window="16", batch_tokens=16 * 8)
-    text = {"a.txt": next(iter(pi_gguf.bundled.novels("train").values()))[:900]}
-    batches = training_batches(load_checkpoint(str(llama)), plan, text, seed=0)
-    rows = [tuple(row["id"]) for batch in batches for row in batch]
+    corpus = corpus_of(llama, [next(iter(pi_gguf.bundled.novels("train").values()))[:900]])
+    batches = training_batches(load_checkpoint(str(llama)), plan, corpus, seed=0)
+    rows = [tuple(row) for batch in batches for (row,) in batch]
     once = len(set(rows))
     first, second = rows[:once], rows[once : 2 * once]
     assert 3 < once <= 32 and set(first) == set(second) and first != second
@@ -243,10 +243,10 @@ def test_lengths_come_in_turn(llama):
     plan = training_plan(llama, steps=9, train_window="32x2,128+128+64x6,64", batch_tokens=256)
     assert [stage.window for stage in plan.stages for _ in range(stage.steps)] == [32] * 2 + [128, 128, 64] * 2 + [64]
     assert plan.steps_by_window() == {32: 2, 128: 4, 64: 3}
-    text = {"a.txt": next(iter(pi_gguf.bundled.novels("train").values()))[:20_000]}
-    batches = training_batches(load_checkpoint(str(llama)), plan, text, seed=0)
-    assert [max(map(len, batch)) for batch in batches] == [32] * 2 + [128, 128, 64] * 2 + [64]
-    rows = [tuple(row["id"]) for batch in batches[2:] for row in batch if len(row) == 64]
+    corpus = corpus_of(llama, [next(iter(pi_gguf.bundled.novels("train").values()))[:20_000]])
+    batches = training_batches(load_checkpoint(str(llama)), plan, corpus, seed=0)
+    assert [max(len(row) for (row,) in batch) for batch in batches] == [32] * 2 + [128, 128, 64] * 2 + [64]
+    rows = [tuple(row) for batch in batches[2:] for (row,) in batch if len(row) == 64]
     assert len(set(rows)) == len(rows), "the short rows go on where their last turn ended"
     for wrong in ("64+x9", "+64", "64+64x", "64++64x9"):
         with pytest.raises(pi_gguf.errors.OptionError, match="must be tokens, or tokens x steps"):
@@ -262,10 +262,10 @@ def test_answers_of_recall_tasks_weigh_by_the_length_of_the_sequence():
     batches = training_batches(tiny, training, None, seed=0)
     tokenizer = tiny.load_tokenizer()
     found = 0
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate([row for (row,) in batch] for batch in batches):
         text = "".join(tokenizer.decode(row["id"]) for row in batch)
         heavy = "".join(tokenizer.decode(row["id"][row["weight"] > 1]) for row in batch)
-        asked = re.findall(r"\? The \w+ key is ( \d{5})\.", text)
+        asked = re.findall(r"\? The \w+ key is( \d{5})\.", text)
         assert set(np.concatenate(batch)["weight"]) <= {1.0, 2.0 if i < 3 else 16.0}
         assert set(asked) <= set(re.findall(r" \d{5}", heavy))
         assert len(heavy) <= 6 * (len(asked) + 2 * len(batch)), "an answer may be cut by the end of its row, no more"
@@ -276,12 +276,12 @@ def test_answers_of_recall_tasks_weigh_by_the_length_of_the_sequence():
 def test_the_loss_is_the_mean_by_weights(llama):
     model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
     rows = [np.array([(i, 1.0 + i % 3) for i in range(5, 25)], TOKEN), np.array([(9, 7.0), (8, 2.0)], TOKEN)]
-    batch = padded(rows, [np.arange(20), np.arange(2)])
+    batch = padded([[row] for row in rows], [np.arange(20), np.arange(2)])
     loss, outputs = weighted_loss(model, batch)
     logprobs = torch.log_softmax(outputs.logits, -1)
     told = [(row["weight"][t + 1], -logprobs[i, t, row["id"][t + 1]].item())
             for i, row in enumerate(rows) for t in range(len(row) - 1)]  # fmt: skip
     assert loss.item() == pytest.approx(sum(w * nll for w, nll in told) / sum(w for w, _ in told))
-    alike = padded([np.array([(i, 1.0) for i in range(5, 25)], TOKEN)], [np.arange(20)])
+    alike = padded([[np.arange(5, 25)]], [np.arange(20)])
     theirs = model(**{name: tensor for name, tensor in alike.items() if name != "weights"}).loss
     assert weighted_loss(model, alike)[0].item() == pytest.approx(theirs.item(), rel=1e-6)

@@ -24,7 +24,7 @@ LAYERS = [
     {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
     {"methods"},
     {"checkpoint"},
-    {"adapters"},
+    {"adapters", "corpus"},
     {"vocabulary"},
     {"gguf_header"},
     {"gguf_file", "hf_model"},
@@ -72,6 +72,8 @@ def test_every_module_has_its_layer_and_imports_go_downward():
         ("gguf", {"gguf_file"}),
         ("transformers", {"checkpoint", "hf_model", "finetune", "training", "vocabulary"}),
         ("peft", set()),
+        ("datasets", {"texts"}),
+        ("pyarrow", {"texts"}),
     ],
 )
 def test_each_library_has_few_doors(library, doors):
@@ -83,7 +85,8 @@ def test_help_and_import_load_nothing_heavy():
     code = (
         "import sys, pi_gguf, pi_gguf.cli\n"
         "try: pi_gguf.cli.main(['--help'], standalone_mode=False)\n"
-        "finally: print([m for m in ('torch', 'transformers', 'llama_cpp', 'gguf', 'numpy') if m in sys.modules])"
+        "finally: print([m for m in ('torch', 'transformers', 'llama_cpp', 'gguf', 'numpy', 'datasets', 'pyarrow')"
+        " if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"

@@ -83,7 +83,8 @@ def make_model() -> LlamaForCausalLM:
 
 def rows(tokenizer: PreTrainedTokenizerFast, seed: int, length: int, far_share: float) -> Iterator[list[int]]:
     documents = bundled.training_mixture(seed, length, far_share)
-    return pack((tokenizer(text)["input_ids"] + [1] for text in documents), length)
+    rows = pack((np.array(tokenizer(text)["input_ids"] + [1]) for text in documents), length)
+    return (np.concatenate(row).tolist() for row in rows)
 
 
 def passkeys_found(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, length: int, trials: int) -> float:
