@@ -147,6 +147,7 @@ def _show_plan(plan: Any) -> str:
                 for stage in t.stages
             ),
             ("sequences", f"{t.sequences}: {t.reason}"),
+            ("weights", f"{_way(t)} ({t.train_reason})"),
             ("tokens", f"{t.tokens / 1e6:,.1f} M"),
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
             *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),
@@ -161,6 +162,12 @@ def _show_plan(plan: Any) -> str:
     return text_table("", (), rows, numbers=False)
 
 
+def _way(training: Any) -> str:
+    if training.train == "full":
+        return "full: every one is trained"
+    return f"{training.train}: adapters of rank {training.lora_rank}, alpha {training.lora_alpha}"
+
+
 def human_seconds(seconds: float) -> str:
     """Write a duration for people."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
@@ -170,6 +177,8 @@ def human_seconds(seconds: float) -> str:
 
 
 def _show_extend(path: Path) -> str:
+    if (path / "adapter_config.json").exists():
+        return f"wrote {path}\nnext: pi-gguf convert MODEL {path}.gguf --lora {path} --quant Q8_0"
     return f"wrote {path}\nnext: pi-gguf convert {path} {path}.gguf --quant Q8_0"
 
 

@@ -75,6 +75,9 @@ def convert(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
+    train: str = "full",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
     check: str = "quick",
     seed: int = 0,
     device: str = "auto",
@@ -111,6 +114,10 @@ def convert(
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
+        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
+            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
+        lora_rank: rank of the adapters, of lora and qlora.
+        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         check: quick reads a prompt longer than the original window, full the whole new window; none.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda; for the fine-tune.
@@ -152,10 +159,12 @@ def convert(
         vocabulary = gguf_vocabulary(checkpoint, tokenizer)
         check_name(_general(model, rope, trained, (), method)["general.name"], tokenizer)
     fine_tune = context is not None and steps != 0
+    planned = None
     if dry_run and fine_tune:
         planned = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
             batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=torch_device(device),
+            train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
         )  # fmt: skip
         trained = {"source": checkpoint.source, "steps": steps, "tokens": planned.tokens}
 
@@ -196,7 +205,7 @@ def convert(
             header_bytes=sum(len(plan.header) for plan in plans),
             nbytes=nbytes,
             memory_bytes=max(plan.memory_bytes for plan in plans),
-            disk_bytes=nbytes + (training_disk_bytes(checkpoint) if fine_tune else 0),
+            disk_bytes=nbytes + (training_disk_bytes(checkpoint, planned) if planned else 0),
         )
     if fine_tune:
         assert context is not None
@@ -205,7 +214,7 @@ def convert(
         extend(
             model, hf_dir, context=context, method=method, data=data, steps=steps, train_window=train_window,
             learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup,
-            seed=seed, device=device, overwrite=overwrite,
+            train=train, lora_rank=lora_rank, lora_alpha=lora_alpha, seed=seed, device=device, overwrite=overwrite,
         )  # fmt: skip
         checkpoint = load_checkpoint(str(hf_dir))
         plans = plans_of(checkpoint, checkpoint.provenance)

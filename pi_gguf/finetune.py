@@ -12,25 +12,20 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pi_gguf import bundled
+from pi_gguf.adapters import with_adapters
 from pi_gguf.batches import training_batches
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, read_json
 from pi_gguf.errors import CheckpointError, OptionError, ResourceError, UnsupportedError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json
-from pi_gguf.planning import (
-    plan_training,
-    training_disk_bytes,
-)
+from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version, sha256
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import read_texts
-from pi_gguf.training import train
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from pi_gguf.training import Trained, run_training
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -51,6 +46,10 @@ def extend(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
+    train: str = "full",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
+    adapter_only: bool = False,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -70,6 +69,12 @@ def extend(
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
+        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
+            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
+        lora_rank: rank of the adapters, of lora and qlora.
+        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
+        adapter_only: write the adapter alone as peft does, with the embeddings and norms that were trained along, and
+            the position scaling in pi_gguf.json; `convert MODEL --lora` merges it. Of lora and qlora, method linear.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
         overwrite: replace another run that is there; a run of the same settings is used or gone on with.
@@ -109,14 +114,17 @@ def extend(
     training = plan_training(
         checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
         batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
+        train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
     )  # fmt: skip
+    if adapter_only:
+        _check_adapter_only(training.train, method, checkpoint)
     documents = _documents(checkpoint, data)
-    record |= {"tokens": training.tokens, **asdict(training), **_text_record(documents)}
+    record |= {"tokens": training.tokens, **asdict(training), **_text_record(documents), "adapter_only": adapter_only}
     if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
     check_writable(out_dir, overwrite, folder=True)
-    check_free_disk(out_dir.parent, training_disk_bytes(checkpoint))
+    check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
     batches = training_batches(checkpoint, training, documents, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
     _begin_or_resume(work_dir, record, overwrite)
@@ -125,8 +133,13 @@ def extend(
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
         f"{', '.join(str(stage.window) for stage in training.stages)} tokens ({training.reason})"
     )
-    trained = train(checkpoint, rope, training, batches, work_dir, seed, device)
-    _write_folder(checkpoint, rope, out_dir, record | trained.measured, trained.model)
+    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device)
+    record |= trained.measured
+    if adapter_only:
+        assert trained.adapter_dir is not None
+        _write_adapter(trained.adapter_dir, out_dir, record)
+    else:
+        _write_folder(checkpoint, rope, out_dir, record, trained)
     remove(work_dir)
     return out_dir
 
@@ -152,7 +165,7 @@ def _text_record(documents: dict[str, str] | None) -> dict[str, Any]:
 
 def _difference(before: dict[str, Any], record: dict[str, Any]) -> str:
     """Return the first setting in which two runs differ, or an empty string; how the source was spelled is none."""
-    settings = {key: value for key, value in record.items() if key not in ("source", "reason")}
+    settings = {key: value for key, value in record.items() if key not in ("source", "reason", "train_reason")}
     return next((key for key, value in settings.items() if before.get(key) != value), "")
 
 
@@ -182,17 +195,24 @@ def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) ->
 
 
 def _write_folder(
-    checkpoint: Checkpoint, rope: RopeScaling, out_dir: Path, record: dict[str, Any], trained: PreTrainedModel | None
+    checkpoint: Checkpoint, rope: RopeScaling, out_dir: Path, record: dict[str, Any], trained: Trained | None
 ) -> None:
-    """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record."""
+    """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record.
+
+    Adapters are merged into the checkpoint's own weights, whatever these were held in during training.
+    """
     import torch
     from safetensors import SafetensorError
 
-    record["pi_gguf"] = package_version()
-    record["libraries"] = library_versions()
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]
-    model = trained if trained is not None else checkpoint.load_model(dtype=stored, rope=rope)
+    if trained is None:
+        model = checkpoint.load_model(dtype=stored, rope=rope)
+    elif trained.adapter_dir is not None:
+        model = with_adapters(checkpoint, [str(trained.adapter_dir)]).load_model(dtype=stored, rope=rope)
+    else:
+        assert trained.model is not None
+        model = trained.model
     check_free_disk(out_dir.parent, stored.itemsize * checkpoint.n_parameters())
     with replace_when_complete(out_dir) as partial:
         try:
@@ -209,4 +229,27 @@ def _write_folder(
             settings = json.loads(settings_path.read_text())
             settings["model_max_length"] = rope.max_position_embeddings
             settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        (partial / PROVENANCE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        _write_record(partial, record)
+
+
+def _check_adapter_only(train: str, method: str, checkpoint: Checkpoint) -> None:
+    if train == "full":
+        raise OptionError("adapter-only is for train lora and qlora, got full", "give --train lora")
+    if method != "linear" or checkpoint.rope.rope_type != "default" or checkpoint.rope.own is not None:
+        raise OptionError(
+            f"adapter-only is for method linear on a model without scaling, got method {method} on rope_type "
+            f"{checkpoint.rope.own.rope_type if checkpoint.rope.own else checkpoint.rope.rope_type}",
+            "leave --adapter-only out: the merged folder states any scaling",
+        )
+
+
+def _write_adapter(adapter_dir: Path, out_dir: Path, record: dict[str, Any]) -> None:
+    """Write an adapter as peft does, with the record, which states the scaling it was trained with."""
+    with replace_when_complete(out_dir) as partial:
+        shutil.copytree(adapter_dir, partial)
+        _write_record(partial, record)
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    versions = {"pi_gguf": package_version(), "libraries": library_versions()}
+    (folder / PROVENANCE_FILE).write_text(json.dumps(record | versions, indent=1) + "\n")

@@ -16,6 +16,7 @@ from typing import Any
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.files import human_bytes
+from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
 from pi_gguf.rope import RopeScaling
 
 BITS_PER_WEIGHT = {
@@ -39,14 +40,18 @@ class Recipe:
     batch_tokens: int
 
 
-def default_recipe(n_parameters: int) -> Recipe:
+def default_recipe(n_parameters: int, train: str = "full") -> Recipe:
     """Return the paper's rates for 7B and 13B, 33B and 65B; for tiny models what `docs/log.md` records.
 
     The paper's batch is 64 sequences of the new window; 64 sequences of 2048 tokens are the most a desktop bears.
+    Adapters begin at zero and take ten times the rate (LongLoRA's released code trains 7B at 2e-4); a tiny model's rate
+    is high as it is, and doubles.
     """
+    adapters = train != "full"
     if n_parameters < 100_000_000:
-        return Recipe(1e-3, 8192)
-    return Recipe(2e-5 if n_parameters < 20_000_000_000 else 1e-5, 131072)
+        return Recipe(2e-3 if adapters else 1e-3, 8192)
+    rate = 2e-5 if n_parameters < 20_000_000_000 else 1e-5
+    return Recipe(10 * rate if adapters else rate, 131072)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class TrainingPlan:
         warmup_steps: linear, from a tenth of the peak.
         schedule: `constant` (the paper's) or `decay` (linear to a tenth of the peak over the last third).
         factor_warmup_steps: steps over which the factor grows from 1; 0 (the paper's) starts with the whole.
+        train: `full`, or adapters: `lora` on weights in 16 bits, `qlora` in 4.
+        train_reason: why this way.
+        lora_rank: of the adapters; 0 where every weight is trained.
+        lora_alpha: an adapter counts alpha / rank times.
     """
 
     steps: int
@@ -89,6 +98,10 @@ class TrainingPlan:
     warmup_steps: int
     schedule: str
     factor_warmup_steps: int
+    train: str = "full"
+    train_reason: str = "as given by --train"
+    lora_rank: int = 0
+    lora_alpha: int = 0
 
     @property
     def tokens(self) -> int:
@@ -143,6 +156,9 @@ def plan_training(
     schedule: str,
     factor_warmup: int,
     device: str,
+    train: str = "full",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
 ) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
 
@@ -158,9 +174,16 @@ def plan_training(
         raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
     if batch_tokens is not None and batch_tokens < 1:
         raise OptionError(f"batch-tokens must be at least 1, got {batch_tokens}")
+    lora_alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
+    check_way(train, device, lora_rank, lora_alpha)
+    train_reason = "as given by --train"
+    if train == "auto":
+        longest = max(window for window, _ in parse_windows(train_window or original, steps))
+        tokens = max(longest, min(_MICRO_BATCH_TOKENS, batch_tokens or _MICRO_BATCH_TOKENS))
+        train, train_reason = _way_that_fits(checkpoint, tokens, lora_rank, device)
     reason = "as given by --train-window"
     if train_window is None:
-        whole = _memory(checkpoint, context, recompute=True)
+        whole = _memory(checkpoint, context, recompute=True, train=train, rank=lora_rank, device=device)
         if device != "cuda":
             train_window, reason = original, f"without a GPU sequences stay at the original {original} tokens"
         elif whole < 0.8 * free_memory(device):
@@ -186,7 +209,7 @@ def plan_training(
     sequences = "PoSE" if any(window < context for window, _ in windows) else "full length"
     if sequences == "PoSE":
         reason += f"; positions skip so that distances up to {context} are seen"
-    recipe = default_recipe(checkpoint.n_parameters())
+    recipe = default_recipe(checkpoint.n_parameters(), train)
     batch_tokens = batch_tokens or recipe.batch_tokens
     accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, *(window for window, _ in windows)))
     return TrainingPlan(
@@ -199,7 +222,27 @@ def plan_training(
         warmup_steps=min(20, steps),
         schedule=schedule,
         factor_warmup_steps=factor_warmup,
+        train=train,
+        train_reason=train_reason,
+        lora_rank=0 if train == "full" else lora_rank,
+        lora_alpha=0 if train == "full" else lora_alpha,
     )
+
+
+def _way_that_fits(checkpoint: Checkpoint, tokens: int, rank: int, device: str) -> tuple[str, str]:
+    """Return the first of the ways whose memory is free, and why; the smallest where none is.
+
+    Args:
+        tokens: of a micro-batch.
+    """
+    free, said = free_memory(device), []
+    ways = [way for way in WAYS if way != "qlora" or not no_4_bits(device)]
+    for way in ways:
+        need = _memory(checkpoint, tokens, recompute=True, train=way, rank=rank, device=device)
+        said.append(f"{way} takes about {human_bytes(need)}")
+        if need <= free:
+            break
+    return way, f"{', '.join(said)}, {human_bytes(free)} are free"
 
 
 @dataclass(frozen=True)
@@ -238,6 +281,9 @@ def plan(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
+    train: str = "full",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> Plan:
@@ -255,6 +301,10 @@ def plan(
         batch_tokens: tokens of an optimizer step; by the model's size when left out.
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
+        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
+            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
+        lora_rank: rank of the adapters, of lora and qlora.
+        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -279,15 +329,16 @@ def plan(
         training = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
             batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
+            train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
         )  # fmt: skip
         operations = sum(
             stage.steps * training.step_tokens(stage) * _train_operations(checkpoint, stage.window)
             for stage in training.stages
         )
         seconds = operations / _operations_a_second(device)
-        memory = estimate_training_memory(checkpoint, training)
+        memory = estimate_training_memory(checkpoint, training, device)
     output = int(n * BITS_PER_WEIGHT[quant.upper()] / 8)
-    extended = training_disk_bytes(checkpoint) if training else 0
+    extended = training_disk_bytes(checkpoint, training) if training else 0
     unquantized = 0 if quant.upper() in ("F32", "F16", "BF16") else 4 * n
     sizes = {
         name: kv_cache_bytes(
@@ -314,14 +365,18 @@ def plan(
     )
 
 
-def training_disk_bytes(checkpoint: Checkpoint) -> int:
-    """Return the disk a fine-tune needs: three checkpoints with Adam's moments (12 bytes a parameter;
+def training_disk_bytes(checkpoint: Checkpoint, training: TrainingPlan) -> int:
+    """Return the disk a fine-tune needs: three checkpoints with Adam's moments (12 bytes a trained parameter;
     the oldest goes when the newest is complete), and the result."""
-    return (3 * 12 + 4) * checkpoint.n_parameters()
+    n = checkpoint.n_parameters()
+    trained = n if training.train == "full" else parts(checkpoint.skeleton).trained(training.lora_rank)
+    return 3 * 12 * trained + 4 * n
 
 
-def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, recompute: bool = False) -> int:
-    """Return bytes for weights, gradients, two Adam moments (16 a parameter), activations and logits.
+def estimate_training_memory(
+    checkpoint: Checkpoint, training: TrainingPlan, device: str, *, recompute: bool = False
+) -> int:
+    """Return bytes for weights, gradients, two Adam moments, activations and logits.
 
     Args:
         recompute: activations are recomputed layer by layer (gradient checkpointing).
@@ -330,15 +385,39 @@ def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, 
     attention matrix, which flash attention never stores.
     """
     tokens = max(stage.micro_batch * stage.window for stage in training.stages)
-    return _memory(checkpoint, tokens, recompute=recompute)
+    return _memory(
+        checkpoint, tokens, recompute=recompute, train=training.train, rank=training.lora_rank, device=device
+    )
 
 
-def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool) -> int:
+def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool, train: str, rank: int, device: str) -> int:
     layer = 34 * tokens * checkpoint.hidden_size
     stored = (
         2 * tokens * checkpoint.hidden_size * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
     )
-    return int(16 * checkpoint.n_parameters() + stored + 12 * tokens * checkpoint.vocab_size)
+    weights = _weights_memory(checkpoint, train, rank, device)
+    return int(weights + stored + 12 * tokens * checkpoint.vocab_size)
+
+
+_TRAINED_BYTES = 16
+"""Of a trained parameter: itself, its gradient and two Adam moments, in 32 bits."""
+
+_NF4_BYTES = 0.55
+"""Of a parameter in 4 bits: with its share of the scales, about (QLoRA, arXiv 2305.14314, section 3: 4.127 bits) and of
+the buffer that one layer is unpacked into."""
+
+
+def _weights_memory(checkpoint: Checkpoint, train: str, rank: int, device: str) -> float:
+    """Return bytes for weights, gradients and moments: adapters add theirs to a base in 16 bits (32 where 16 are slow)
+    or, its linear layers, in 4."""
+    n = checkpoint.n_parameters()
+    if train == "full":
+        return _TRAINED_BYTES * n
+    found = parts(checkpoint.skeleton)
+    frozen: float = n * (2 if fast_bf16(device) else 4)
+    if train == "qlora":
+        frozen = 2 * n - (2 - _NF4_BYTES) * found.linear_parameters
+    return frozen + _TRAINED_BYTES * found.trained(rank)
 
 
 def free_memory(device: str) -> int:

@@ -18,6 +18,7 @@ from pi_gguf.batches import BatchDataset
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import PiGgufError, ResourceError
 from pi_gguf.files import human_bytes
+from pi_gguf.lora import add_adapters, save_adapter
 from pi_gguf.planning import TrainingPlan, estimate_training_memory, fast_bf16, free_memory
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
@@ -29,13 +30,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """The model after the run, and what was measured: last loss, seconds, device."""
+    """What a run ends with.
 
-    model: PreTrainedModel
+    Args:
+        model: with every weight trained; None where adapters were.
+        adapter_dir: the adapters as peft saves them, in the run's folder; None without.
+        measured: last loss, seconds, device.
+    """
+
+    model: PreTrainedModel | None
+    adapter_dir: Path | None
     measured: dict[str, Any]
 
 
-def train(
+def run_training(
     checkpoint: Checkpoint,
     rope: RopeScaling,
     training: TrainingPlan,
@@ -49,15 +57,15 @@ def train(
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    recompute = estimate_training_memory(checkpoint, training) > 0.6 * free_memory(device)
-    need = estimate_training_memory(checkpoint, training, recompute=recompute)
+    recompute = estimate_training_memory(checkpoint, training, device) > 0.6 * free_memory(device)
+    need = estimate_training_memory(checkpoint, training, device, recompute=recompute)
     if need > (free := free_memory(device)):
         raise ResourceError(
             f"{checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",
-            "a smaller --train-window or --batch-tokens helps only with activations; weights take 16 bytes a parameter",
+            "a smaller --train-window or --batch-tokens helps only with activations; weights take 16 bytes a trained "
+            "parameter" + (", and fewer are trained by --train lora" if training.train == "full" else ""),
         )
-    model = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
-    model.config.use_cache = False
+    model = _open_model(checkpoint, rope, training, seed, device)
 
     class PaperTrainer(Trainer):  # type: ignore[misc]
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -139,7 +147,25 @@ def train(
         "seconds": round(result.metrics["train_runtime"], 1),
         "device": device,
     }
-    return Trained(trainer.model, measured)
+    if training.train == "full":
+        return Trained(trainer.model, None, measured)
+    save_adapter(trainer.model, work_dir / "adapter")
+    return Trained(None, work_dir / "adapter", measured)
+
+
+def _open_model(checkpoint: Checkpoint, rope: RopeScaling, training: TrainingPlan, seed: int, device: str) -> Any:
+    """Open the model for training: every weight in 32 bits, or adapters in 32 on a frozen base in fewer."""
+    import torch
+
+    if training.train == "full":
+        model: Any = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
+    else:
+        torch.manual_seed(seed)  # A is random; B begins at zero
+        dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+        base = checkpoint.load_model(dtype=dtype, device=device, rope=rope, four_bits=training.train == "qlora")
+        model = add_adapters(checkpoint, base, training.lora_rank, training.lora_alpha)
+    model.config.use_cache = False
+    return model
 
 
 def rate_share(step: int, training: TrainingPlan) -> float:

@@ -24,7 +24,7 @@ LAYERS = [
     {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
     {"methods"},
     {"checkpoint"},
-    {"adapters"},
+    {"adapters", "lora"},
     {"vocabulary"},
     {"gguf_header"},
     {"gguf_file", "hf_model"},
@@ -70,8 +70,8 @@ def test_every_module_has_its_layer_and_imports_go_downward():
         ("click", {"cli"}),
         ("llama_cpp", {"ggml"}),
         ("gguf", {"gguf_file"}),
-        ("transformers", {"checkpoint", "hf_model", "finetune", "training", "vocabulary"}),
-        ("peft", set()),
+        ("transformers", {"checkpoint", "hf_model", "lora", "training", "vocabulary"}),
+        ("peft", {"lora"}),
     ],
 )
 def test_each_library_has_few_doors(library, doors):
