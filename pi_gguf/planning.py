@@ -17,6 +17,7 @@ from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.files import human_bytes
 from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
+from pi_gguf.losses import loss_is_chunked
 from pi_gguf.rope import RopeScaling
 
 BITS_PER_WEIGHT = {
@@ -396,7 +397,9 @@ def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool, train: str,
         2 * tokens * checkpoint.hidden_size * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
     )
     weights = _weights_memory(checkpoint, train, rank, device)
-    return int(weights + stored + 12 * tokens * checkpoint.vocab_size)
+    # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
+    width = checkpoint.hidden_size if loss_is_chunked(checkpoint.hf_config) else checkpoint.vocab_size
+    return int(weights + stored + 12 * tokens * width)
 
 
 _TRAINED_BYTES = 16

@@ -19,6 +19,7 @@ from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import PiGgufError, ResourceError
 from pi_gguf.files import human_bytes
 from pi_gguf.lora import add_adapters, save_adapter
+from pi_gguf.losses import chunked_loss
 from pi_gguf.planning import TrainingPlan, estimate_training_memory, fast_bf16, free_memory
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
@@ -138,7 +139,8 @@ def run_training(
         last = get_last_checkpoint(str(work_dir))
         if last:
             say(f"resume from {last}")
-        result = trainer.train(resume_from_checkpoint=last)
+        with chunked_loss(model):
+            result = trainer.train(resume_from_checkpoint=last)
     if stop.asked and trainer.state.global_step < training.steps:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
         raise KeyboardInterrupt

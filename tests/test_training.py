@@ -16,6 +16,7 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, ResourceError
 from pi_gguf.families import FAMILIES
 from pi_gguf.lora import add_adapters, parts
+from pi_gguf.losses import chunked_loss
 from pi_gguf.planning import default_recipe, estimate_training_memory, plan_training
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
@@ -41,6 +42,73 @@ def training_plan(model, **options):
         "factor_warmup": 0, "device": "cpu",
     }  # fmt: skip
     return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), **{**defaults, **options})
+
+
+# The loss
+
+
+def a_batch(tokens):
+    torch.manual_seed(0)
+    ids = torch.randint(2, 400, (2, tokens))
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = 0
+    labels = torch.where(mask.bool(), ids, -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", sorted(SHAPES))
+def test_the_loss_in_chunks_is_the_loss_of_every_family(family, tmp_path):
+    model = load_checkpoint(str(make_model(tmp_path, family, {}))).load_model(dtype=torch.float32).eval()
+    batch = a_batch(40)
+    for more in ({}, {"num_items_in_batch": torch.tensor(111)}):
+        own, expected = loss_and_gradients(model, **batch, **more)
+        with chunked_loss(model):
+            chunked, gradients = loss_and_gradients(model, **batch, **more)
+            assert model(**batch).logits.shape[-1] == (410 if family == "gemma2" else model.config.hidden_size)
+        torch.testing.assert_close(chunked, own, rtol=1e-5, atol=0)
+        assert list(gradients) == list(expected)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                gradient, expected[name], rtol=1e-3, atol=1e-5 * expected[name].abs().max().item(), msg=name
+            )
+    assert model(**batch).logits.shape[-1] == 410, "the head is itself again"
+
+
+def test_the_loss_in_chunks_is_right_in_16_bits(llama):
+    model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
+    batch = a_batch(300)
+    exact, expected = loss_and_gradients(model, **batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, rounded = loss_and_gradients(model, **batch)
+        with chunked_loss(model):
+            chunked, gradients = loss_and_gradients(model, **batch)
+    assert abs(chunked - exact) < 2e-3 and abs(own - exact) < 2e-3
+    for name, gradient in gradients.items():
+        errors = [(g[name] - expected[name]).norm() / expected[name].norm() for g in (rounded, gradients)]
+        assert errors[1] < 0.05 and errors[1] < 2 * errors[0] + 0.01, name
+        assert gradient.dtype == torch.float32
+
+
+def largest_allocation(model, batch):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss_and_gradients(model, **batch)
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_logits_of_all_tokens_never_exist(llama):
+    model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
+    batch = a_batch(300)
+    logits_bytes = 4 * 600 * 410
+    assert largest_allocation(model, batch) >= logits_bytes
+    with chunked_loss(model):
+        assert largest_allocation(model, batch) < logits_bytes
 
 
 # Which weights
