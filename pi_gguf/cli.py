@@ -152,7 +152,7 @@ def _show_plan(plan: Any) -> str:
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
             *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),
             ("time, about", human_seconds(plan.training_seconds)),
-            ("memory, about", human_bytes(plan.training_memory_bytes)),
+            ("memory, about", f"{human_bytes(plan.training_memory_bytes)}; activations are {plan.activations}"),
         ]
     rows += [
         (f"output, {plan.quant}, about", human_bytes(plan.output_bytes)),

@@ -25,7 +25,10 @@ from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, package_version, sha256
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import read_texts
-from pi_gguf.training import Trained, run_training
+from pi_gguf.training import Trained, check_reports, run_training
+
+LOSSES_FILE = "losses.json"
+"""Beside the weights: the loss of each step in nats a token, in order."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -50,6 +53,7 @@ def extend(
     lora_rank: int = 16,
     lora_alpha: int | None = None,
     adapter_only: bool = False,
+    report_to: str = "auto",
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -75,6 +79,8 @@ def extend(
         lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         adapter_only: write the adapter alone as peft does, with the embeddings and norms that were trained along, and
             the position scaling in pi_gguf.json; `convert MODEL --lora` merges it. Of lora and qlora, method linear.
+        report_to: where the losses are shown while it runs: auto (TensorBoard where installed, in OUT_DIR.runs), none,
+            or names that transformers knows, separated by commas.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
         overwrite: replace another run that is there; a run of the same settings is used or gone on with.
@@ -95,6 +101,7 @@ def extend(
     device = torch_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UnsupportedError("extend runs in one process, got WORLD_SIZE above 1", "start it without torchrun")
+    reports = check_reports(report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     record: dict[str, Any] = {
         "source": checkpoint.source,
@@ -133,11 +140,11 @@ def extend(
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
         f"{', '.join(str(stage.window) for stage in training.stages)} tokens ({training.reason})"
     )
-    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device)
+    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device, reports)
     record |= trained.measured
     if adapter_only:
         assert trained.adapter_dir is not None
-        _write_adapter(trained.adapter_dir, out_dir, record)
+        _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
     else:
         _write_folder(checkpoint, rope, out_dir, record, trained)
     remove(work_dir)
@@ -229,7 +236,7 @@ def _write_folder(
             settings = json.loads(settings_path.read_text())
             settings["model_max_length"] = rope.max_position_embeddings
             settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        _write_record(partial, record)
+        _write_record(partial, record, trained.losses if trained else [])
 
 
 def _check_adapter_only(train: str, method: str, checkpoint: Checkpoint) -> None:
@@ -243,13 +250,15 @@ def _check_adapter_only(train: str, method: str, checkpoint: Checkpoint) -> None
         )
 
 
-def _write_adapter(adapter_dir: Path, out_dir: Path, record: dict[str, Any]) -> None:
+def _write_adapter(adapter_dir: Path, out_dir: Path, record: dict[str, Any], losses: list[float]) -> None:
     """Write an adapter as peft does, with the record, which states the scaling it was trained with."""
     with replace_when_complete(out_dir) as partial:
         shutil.copytree(adapter_dir, partial)
-        _write_record(partial, record)
+        _write_record(partial, record, losses)
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
+def _write_record(folder: Path, record: dict[str, Any], losses: list[float]) -> None:
+    if losses:
+        (folder / LOSSES_FILE).write_text(json.dumps(losses) + "\n")
     versions = {"pi_gguf": package_version(), "libraries": library_versions()}
     (folder / PROVENANCE_FILE).write_text(json.dumps(record | versions, indent=1) + "\n")

@@ -35,6 +35,8 @@ def chunked_loss(model: Any) -> Iterator[None]:
     Args:
         model: a causal model, or peft's around one.
     """
+    import torch
+
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not loss_is_chunked(inner.config):
         yield
@@ -42,7 +44,10 @@ def chunked_loss(model: Any) -> Iterator[None]:
     head = inner.get_output_embeddings()
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
-        return _cross_entropy(logits, head, labels, options.get("num_items_in_batch"))
+        targets = options.get("shift_labels")
+        if targets is None:
+            targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        return _cross_entropy(logits, head, targets, options.get("num_items_in_batch"))
 
     head.forward = lambda hidden: hidden
     inner.loss_function = loss
@@ -52,19 +57,19 @@ def chunked_loss(model: Any) -> Iterator[None]:
         del head.forward, inner._loss_function
 
 
-def _cross_entropy(hidden: torch.Tensor, head: Any, labels: torch.Tensor, count: Any) -> torch.Tensor:
+def _cross_entropy(hidden: torch.Tensor, head: Any, targets: torch.Tensor, count: Any) -> torch.Tensor:
     """Return the mean loss of each next token.
 
     Args:
         hidden: (B, T, D).
         head: with a weight (V, D), and perhaps a bias (V).
-        labels: (B, T); -100 where nothing is to be predicted.
-        count: what the sum is divided by; the labels that are there when None.
+        targets: the next token of each, (B, T); -100 where nothing is to be predicted.
+        count: what the sum is divided by; the targets that are there when None.
     """
     import torch
-    from torch.nn.functional import linear_cross_entropy, pad
+    from torch.nn.functional import linear_cross_entropy
 
-    targets = pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+    targets = targets.reshape(-1).to(hidden.device)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = getattr(head, "bias", None)
@@ -72,7 +77,7 @@ def _cross_entropy(hidden: torch.Tensor, head: Any, labels: torch.Tensor, count:
     losses = linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
         head.weight.to(dtype),
-        targets.to(hidden.device),
+        targets,
         linear_bias=None if bias is None else bias.to(dtype),
         reduction="none",
         options=torch.nn.LinearCrossEntropyOptions(),

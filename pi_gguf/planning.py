@@ -184,7 +184,7 @@ def plan_training(
         train, train_reason = _way_that_fits(checkpoint, tokens, lora_rank, device)
     reason = "as given by --train-window"
     if train_window is None:
-        whole = _memory(checkpoint, context, recompute=True, train=train, rank=lora_rank, device=device)
+        whole = _memory(checkpoint, context, activations=_least(device), train=train, rank=lora_rank, device=device)
         if device != "cuda":
             train_window, reason = original, f"without a GPU sequences stay at the original {original} tokens"
         elif whole < 0.8 * free_memory(device):
@@ -239,7 +239,7 @@ def _way_that_fits(checkpoint: Checkpoint, tokens: int, rank: int, device: str) 
     free, said = free_memory(device), []
     ways = [way for way in WAYS if way != "qlora" or not no_4_bits(device)]
     for way in ways:
-        need = _memory(checkpoint, tokens, recompute=True, train=way, rank=rank, device=device)
+        need = _memory(checkpoint, tokens, activations=_least(device), train=way, rank=rank, device=device)
         said.append(f"{way} takes about {human_bytes(need)}")
         if need <= free:
             break
@@ -261,6 +261,7 @@ class Plan:
     training: TrainingPlan | None
     training_seconds: float
     training_memory_bytes: int
+    activations: str
     output_bytes: int
     kv_cache_bytes: dict[str, int]
     disk_bytes: int
@@ -322,7 +323,7 @@ def plan(
         )
     rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
     device = _device(device)
-    training, seconds, memory = None, 0.0, 0
+    training, seconds, memory, activations = None, 0.0, 0, _ACTIVATIONS[0]
     n = checkpoint.n_parameters()
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
@@ -337,7 +338,7 @@ def plan(
             for stage in training.stages
         )
         seconds = operations / _operations_a_second(device)
-        memory = estimate_training_memory(checkpoint, training, device)
+        activations, memory = fit_activations(checkpoint, training, device)
     output = int(n * BITS_PER_WEIGHT[quant.upper()] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
     unquantized = 0 if quant.upper() in ("F32", "F16", "BF16") else 4 * n
@@ -360,6 +361,7 @@ def plan(
         training=training,
         training_seconds=seconds,
         training_memory_bytes=memory,
+        activations=activations.name,
         output_bytes=output,
         kv_cache_bytes=sizes,
         disk_bytes=output + unquantized + extended,
@@ -374,32 +376,72 @@ def training_disk_bytes(checkpoint: Checkpoint, training: TrainingPlan) -> int:
     return 3 * 12 * trained + 4 * n
 
 
-def estimate_training_memory(
-    checkpoint: Checkpoint, training: TrainingPlan, device: str, *, recompute: bool = False
-) -> int:
-    """Return bytes for weights, gradients, two Adam moments, activations and logits.
+@dataclass(frozen=True)
+class Activations:
+    """What becomes of a layer's activations until they are needed again, from the most memory to the least.
 
     Args:
-        recompute: activations are recomputed layer by layer (gradient checkpointing).
-
-    Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
-    attention matrix, which flash attention never stores.
+        name: for people.
+        recompute: they are computed again, layer by layer, from each layer's input.
+        offload: these inputs wait in the host's memory.
     """
+
+    name: str
+    recompute: bool = False
+    offload: bool = False
+
+
+_ACTIVATIONS = (
+    Activations("kept"),
+    Activations("recomputed", recompute=True),
+    Activations("recomputed, inputs of layers in the host's memory", recompute=True, offload=True),
+)
+
+
+def fit_activations(checkpoint: Checkpoint, training: TrainingPlan, device: str) -> tuple[Activations, int]:
+    """Return what must become of the activations for a run to fit the free memory, and what it needs then, in bytes.
+
+    The first way that leaves some of the memory free; the last where none does. Only a GPU has another memory beside.
+    """
+    free = free_memory(device)
+    ways = _ACTIVATIONS if device == "cuda" else _ACTIVATIONS[:2]
+    for way, share in zip(ways, (0.6, 0.85, 1.0), strict=False):
+        need = estimate_training_memory(checkpoint, training, device, way)
+        if need <= share * free:
+            break
+    return way, need
+
+
+def _least(device: str) -> Activations:
+    """Return what takes the least memory on a device."""
+    return _ACTIVATIONS[-1 if device == "cuda" else 1]
+
+
+def estimate_training_memory(
+    checkpoint: Checkpoint, training: TrainingPlan, device: str, activations: Activations = _ACTIVATIONS[0]
+) -> int:
+    """Return bytes for weights, gradients, two Adam moments, activations and logits."""
     tokens = max(stage.micro_batch * stage.window for stage in training.stages)
     return _memory(
-        checkpoint, tokens, recompute=recompute, train=training.train, rank=training.lora_rank, device=device
+        checkpoint, tokens, activations=activations, train=training.train, rank=training.lora_rank, device=device
     )
 
 
-def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool, train: str, rank: int, device: str) -> int:
-    layer = 34 * tokens * checkpoint.hidden_size
-    stored = (
-        2 * tokens * checkpoint.hidden_size * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
-    )
-    weights = _weights_memory(checkpoint, train, rank, device)
+def _memory(
+    checkpoint: Checkpoint, tokens: int, *, activations: Activations, train: str, rank: int, device: str
+) -> int:
+    """Return the bytes of training on `tokens` at once.
+
+    Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
+    attention matrix, which flash attention never stores. What goes from layer to layer is in 32 bits.
+    """
+    hidden = tokens * checkpoint.hidden_size
+    stored = 34 * hidden * (1 if activations.recompute else checkpoint.n_layers)
+    if activations.recompute and not activations.offload:
+        stored += 4 * hidden * checkpoint.n_layers
     # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
-    width = checkpoint.hidden_size if loss_is_chunked(checkpoint.hf_config) else checkpoint.vocab_size
-    return int(weights + stored + 12 * tokens * width)
+    logits = 12 * (hidden if loss_is_chunked(checkpoint.hf_config) else tokens * checkpoint.vocab_size)
+    return int(_weights_memory(checkpoint, train, rank, device) + stored + logits)
 
 
 _TRAINED_BYTES = 16

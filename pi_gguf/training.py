@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -16,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.batches import BatchDataset
 from pi_gguf.checkpoint import Checkpoint
-from pi_gguf.errors import PiGgufError, ResourceError
+from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.files import human_bytes
 from pi_gguf.lora import add_adapters, save_adapter
 from pi_gguf.losses import chunked_loss
-from pi_gguf.planning import TrainingPlan, estimate_training_memory, fast_bf16, free_memory
+from pi_gguf.planning import TrainingPlan, fast_bf16, fit_activations, free_memory
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
 
@@ -36,11 +39,13 @@ class Trained:
     Args:
         model: with every weight trained; None where adapters were.
         adapter_dir: the adapters as peft saves them, in the run's folder; None without.
+        losses: of each step, nats a token, those before a resume too.
         measured: last loss, seconds, device.
     """
 
     model: PreTrainedModel | None
     adapter_dir: Path | None
+    losses: list[float]
     measured: dict[str, Any]
 
 
@@ -52,14 +57,22 @@ def run_training(
     work_dir: Path,
     seed: int,
     device: str,
+    reports: list[str],
 ) -> Trained:
-    """Run transformers' Trainer, from its last checkpoint where there is one."""
+    """Run transformers' Trainer, from its last checkpoint where there is one.
+
+    Args:
+        reports: where the losses are shown, by transformers' names.
+
+    Raises:
+        PiGgufError: a loss or gradient is not a number.
+        ResourceError: it would not fit in memory.
+    """
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    recompute = estimate_training_memory(checkpoint, training, device) > 0.6 * free_memory(device)
-    need = estimate_training_memory(checkpoint, training, device, recompute=recompute)
+    activations, need = fit_activations(checkpoint, training, device)
     if need > (free := free_memory(device)):
         raise ResourceError(
             f"{checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",
@@ -97,8 +110,14 @@ def run_training(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             self.loss = (logs or {}).get("loss", self.loss)
-            if self.loss is not None and not math.isfinite(self.loss):
-                raise PiGgufError(f"the loss is not a number before step {state.global_step}", "lower --learning-rate")
+            for what, value in {"loss": self.loss, "gradient": (logs or {}).get("grad_norm")}.items():
+                if value is not None and not math.isfinite(value):
+                    last = training.accumulation * state.global_step
+                    raise PiGgufError(
+                        f"the {what} of step {state.global_step}, micro-batches {last - training.accumulation + 1} to "
+                        f"{last} of the run, is not a number",
+                        "lower --learning-rate; if it is step 1, the checkpoint is damaged",
+                    )
 
     arguments = TrainingArguments(
         output_dir=str(work_dir),
@@ -111,13 +130,15 @@ def run_training(
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=fast_bf16(device),
-        **({"activation_checkpointing": True} if recompute else {}),
+        activation_checkpointing=activations.recompute,
+        activation_checkpointing_kwargs={"offload": True} if activations.offload else None,
+        optim="adamw_bnb_8bit" if training.train == "qlora" else "adamw_torch_fused",
         save_strategy="steps",
         save_steps=max(10, training.steps // 20),
         save_total_limit=2,
-        logging_steps=min(10, training.steps),
+        logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=reports,
         disable_tqdm=True,
         use_cpu=device == "cpu",
         seed=seed,
@@ -128,12 +149,13 @@ def run_training(
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         progress = Progress(advance)
-        trainer = PaperTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=BatchDataset(batches, rope, training, seed),
-            data_collator=itemgetter(0),
-        )
+        with _tensorboard_dir(work_dir.with_suffix(".runs")):
+            trainer = PaperTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=BatchDataset(batches, rope, training, seed),
+                data_collator=itemgetter(0),
+            )
         trainer.remove_callback(_printer())
         trainer.add_callback(progress)
         last = get_last_checkpoint(str(work_dir))
@@ -144,15 +166,16 @@ def run_training(
     if stop.asked and trainer.state.global_step < training.steps:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
         raise KeyboardInterrupt
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     measured = {
         "loss": round(progress.loss or result.training_loss, 4),
         "seconds": round(result.metrics["train_runtime"], 1),
         "device": device,
     }
     if training.train == "full":
-        return Trained(trainer.model, None, measured)
+        return Trained(trainer.model, None, losses, measured)
     save_adapter(trainer.model, work_dir / "adapter")
-    return Trained(None, work_dir / "adapter", measured)
+    return Trained(None, work_dir / "adapter", losses, measured)
 
 
 def _open_model(checkpoint: Checkpoint, rope: RopeScaling, training: TrainingPlan, seed: int, device: str) -> Any:
@@ -168,6 +191,46 @@ def _open_model(checkpoint: Checkpoint, rope: RopeScaling, training: TrainingPla
         model = add_adapters(checkpoint, base, training.lora_rank, training.lora_alpha)
     model.config.use_cache = False
     return model
+
+
+def check_reports(report_to: str) -> list[str]:
+    """Return where losses are shown, by transformers' names, for `--report-to`.
+
+    Raises:
+        OptionError: not one of them, or not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    available = get_available_reporting_integrations()
+    if report_to == "auto":
+        return [name for name in available if name == "tensorboard"]
+    names = [] if report_to == "none" else report_to.split(",")
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise OptionError(
+                f"report-to must be auto, none or some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got {name!r}"
+            )
+        if name not in available:
+            raise OptionError(f"report-to {name}: it is not installed", f"pip install {name}, or --report-to none")
+    return names
+
+
+@contextmanager
+def _tensorboard_dir(path: Path) -> Iterator[None]:
+    """Name the folder that transformers' TensorBoard takes when it is made, unless the user did; the run's own is
+    deleted at the end."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(path)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def rate_share(step: int, training: TrainingPlan) -> float:

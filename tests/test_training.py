@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from conftest import WINDOW, make_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import SHAPES, make_model
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import pi_gguf
 from pi_gguf.adapters import with_adapters
 from pi_gguf.checkpoint import load_checkpoint
-from pi_gguf.errors import OptionError, ResourceError
+from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
 from pi_gguf.lora import add_adapters, parts
 from pi_gguf.losses import chunked_loss
-from pi_gguf.planning import default_recipe, estimate_training_memory, plan_training
+from pi_gguf.planning import (
+    Activations,
+    _weights_memory,
+    default_recipe,
+    estimate_training_memory,
+    fast_bf16,
+    fit_activations,
+    plan_training,
+)
+from pi_gguf.training import check_reports
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
+RECOMPUTED = Activations("recomputed", recompute=True)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +158,7 @@ def test_an_adapter_alone_merges_to_the_same_model(base, tmp_path, text, request
         for name, only in (("merged", False), ("alone", True))
     )
     assert sorted(path.name for path in alone.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "pi_gguf.json",
+        "adapter_config.json", "adapter_model.safetensors", "losses.json", "pi_gguf.json",
     ]  # fmt: skip
     assert json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     checkpoint = with_adapters(load_checkpoint(str(base)), [str(alone)])
@@ -210,7 +227,7 @@ def test_auto_takes_the_first_way_that_fits(llama, monkeypatch, cli):
     needs = {}
     for way in ("full", "lora"):
         plan = training_plan(llama, train=way, batch_tokens=256)
-        needs[way] = estimate_training_memory(load_checkpoint(str(llama)), plan, "cpu", recompute=True)
+        needs[way] = estimate_training_memory(load_checkpoint(str(llama)), plan, "cpu", RECOMPUTED)
     assert needs["full"] > needs["lora"]
     for free, way in ((needs["full"], "full"), (needs["full"] - 1, "lora"), (needs["lora"] - 1, "lora")):
         monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device, free=free: free)
@@ -231,7 +248,7 @@ def test_auto_on_a_gpu_ends_with_4_bits(llama, monkeypatch):
 
 def test_auto_runs_what_it_planned(llama, tmp_path, text, monkeypatch):
     free = estimate_training_memory(
-        load_checkpoint(str(llama)), training_plan(llama, batch_tokens=256), "cpu", recompute=True
+        load_checkpoint(str(llama)), training_plan(llama, batch_tokens=256), "cpu", RECOMPUTED
     )
     for module in ("planning", "training"):
         monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device: free - 1)
@@ -240,7 +257,107 @@ def test_auto_runs_what_it_planned(llama, tmp_path, text, monkeypatch):
 
 
 def test_too_little_memory_is_an_error_that_names_a_way(llama, tmp_path, text, monkeypatch):
-    monkeypatch.setattr("pi_gguf.training.free_memory", lambda device: 1000)
+    for module in ("planning", "training"):
+        monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device: 1000)
     with pytest.raises(ResourceError, match="training needs about") as caught:
         pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], **OPTIONS)
     assert "--train lora" in caught.value.hint
+
+
+# Memory
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_recomputed_activations_give_the_same_losses(train, llama, tmp_path, text, monkeypatch):
+    checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, train=train, batch_tokens=256)
+    losses = {}
+    for name, free in (("kept", 2**40), ("recomputed", estimate_training_memory(checkpoint, plan, "cpu") - 1)):
+        for module in ("planning", "training"):
+            monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device, free=free: free)
+        assert fit_activations(checkpoint, plan, "cpu")[0].name == name
+        out = pi_gguf.extend(str(llama), tmp_path / name, data=[str(text)], train=train, **OPTIONS)
+        losses[name] = json.loads((out / "losses.json").read_text())
+    assert len(losses["kept"]) == 4 and losses["kept"] == pytest.approx(losses["recomputed"], rel=1e-5)
+
+
+def test_inputs_of_layers_go_to_the_host_when_a_gpu_is_full(llama, monkeypatch):
+    checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=2048, train_window=256)
+    monkeypatch.setattr("pi_gguf.planning.fast_bf16", lambda device: True)
+    needs = []
+    for free in (2**40, int(estimate_training_memory(checkpoint, plan, "cuda", RECOMPUTED) / 0.85) + 1, 1):
+        monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device, free=free: free)
+        needs.append(fit_activations(checkpoint, plan, "cuda"))
+    assert [way.offload for way, _ in needs] == [False, False, True]
+    assert [way.recompute for way, _ in needs] == [False, True, True]
+    assert needs[1][1] - needs[2][1] == 4 * 2048 * 64 * 2  # 32 bits of a token, hidden unit and layer
+
+
+def test_the_memory_of_a_known_model(tmp_path):
+    config = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = load_checkpoint(str(tmp_path), config_only=True)
+    n, linear, whole = 6_738_415_616, 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096 + 65 * 4096
+    adapters = 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert parts(checkpoint.skeleton).trained(16) == adapters + whole
+    frozen = {"full": 0, "lora": (2 if fast_bf16("cpu") else 4) * n, "qlora": 2 * (n - linear) + 0.55 * linear}
+    for way, base in frozen.items():
+        trained = n if way == "full" else adapters + whole
+        assert _weights_memory(checkpoint, way, 16, "cpu") == pytest.approx(base + 16 * trained), way
+
+
+# A long run
+
+COMMAND = ("--context", "256", "--steps", "30", "--batch-tokens", "256", "--learning-rate", "0.001", "--device", "cpu")
+
+
+def run_extend(model, out, text, *more, launcher=()):
+    command = [sys.executable, *launcher, "-m", "pi_gguf", "extend", str(model), str(out), "--data", str(text)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *COMMAND, *more], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process):
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return err
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_killed_run_goes_on_to_the_same_losses(train, llama, tmp_path, text):
+    finish(run_extend(llama, tmp_path / "whole", text, "--train", train))
+    killed = run_extend(llama, tmp_path / "killed", text, "--train", train)
+    deadline = time.time() + 120
+    while not list((tmp_path / "killed.partial").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.3))
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed").exists()
+    assert "resume from" in finish(run_extend(llama, tmp_path / "killed", text, "--train", train))
+    losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "killed")]
+    assert len(losses[0]) == 30 and losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_batch(llama_copy, tmp_path, text):
+    weights = load_file(llama_copy / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, llama_copy / "model.safetensors", metadata={"format": "pt"})
+    said = "the loss of step 1, micro-batches 1 to 1 of the run, is not a number"
+    with pytest.raises(PiGgufError, match=said):
+        pi_gguf.extend(str(llama_copy), tmp_path / "out", data=[str(text)], **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_are_reported_where_asked(llama, tmp_path):
+    assert check_reports("none") == []
+    installed = get_available_reporting_integrations()
+    assert check_reports("auto") == [name for name in installed if name == "tensorboard"]
+    with pytest.raises(OptionError, match=r"report-to must be auto, none or some of .*tensorboard.*, got 'paper'"):
+        check_reports("paper")
+    for name in {"tensorboard", "wandb", "mlflow"} - set(installed):
+        with pytest.raises(OptionError, match=f"report-to {name}: it is not installed"):
+            pi_gguf.extend(str(llama), tmp_path / "out", report_to=name, **OPTIONS)
