@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from pi_gguf.errors import PiGgufError
+from pi_gguf.progress import process_rank
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
@@ -65,6 +66,8 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
 
     def run(as_json: bool = False, **values: Any) -> None:
         result = function(**values)
+        if process_rank() > 0:
+            return
         click.echo(json.dumps(result.to_json(), indent=1) if as_json else show(result))
 
     arguments = "\n".join(

@@ -19,7 +19,7 @@ from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
 from pi_gguf.imatrix import read_imatrix
 from pi_gguf.planning import plan_training, training_disk_bytes
-from pi_gguf.progress import say
+from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import check_name, gguf_vocabulary
@@ -135,6 +135,8 @@ def convert(
     Example:
         pi-gguf convert bundled:tiny tiny-32k.gguf --context 32768 --quant Q8_0 --steps 100
     """
+    if process_count() > 1:
+        raise OptionError(f"convert runs in one process, got {process_count()}", "run extend under torchrun, then this")
     out, quant = Path(out), check_quantization(quant, importance=imatrix is not None)
     overrides = [_read_override(text) for text in tensor_type]
     if overrides and quant in UNQUANTIZED:

@@ -7,7 +7,6 @@ What it reads is made in `batches`, the run itself is in `training`. A run that 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,10 +17,11 @@ from pi_gguf import bundled
 from pi_gguf.adapters import with_adapters
 from pi_gguf.batches import training_batches
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, read_json
-from pi_gguf.errors import CheckpointError, OptionError, ResourceError, UnsupportedError
+from pi_gguf.errors import CheckpointError, OptionError, ResourceError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json
 from pi_gguf.planning import plan_training, training_disk_bytes
-from pi_gguf.progress import say
+from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
+from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version, sha256
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import read_texts
@@ -54,6 +54,10 @@ def extend(
     lora_alpha: int | None = None,
     adapter_only: bool = False,
     report_to: str = "auto",
+    fsdp: bool = True,
+    cp_size: int = 1,
+    sp_size: int = 1,
+    deepspeed: str | None = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -81,6 +85,11 @@ def extend(
             the position scaling in pi_gguf.json; `convert MODEL --lora` merges it. Of lora and qlora, method linear.
         report_to: where the losses are shown while it runs: auto (TensorBoard where installed, in OUT_DIR.runs), none,
             or names that transformers knows, separated by commas.
+        fsdp: under torchrun or accelerate launch, with train full: shard weights, gradients and moments over the
+            processes (FSDP2); --no-fsdp copies them to each (DDP), as lora and qlora do.
+        cp_size: GPUs that share one sequence, by torch's context parallelism.
+        sp_size: GPUs that share one sequence, by DeepSpeed's sequence parallelism.
+        deepspeed: a DeepSpeed config in JSON, which then shards instead of FSDP2.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
         overwrite: replace another run that is there; a run of the same settings is used or gone on with.
@@ -99,8 +108,6 @@ def extend(
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
     device = torch_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UnsupportedError("extend runs in one process, got WORLD_SIZE above 1", "start it without torchrun")
     reports = check_reports(report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     record: dict[str, Any] = {
@@ -114,14 +121,17 @@ def extend(
         "steps": steps,
         "seed": seed,
     }
+    if not steps and process_count() > 1:
+        raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
     if not steps:
         check_writable(out_dir, overwrite, folder=True)
         _write_folder(checkpoint, rope, out_dir, record, None)
         return out_dir
+    spread = check_spread(device, train, fsdp=fsdp, cp_size=cp_size, sp_size=sp_size, deepspeed=deepspeed)
     training = plan_training(
         checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
         batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device,
-        train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
+        train=train, lora_rank=lora_rank, lora_alpha=lora_alpha, readers=spread.readers,
     )  # fmt: skip
     if adapter_only:
         _check_adapter_only(training.train, method, checkpoint)
@@ -130,24 +140,29 @@ def extend(
     if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
-    check_writable(out_dir, overwrite, folder=True)
-    check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
-    batches = training_batches(checkpoint, training, documents, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
-    _begin_or_resume(work_dir, record, overwrite)
+    with first_process_first(device):
+        if is_first_process():
+            check_writable(out_dir, overwrite, folder=True)
+            check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
+        batches = training_batches(checkpoint, training, documents, seed)
+        if is_first_process():
+            _begin_or_resume(work_dir, {**record, "sharded": spread.fsdp}, overwrite)
     say(
         f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {method}, "
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
         f"{', '.join(str(stage.window) for stage in training.stages)} tokens ({training.reason})"
     )
-    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device, reports)
-    record |= trained.measured
-    if adapter_only:
-        assert trained.adapter_dir is not None
-        _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
-    else:
-        _write_folder(checkpoint, rope, out_dir, record, trained)
-    remove(work_dir)
+    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device, reports, spread)
+    if is_first_process():
+        record |= trained.measured
+        if adapter_only:
+            assert trained.adapter_dir is not None
+            _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
+        else:
+            _write_folder(checkpoint, rope, out_dir, record, trained)
+        remove(work_dir)
+    wait_for_everyone(device)
     return out_dir
 
 

@@ -160,8 +160,12 @@ def plan_training(
     train: str = "full",
     lora_rank: int = 16,
     lora_alpha: int | None = None,
+    readers: int = 1,
 ) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
+
+    Args:
+        readers: processes that read micro-batches of their own; each gets as many of a step.
 
     Raises:
         OptionError: a value that cannot work.
@@ -213,6 +217,7 @@ def plan_training(
     recipe = default_recipe(checkpoint.n_parameters(), train)
     batch_tokens = batch_tokens or recipe.batch_tokens
     accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, *(window for window, _ in windows)))
+    accumulation = -(-accumulation // readers) * readers
     return TrainingPlan(
         steps=steps,
         stages=[Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows],
@@ -398,15 +403,20 @@ _ACTIVATIONS = (
 )
 
 
-def fit_activations(checkpoint: Checkpoint, training: TrainingPlan, device: str) -> tuple[Activations, int]:
+def fit_activations(
+    checkpoint: Checkpoint, training: TrainingPlan, device: str, *, shards: int = 1
+) -> tuple[Activations, int]:
     """Return what must become of the activations for a run to fit the free memory, and what it needs then, in bytes.
 
     The first way that leaves some of the memory free; the last where none does. Only a GPU has another memory beside.
+
+    Args:
+        shards: processes that share weights, gradients and moments; what it needs is one process's.
     """
     free = free_memory(device)
     ways = _ACTIVATIONS if device == "cuda" else _ACTIVATIONS[:2]
     for way, share in zip(ways, (0.6, 0.85, 1.0), strict=False):
-        need = estimate_training_memory(checkpoint, training, device, way)
+        need = estimate_training_memory(checkpoint, training, device, way, shards=shards)
         if need <= share * free:
             break
     return way, need
@@ -418,13 +428,20 @@ def _least(device: str) -> Activations:
 
 
 def estimate_training_memory(
-    checkpoint: Checkpoint, training: TrainingPlan, device: str, activations: Activations = _ACTIVATIONS[0]
+    checkpoint: Checkpoint,
+    training: TrainingPlan,
+    device: str,
+    activations: Activations = _ACTIVATIONS[0],
+    *,
+    shards: int = 1,
 ) -> int:
     """Return bytes for weights, gradients, two Adam moments, activations and logits."""
     tokens = max(stage.micro_batch * stage.window for stage in training.stages)
-    return _memory(
+    weights = _weights_memory(checkpoint, training.train, training.lora_rank, device)
+    whole = _memory(
         checkpoint, tokens, activations=activations, train=training.train, rank=training.lora_rank, device=device
     )
+    return int(whole - weights + weights / shards)
 
 
 def _memory(

@@ -10,8 +10,9 @@ import logging
 import math
 import os
 import signal
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -24,6 +25,7 @@ from pi_gguf.files import human_bytes
 from pi_gguf.lora import add_adapters, save_adapter
 from pi_gguf.losses import chunked_loss
 from pi_gguf.planning import TrainingPlan, fast_bf16, fit_activations, free_memory
+from pi_gguf.processes import Spread, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
 
@@ -58,11 +60,13 @@ def run_training(
     seed: int,
     device: str,
     reports: list[str],
+    spread: Spread,
 ) -> Trained:
     """Run transformers' Trainer, from its last checkpoint where there is one.
 
     Args:
         reports: where the losses are shown, by transformers' names.
+        spread: over which processes; every one of them calls this.
 
     Raises:
         PiGgufError: a loss or gradient is not a number.
@@ -72,14 +76,16 @@ def run_training(
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    activations, need = fit_activations(checkpoint, training, device)
-    if need > (free := free_memory(device)):
+    free = free_memory(device) // (spread.processes if device == "cpu" else 1)
+    activations, need = fit_activations(
+        checkpoint, training, device, shards=spread.processes if spread.fsdp or spread.deepspeed else 1
+    )
+    if need > free:
         raise ResourceError(
             f"{checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",
             "a smaller --train-window or --batch-tokens helps only with activations; weights take 16 bytes a trained "
             "parameter" + (", and fewer are trained by --train lora" if training.train == "full" else ""),
         )
-    model = _open_model(checkpoint, rope, training, seed, device)
 
     class PaperTrainer(Trainer):  # type: ignore[misc]
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -92,7 +98,7 @@ def run_training(
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)  # they come in their order already
 
-    stop = _StopOnInterrupt()
+    stop = _StopOnInterrupt(spread.processes)
 
     class Progress(TrainerCallback):  # type: ignore[misc]
         def __init__(self, advance: Any) -> None:
@@ -123,7 +129,7 @@ def run_training(
         output_dir=str(work_dir),
         max_steps=training.steps,
         per_device_train_batch_size=1,  # an item is a micro-batch
-        gradient_accumulation_steps=training.accumulation,
+        gradient_accumulation_steps=training.accumulation // spread.readers,
         learning_rate=training.learning_rate,
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -144,8 +150,13 @@ def run_training(
         seed=seed,
         remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda",
+        **spread.arguments(),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one device; Trainer would split every batch over all there are
+    if spread.fsdp and device == "cpu":
+        shard_on_cpu()
+    # After the arguments, which take this process's GPU.
+    model = _open_model(checkpoint, rope, training, seed, "cpu" if spread.fsdp or spread.deepspeed else device)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         progress = Progress(advance)
@@ -161,7 +172,11 @@ def run_training(
         last = get_last_checkpoint(str(work_dir))
         if last:
             say(f"resume from {last}")
-        with chunked_loss(model):
+        if spread.fsdp:
+            set_precision(trainer.accelerator, arguments.bf16)
+        with chunked_loss(model), warnings.catch_warnings():
+            # The head hands a view through, and nothing is done to it in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             result = trainer.train(resume_from_checkpoint=last)
     if stop.asked and trainer.state.global_step < training.steps:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
@@ -173,9 +188,24 @@ def run_training(
         "device": device,
     }
     if training.train == "full":
-        return Trained(trainer.model, None, losses, measured)
-    save_adapter(trainer.model, work_dir / "adapter")
+        return Trained(_whole_model(trainer, checkpoint, rope, spread), None, losses, measured)
+    if is_first_process():
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), work_dir / "adapter")
     return Trained(None, work_dir / "adapter", losses, measured)
+
+
+def _whole_model(trainer: Any, checkpoint: Checkpoint, rope: RopeScaling, spread: Spread) -> Any:
+    """Return the trained model, gathered on the first process where it is sharded; every process calls this."""
+    import torch
+
+    if not (spread.fsdp or spread.deepspeed):
+        return trainer.model
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_first_process():
+        return None
+    model = checkpoint.load_model(dtype=torch.float32, rope=rope)
+    model.load_state_dict(weights)
+    return model
 
 
 def _open_model(checkpoint: Checkpoint, rope: RopeScaling, training: TrainingPlan, seed: int, device: str) -> Any:
@@ -248,11 +278,15 @@ class _StopOnInterrupt:
 
     asked = False
 
+    def __init__(self, processes: int) -> None:
+        self._alone = processes == 1  # others may be at another step; the run goes on from its last checkpoint then
+
     def __enter__(self) -> None:
-        try:
+        self._before: Any = None
+        if not self._alone:
+            return
+        with suppress(ValueError):  # not in the main thread: leave Ctrl-C to whoever is
             self._before = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not in the main thread: leave Ctrl-C to whoever is
-            self._before = None
 
     def _ask(self, *_: Any) -> None:
         if self.asked:

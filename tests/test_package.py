@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 # Imports go downward only: a module may import those of the layers before its own. The README draws the same.
 LAYERS = [
     {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "provenance"},
-    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
+    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families", "processes"},
     {"methods"},
     {"checkpoint"},
     {"adapters", "lora"},

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import WINDOW, make_llama
@@ -33,6 +34,7 @@ from pi_gguf.planning import (
     fit_activations,
     plan_training,
 )
+from pi_gguf.processes import check_spread
 from pi_gguf.training import check_reports
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
@@ -361,3 +363,121 @@ def test_losses_are_reported_where_asked(llama, tmp_path):
     for name in {"tensorboard", "wandb", "mlflow"} - set(installed):
         with pytest.raises(OptionError, match=f"report-to {name}: it is not installed"):
             pi_gguf.extend(str(llama), tmp_path / "out", report_to=name, **OPTIONS)
+
+
+# More than one process
+
+EXACT = """
+import pi_gguf.planning, pi_gguf.training
+pi_gguf.planning.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: False
+from pi_gguf.cli import entry_point
+entry_point()
+"""  # in 32 bits, where one process and several differ by the order of additions only
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exact") / "exact.py"
+    path.write_text(EXACT)
+    return str(path)
+
+
+def run_processes(script, n, model, out, text, *more):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
+    options = ["--data", str(text), "--context", "256", "--device", "cpu", *more]
+    command = [sys.executable, *launcher, script, "extend", str(model), str(out), *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **streams)
+
+
+TWO_MICRO_BATCHES = ("--batch-tokens", "16384", "--steps", "4")
+
+
+@pytest.mark.parametrize(("base", "way"), [
+    ("llama", ()), ("tied", ()), ("llama", ("--no-fsdp",)), ("llama", ("--train", "lora")),
+])  # fmt: skip
+def test_two_processes_train_like_one(base, way, tmp_path, text, exact, request):
+    model = request.getfixturevalue(base)
+    for n in (1, 2):
+        process = run_processes(exact, n, model, tmp_path / str(n), text, *TWO_MICRO_BATCHES, *way)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert out.count("wrote") == err.count("fine-tune") == 1, "one process speaks"
+    losses = [json.loads((tmp_path / n / "losses.json").read_text()) for n in ("1", "2")]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    weights = [load_file(tmp_path / n / "model.safetensors") for n in ("1", "2")]
+    assert list(weights[0]) == list(weights[1])
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, msg=name)
+    assert not (tmp_path / "2.partial").exists()
+
+
+def test_a_killed_run_of_two_processes_goes_on_with_four(llama, tmp_path, text, exact):
+    options = ("--batch-tokens", str(4 * 8192), "--steps", "12")
+    whole = run_processes(exact, 1, llama, tmp_path / "whole", text, *options)
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    killed = run_processes(exact, 2, llama, tmp_path / "killed", text, *options)
+    deadline = time.time() + 200
+    while not list((tmp_path / "killed.partial").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        time.sleep(0.02)
+    for process in (*psutil.Process(killed.pid).children(recursive=True), killed):
+        process.kill()
+    killed.communicate()
+    alone = run_processes(exact, 1, llama, tmp_path / "killed", text, *options)
+    _, err = alone.communicate(timeout=300)
+    assert alone.returncode == 2 and "unfinished run with sharded True, now False" in err
+    resumed = run_processes(exact, 4, llama, tmp_path / "killed", text, *options)
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0 and "resume from" in err, err
+    losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "killed")]
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_step_is_shared_out_in_whole_micro_batches(llama):
+    for readers, tokens, expected in ((1, 256, 1), (2, 256, 2), (3, 4 * 8192, 6), (2, 4 * 8192, 4)):
+        plan = training_plan(llama, batch_tokens=tokens, readers=readers)
+        assert plan.accumulation == expected
+    assert training_plan(llama, batch_tokens=256, readers=2).stages[0].micro_batch == 2
+
+
+def test_a_spread_that_cannot_work_is_refused_early(llama, tmp_path, monkeypatch, cli):
+    command = ("extend", llama, tmp_path / "out", "--context", "256", "--device", "cpu")
+    for said, options in {
+        "cp-size needs CUDA GPUs, got 2 on device cpu": ("--cp-size", "2"),
+        "sp-size needs CUDA GPUs, got 4 on device cpu": ("--sp-size", "4"),
+        "cp-size must be at least 1, got 0": ("--cp-size", "0"),
+        "deepspeed: no such file as absent.json": ("--deepspeed", "absent.json"),
+    }.items():
+        code, _, err = cli(*command, *options)
+        assert code == 2 and said in err, options
+    (tmp_path / "zero.json").write_text("{}")
+    monkeypatch.setattr("pi_gguf.processes.find_spec", lambda name: None)
+    code, _, err = cli(*command, "--deepspeed", tmp_path / "zero.json")
+    assert code == 2 and "deepspeed is not installed" in err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    settings = {"fsdp": True, "cp_size": 1, "sp_size": 1, "deepspeed": None}
+    for said, changes in {
+        "exclude each other, got 2 and 2": {"cp_size": 2, "sp_size": 2},
+        "3 processes to a sequence do not divide the 4": {"cp_size": 3},
+        "cp-size goes with --train full and --fsdp only": {"cp_size": 2, "fsdp": False},
+    }.items():
+        with pytest.raises(OptionError, match=said):
+            check_spread("cuda", "full", **{**settings, **changes})
+    spread = check_spread("cuda", "full", **{**settings, "cp_size": 2})
+    assert (spread.readers, spread.fsdp) == (2, True)
+    assert spread.arguments()["parallelism_config"].cp_size == 2
+    assert not check_spread("cuda", "lora", **settings).fsdp
+    code, _, err = cli("convert", llama, tmp_path / "m.gguf", "--context", "256")
+    assert code == 2 and "convert runs in one process, got 4" in err
+    code, _, err = cli(*command, "--steps", "0")
+    assert code == 2 and "steps 0 is for one process" in err
+
+
+def test_a_deepspeed_config_is_passed_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("pi_gguf.processes.find_spec", lambda name: object())
+    path = tmp_path / "zero.json"
+    path.write_text("{}")
+    spread = check_spread("cuda", "full", fsdp=True, cp_size=1, sp_size=1, deepspeed=str(path))
+    assert spread.arguments()["deepspeed"] == str(path) and "fsdp" not in spread.arguments()
