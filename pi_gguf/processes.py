@@ -6,6 +6,7 @@ refused before anything is read.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,13 +45,23 @@ class Spread:
         """Return how many processes read micro-batches of their own."""
         return self.processes // (self.cp_size * self.sp_size)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return arguments of transformers' TrainingArguments."""
+    def arguments(self, recompute: bool, offload: bool) -> dict[str, Any]:
+        """Return arguments of transformers' TrainingArguments.
+
+        Args:
+            recompute: activations are recomputed layer by layer; by FSDP2's own way it gathers weights once less.
+            offload: the inputs of layers wait in the host's memory, which that way cannot.
+        """
         found: dict[str, Any] = {"ddp_find_unused_parameters": False}
+        by_fsdp = self.fsdp and recompute and not offload
+        if recompute and not by_fsdp:
+            found["activation_checkpointing"] = True
+            found["activation_checkpointing_kwargs"] = {"offload": True} if offload else None
         if self.deepspeed:
             found["deepspeed"] = self.deepspeed
         elif self.fsdp:
-            found |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+            sharding = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "activation_checkpointing": by_fsdp}
+            found |= {"fsdp": True, "fsdp_config": sharding}
         if self.cp_size * self.sp_size > 1:
             from accelerate import ParallelismConfig
 
@@ -114,7 +125,17 @@ def is_first_process() -> bool:
 def _state(device: str) -> Any:
     from accelerate import PartialState
 
+    atexit.unregister(_part)
+    atexit.register(_part)
     return PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+
+
+def _part() -> None:
+    """Close the connections to the others before Python ends: one that sees them break off may be aborted."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def shard_on_cpu() -> None:

@@ -136,8 +136,6 @@ def run_training(
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=fast_bf16(device),
-        activation_checkpointing=activations.recompute,
-        activation_checkpointing_kwargs={"offload": True} if activations.offload else None,
         optim="adamw_bnb_8bit" if training.train == "qlora" else "adamw_torch_fused",
         save_strategy="steps",
         save_steps=max(10, training.steps // 20),
@@ -150,7 +148,7 @@ def run_training(
         seed=seed,
         remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda",
-        **spread.arguments(),
+        **spread.arguments(activations.recompute, activations.offload),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one device; Trainer would split every batch over all there are
     if spread.fsdp and device == "cpu":

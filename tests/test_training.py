@@ -467,7 +467,10 @@ def test_a_spread_that_cannot_work_is_refused_early(llama, tmp_path, monkeypatch
             check_spread("cuda", "full", **{**settings, **changes})
     spread = check_spread("cuda", "full", **{**settings, "cp_size": 2})
     assert (spread.readers, spread.fsdp) == (2, True)
-    assert spread.arguments()["parallelism_config"].cp_size == 2
+    arguments = spread.arguments(recompute=True, offload=False)
+    assert arguments["parallelism_config"].cp_size == 2
+    assert arguments["fsdp_config"]["activation_checkpointing"] and "activation_checkpointing" not in arguments
+    assert spread.arguments(recompute=True, offload=True)["activation_checkpointing_kwargs"] == {"offload": True}
     assert not check_spread("cuda", "lora", **settings).fsdp
     code, _, err = cli("convert", llama, tmp_path / "m.gguf", "--context", "256")
     assert code == 2 and "convert runs in one process, got 4" in err
@@ -480,4 +483,5 @@ def test_a_deepspeed_config_is_passed_on(tmp_path, monkeypatch):
     path = tmp_path / "zero.json"
     path.write_text("{}")
     spread = check_spread("cuda", "full", fsdp=True, cp_size=1, sp_size=1, deepspeed=str(path))
-    assert spread.arguments()["deepspeed"] == str(path) and "fsdp" not in spread.arguments()
+    arguments = spread.arguments(recompute=True, offload=False)
+    assert arguments["deepspeed"] == str(path) and "fsdp" not in arguments and arguments["activation_checkpointing"]
