@@ -234,7 +234,7 @@ class AdaptedCheckpoint(Checkpoint):
     def _open_model(self, config: Any, dtype: torch.dtype) -> Any:
         files: dict[Path, Any] = {}
         weights = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
-        return type(self._skeleton).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        return type(self.skeleton).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 def with_adapters(checkpoint: Checkpoint, folders: Sequence[str]) -> AdaptedCheckpoint:
@@ -311,6 +311,7 @@ def _load_adapter(folder: str, checkpoint: Checkpoint) -> Adapter:
     _check_config(config, config_path)
     changes = _read_changes(read_tensor_list(weights_path), _Scaling(config, config_path), checkpoint, weights_path)
     replaced = [name for name, listed in changes.items() if isinstance(listed[0], Replacement)]
+    replaced += [name for name, origin in checkpoint.tied_tensors.items() if origin in replaced]
     for module in config.get("modules_to_save") or ():
         if not any(module in name for name in replaced):
             raise CheckpointError(

@@ -220,7 +220,8 @@ class BatchDataset:
 
 
 def padded(rows: Sequence[Row], positions: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return a model's inputs, (B, T) each: ids, labels (-100 where padded), positions, mask, weights of labels.
+    """Return a model's inputs, (B, T) each: ids, labels (-100 where padded), positions, mask; weights of the labels
+    where they are not alike.
 
     Where a row has several pieces, the first token of each later one is no label, and the mask is boolean,
     (B, 1, T, T), true where a token sees another: those before it in its own piece. transformers takes that one as it
@@ -245,5 +246,7 @@ def padded(rows: Sequence[Row], positions: Sequence[np.ndarray]) -> dict[str, to
     mask = (pieces > 0).astype(np.int64)
     if pieces.max() > 1:
         mask = np.tril(pieces[:, None, :, None] == pieces[:, None, None, :])
-    batch = {"input_ids": ids, "labels": labels, "position_ids": places, "attention_mask": mask, "weights": weights}
+    batch = {"input_ids": ids, "labels": labels, "position_ids": places, "attention_mask": mask}
+    if weights.max() > 1:
+        batch["label_weights"] = weights
     return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -169,7 +169,7 @@ class Checkpoint:
         return {}
 
     @cached_property
-    def _skeleton(self) -> PreTrainedModel:
+    def skeleton(self) -> PreTrainedModel:
         """The model as transformers builds it, without memory for its weights."""
         import torch
         from transformers import AutoModelForCausalLM
@@ -188,14 +188,14 @@ class Checkpoint:
         """Name and shape of every tensor that must be on disk; shapes as torch has them (out, in)."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        state, tied = self._skeleton.state_dict(), self.tied_tensors
-        on_disk = revert_weight_conversion(self._skeleton, state)
+        state, tied = self.skeleton.state_dict(), self.tied_tensors
+        on_disk = revert_weight_conversion(self.skeleton, state)
         return {name: tuple(tensor.shape) for name, tensor in on_disk.items() if name not in tied}
 
     @property
     def tied_tensors(self) -> dict[str, str]:
         """Names of tensors that are not on disk, as each is the same as another: whose name is the value."""
-        return dict(self._skeleton._tied_weights_keys or {}) if self.tied else {}
+        return dict(self.skeleton._tied_weights_keys or {}) if self.tied else {}
 
     def n_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes.values())
@@ -212,8 +212,8 @@ class Checkpoint:
         for path in self._weight_files():
             found.update(read_tensor_list(path))
         wanted = self.tensor_shapes
-        known = self._skeleton.state_dict()
-        prefix = f"{self._skeleton.base_model_prefix}."
+        known = self.skeleton.state_dict()
+        prefix = f"{self.skeleton.base_model_prefix}."
         for name in list(found):
             if name not in wanted and prefix + name in wanted:  # saved from the model without its head
                 found[prefix + name] = found.pop(name)
@@ -307,7 +307,7 @@ class Checkpoint:
         return tokenizer
 
     def load_model(
-        self, *, dtype: torch.dtype, device: str = "cpu", rope: RopeScaling | None = None
+        self, *, dtype: torch.dtype, device: str = "cpu", rope: RopeScaling | None = None, four_bits: bool = False
     ) -> PreTrainedModel:
         """Open the model with transformers.
 
@@ -315,6 +315,7 @@ class Checkpoint:
             dtype: of the weights in memory.
             device: `cpu` or `cuda`.
             rope: scaling to apply instead of the config's own.
+            four_bits: hold the linear layers but the head in 4 bits (NF4, with bitsandbytes; CUDA only).
         """
         import torch
         from transformers import AutoConfig
@@ -323,7 +324,7 @@ class Checkpoint:
         logging.disable_progress_bar()
         config = AutoConfig.for_model(**(rope or self.rope).to_hf(self.config))
         try:
-            return self._open_model(config, dtype).to(device)
+            return self._open_in_4_bits(config, dtype) if four_bits else self._open_model(config, dtype).to(device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ResourceError(f"{self.path}: the model does not fit in memory ({_one_line(error)})") from error
 
@@ -333,6 +334,21 @@ class Checkpoint:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             self.path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
+        return model
+
+    def _open_in_4_bits(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """Open the model on the current GPU, each tensor quantized as it is read."""
+        import torch
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            device_map={"": torch.cuda.current_device()},
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            ),
+        )  # fmt: skip
         return model
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from pi_gguf.errors import PiGgufError
+from pi_gguf.progress import process_rank
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
@@ -65,6 +66,8 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
 
     def run(as_json: bool = False, **values: Any) -> None:
         result = function(**values)
+        if process_rank() > 0:
+            return
         click.echo(json.dumps(result.to_json(), indent=1) if as_json else show(result))
 
     arguments = "\n".join(
@@ -148,11 +151,12 @@ def _show_plan(plan: Any) -> str:
             ),
             *([("full length", _mix_text(t))] if t.full_window else []),
             ("sequences", f"{t.sequences}: {t.reason}"),
+            ("weights", f"{_way(t)} ({t.train_reason})"),
             ("tokens", f"{t.tokens / 1e6:,.1f} M"),
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
             *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),
             ("time, about", human_seconds(plan.training_seconds)),
-            ("memory, about", human_bytes(plan.training_memory_bytes)),
+            ("memory, about", f"{human_bytes(plan.training_memory_bytes)}; activations are {plan.activations}"),
         ]
     rows += [
         (f"output, {plan.quant}, about", human_bytes(plan.output_bytes)),
@@ -170,6 +174,12 @@ def _mix_text(training: Any) -> str:
     )
 
 
+def _way(training: Any) -> str:
+    if training.train == "full":
+        return "full: every one is trained"
+    return f"{training.train}: adapters of rank {training.lora_rank}, alpha {training.lora_alpha}"
+
+
 def human_seconds(seconds: float) -> str:
     """Write a duration for people."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
@@ -179,6 +189,8 @@ def human_seconds(seconds: float) -> str:
 
 
 def _show_extend(path: Path) -> str:
+    if (path / "adapter_config.json").exists():
+        return f"wrote {path}\nnext: pi-gguf convert MODEL {path}.gguf --lora {path} --quant Q8_0"
     return f"wrote {path}\nnext: pi-gguf convert {path} {path}.gguf --quant Q8_0"
 
 

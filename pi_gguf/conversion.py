@@ -19,7 +19,7 @@ from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
 from pi_gguf.imatrix import read_imatrix
 from pi_gguf.planning import plan_training, training_disk_bytes
-from pi_gguf.progress import say
+from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import check_name, gguf_vocabulary
@@ -78,6 +78,9 @@ def convert(
     mix: float = 0.0,
     packing: str | None = None,
     longest_first: bool = False,
+    train: str = "full",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
     check: str = "quick",
     seed: int = 0,
     device: str = "auto",
@@ -120,6 +123,10 @@ def convert(
         packing: isolate (documents that share a row do not see each other) or join (a row is one sequence); when left
             out, isolate, but join for the bundled model's own training mixture.
         longest_first: fill rows with the longest documents first, and train on those alone if there are enough.
+        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
+            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
+        lora_rank: rank of the adapters, of lora and qlora.
+        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         check: quick reads a prompt longer than the original window, full the whole new window; none.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda; for the fine-tune.
@@ -137,6 +144,8 @@ def convert(
     Example:
         pi-gguf convert bundled:tiny tiny-32k.gguf --context 32768 --quant Q8_0 --steps 100
     """
+    if process_count() > 1:
+        raise OptionError(f"convert runs in one process, got {process_count()}", "run extend under torchrun, then this")
     out, quant = Path(out), check_quantization(quant, importance=imatrix is not None)
     overrides = [_read_override(text) for text in tensor_type]
     if overrides and quant in UNQUANTIZED:
@@ -161,11 +170,12 @@ def convert(
         vocabulary = gguf_vocabulary(checkpoint, tokenizer)
         check_name(_general(model, rope, trained, (), method)["general.name"], tokenizer)
     fine_tune = context is not None and steps != 0
+    planned = None
     if dry_run and fine_tune:
         planned = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
             batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, mix=mix,
-            device=torch_device(device),
+            device=torch_device(device), train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
         )  # fmt: skip
         trained = {"source": checkpoint.source, "steps": steps, "tokens": planned.tokens}
 
@@ -206,7 +216,7 @@ def convert(
             header_bytes=sum(len(plan.header) for plan in plans),
             nbytes=nbytes,
             memory_bytes=max(plan.memory_bytes for plan in plans),
-            disk_bytes=nbytes + (training_disk_bytes(checkpoint) if fine_tune else 0),
+            disk_bytes=nbytes + (training_disk_bytes(checkpoint, planned) if planned else 0),
         )
     if fine_tune:
         assert context is not None
@@ -215,7 +225,8 @@ def convert(
         extend(
             model, hf_dir, context=context, method=method, data=data, steps=steps, train_window=train_window,
             learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup,
-            mix=mix, packing=packing, longest_first=longest_first, seed=seed, device=device, overwrite=overwrite,
+            mix=mix, packing=packing, longest_first=longest_first, train=train, lora_rank=lora_rank,
+            lora_alpha=lora_alpha, seed=seed, device=device, overwrite=overwrite,
         )  # fmt: skip
         checkpoint = load_checkpoint(str(hf_dir))
         plans = plans_of(checkpoint, checkpoint.provenance)

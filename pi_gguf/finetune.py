@@ -7,31 +7,29 @@ What it reads is made in `batches`, the run itself is in `training`. A run that 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pi_gguf import bundled
+from pi_gguf.adapters import with_adapters
 from pi_gguf.batches import PACKINGS, training_batches
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
-from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError, UnsupportedError
+from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json
-from pi_gguf.planning import (
-    plan_training,
-    training_disk_bytes,
-)
-from pi_gguf.progress import say
+from pi_gguf.planning import plan_training, training_disk_bytes
+from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
+from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts
-from pi_gguf.training import train
+from pi_gguf.training import Trained, check_reports, run_training
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+LOSSES_FILE = "losses.json"
+"""Beside the weights: the loss of each step in nats a token, in order."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -55,6 +53,15 @@ def extend(
     mix: float = 0.0,
     packing: str | None = None,
     longest_first: bool = False,
+    train: str = "full",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
+    adapter_only: bool = False,
+    report_to: str = "auto",
+    fsdp: bool = True,
+    cp_size: int = 1,
+    sp_size: int = 1,
+    deepspeed: str | None = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -80,6 +87,19 @@ def extend(
         packing: isolate (documents that share a row do not see each other) or join (a row is one sequence); when left
             out, isolate, but join for the bundled model's own training mixture.
         longest_first: fill rows with the longest documents first, and train on those alone if there are enough.
+        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
+            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
+        lora_rank: rank of the adapters, of lora and qlora.
+        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
+        adapter_only: write the adapter alone as peft does, with the embeddings and norms that were trained along, and
+            the position scaling in pi_gguf.json; `convert MODEL --lora` merges it. Of lora and qlora, method linear.
+        report_to: where the losses are shown while it runs: auto (TensorBoard where installed, in OUT_DIR.runs), none,
+            or names that transformers knows, separated by commas.
+        fsdp: under torchrun or accelerate launch, with train full: shard weights, gradients and moments over the
+            processes (FSDP2); --no-fsdp copies them to each (DDP), as lora and qlora do.
+        cp_size: GPUs that share one sequence, by torch's context parallelism.
+        sp_size: GPUs that share one sequence, by DeepSpeed's sequence parallelism.
+        deepspeed: a DeepSpeed config in JSON, which then shards instead of FSDP2.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
         overwrite: replace another run that is there; a run of the same settings is used or gone on with.
@@ -100,8 +120,7 @@ def extend(
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
     device = torch_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UnsupportedError("extend runs in one process, got WORLD_SIZE above 1", "start it without torchrun")
+    reports = check_reports(report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     record: dict[str, Any] = {
         "source": checkpoint.source,
@@ -114,44 +133,59 @@ def extend(
         "steps": steps,
         "seed": seed,
     }
+    if not steps and process_count() > 1:
+        raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
     if not steps:
         check_writable(out_dir, overwrite, folder=True)
         _write_folder(checkpoint, rope, out_dir, record, None)
         return out_dir
+    spread = check_spread(device, train, fsdp=fsdp, cp_size=cp_size, sp_size=sp_size, deepspeed=deepspeed)
     training = plan_training(
         checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
         batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
+        train=train, lora_rank=lora_rank, lora_alpha=lora_alpha, readers=spread.readers,
     )  # fmt: skip
+    if adapter_only:
+        _check_adapter_only(training.train, method, checkpoint)
     texts = _texts(checkpoint, data)
     if texts is None and longest_first:
         raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
     packing = packing or ("join" if texts is None else "isolate")
-    record |= {"tokens": training.tokens, **asdict(training), **_text_record(texts)}
+    record |= {"tokens": training.tokens, **asdict(training), **_text_record(texts), "adapter_only": adapter_only}
     record |= {"packing": packing, "longest_first": longest_first}
     if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
-    check_writable(out_dir, overwrite, folder=True)
-    check_free_disk(out_dir.parent, training_disk_bytes(checkpoint))
     work_dir = out_dir.with_name(out_dir.name + ".partial")
-    _begin_or_resume(work_dir, record, overwrite)
-    try:
-        corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir)
-        batches = training_batches(
-            checkpoint, training, corpus, seed, packing=packing, longest_first=longest_first
-        )  # fmt: skip
-    except PiGgufError:
-        if not any(work_dir.glob("checkpoint-*")):
-            remove(work_dir)
-        raise
+    with first_process_first(device):
+        if is_first_process():
+            check_writable(out_dir, overwrite, folder=True)
+            check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
+            _begin_or_resume(work_dir, {**record, "sharded": spread.fsdp}, overwrite)
+        try:
+            corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir)
+            batches = training_batches(
+                checkpoint, training, corpus, seed, packing=packing, longest_first=longest_first
+            )  # fmt: skip
+        except PiGgufError:
+            if is_first_process() and not any(work_dir.glob("checkpoint-*")):
+                remove(work_dir)
+            raise
     say(
         f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {method}, "
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
         f"{', '.join(map(str, training.steps_by_window()))} tokens ({training.reason})"
     )
-    trained = train(checkpoint, rope, training, batches, work_dir, seed, device)
-    _write_folder(checkpoint, rope, out_dir, record | trained.measured, trained.model)
-    remove(work_dir)
+    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device, reports, spread)
+    if is_first_process():
+        record |= trained.measured
+        if adapter_only:
+            assert trained.adapter_dir is not None
+            _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
+        else:
+            _write_folder(checkpoint, rope, out_dir, record, trained)
+        remove(work_dir)
+    wait_for_everyone(device)
     return out_dir
 
 
@@ -175,7 +209,7 @@ def _text_record(texts: Texts | None) -> dict[str, Any]:
 
 def _difference(before: dict[str, Any], record: dict[str, Any]) -> str:
     """Return the first setting in which two runs differ, or an empty string; how the source was spelled is none."""
-    settings = {key: value for key, value in record.items() if key not in ("source", "reason")}
+    settings = {key: value for key, value in record.items() if key not in ("source", "reason", "train_reason")}
     return next((key for key, value in settings.items() if before.get(key) != value), "")
 
 
@@ -207,17 +241,24 @@ def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) ->
 
 
 def _write_folder(
-    checkpoint: Checkpoint, rope: RopeScaling, out_dir: Path, record: dict[str, Any], trained: PreTrainedModel | None
+    checkpoint: Checkpoint, rope: RopeScaling, out_dir: Path, record: dict[str, Any], trained: Trained | None
 ) -> None:
-    """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record."""
+    """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record.
+
+    Adapters are merged into the checkpoint's own weights, whatever these were held in during training.
+    """
     import torch
     from safetensors import SafetensorError
 
-    record["pi_gguf"] = package_version()
-    record["libraries"] = library_versions()
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]
-    model = trained if trained is not None else checkpoint.load_model(dtype=stored, rope=rope)
+    if trained is None:
+        model = checkpoint.load_model(dtype=stored, rope=rope)
+    elif trained.adapter_dir is not None:
+        model = with_adapters(checkpoint, [str(trained.adapter_dir)]).load_model(dtype=stored, rope=rope)
+    else:
+        assert trained.model is not None
+        model = trained.model
     check_free_disk(out_dir.parent, stored.itemsize * checkpoint.n_parameters())
     with replace_when_complete(out_dir) as partial:
         try:
@@ -234,4 +275,29 @@ def _write_folder(
             settings = json.loads(settings_path.read_text())
             settings["model_max_length"] = rope.max_position_embeddings
             settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        (partial / PROVENANCE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        _write_record(partial, record, trained.losses if trained else [])
+
+
+def _check_adapter_only(train: str, method: str, checkpoint: Checkpoint) -> None:
+    if train == "full":
+        raise OptionError("adapter-only is for train lora and qlora, got full", "give --train lora")
+    if method != "linear" or checkpoint.rope.rope_type != "default" or checkpoint.rope.own is not None:
+        raise OptionError(
+            f"adapter-only is for method linear on a model without scaling, got method {method} on rope_type "
+            f"{checkpoint.rope.own.rope_type if checkpoint.rope.own else checkpoint.rope.rope_type}",
+            "leave --adapter-only out: the merged folder states any scaling",
+        )
+
+
+def _write_adapter(adapter_dir: Path, out_dir: Path, record: dict[str, Any], losses: list[float]) -> None:
+    """Write an adapter as peft does, with the record, which states the scaling it was trained with."""
+    with replace_when_complete(out_dir) as partial:
+        shutil.copytree(adapter_dir, partial)
+        _write_record(partial, record, losses)
+
+
+def _write_record(folder: Path, record: dict[str, Any], losses: list[float]) -> None:
+    if losses:
+        (folder / LOSSES_FILE).write_text(json.dumps(losses) + "\n")
+    versions = {"pi_gguf": package_version(), "libraries": library_versions()}
+    (folder / PROVENANCE_FILE).write_text(json.dumps(record | versions, indent=1) + "\n")

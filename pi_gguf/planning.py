@@ -16,6 +16,8 @@ from typing import Any
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.files import human_bytes
+from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
+from pi_gguf.losses import loss_is_chunked
 from pi_gguf.rope import RopeScaling
 
 BITS_PER_WEIGHT = {
@@ -39,14 +41,18 @@ class Recipe:
     batch_tokens: int
 
 
-def default_recipe(n_parameters: int) -> Recipe:
+def default_recipe(n_parameters: int, train: str = "full") -> Recipe:
     """Return the paper's rates for 7B and 13B, 33B and 65B; for tiny models what `docs/log.md` records.
 
     The paper's batch is 64 sequences of the new window; 64 sequences of 2048 tokens are the most a desktop bears.
+    Adapters begin at zero and take ten times the rate (LongLoRA's released code trains 7B at 2e-4); a tiny model's rate
+    is high as it is, and doubles.
     """
+    adapters = train != "full"
     if n_parameters < 100_000_000:
-        return Recipe(1e-3, 8192)
-    return Recipe(2e-5 if n_parameters < 20_000_000_000 else 1e-5, 131072)
+        return Recipe(2e-3 if adapters else 1e-3, 8192)
+    rate = 2e-5 if n_parameters < 20_000_000_000 else 1e-5
+    return Recipe(10 * rate if adapters else rate, 131072)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,10 @@ class TrainingPlan:
         full_window: tokens of those sequences; 0 without a mix.
         full_micro_batch: of those sequences, how many are computed at once.
         full_micro_batches: of the run's micro-batches, how many are of those sequences.
+        train: `full`, or adapters: `lora` on weights in 16 bits, `qlora` in 4.
+        train_reason: why this way.
+        lora_rank: of the adapters; 0 where every weight is trained.
+        lora_alpha: an adapter counts alpha / rank times.
     """
 
     steps: int
@@ -97,6 +107,10 @@ class TrainingPlan:
     full_window: int = 0
     full_micro_batch: int = 0
     full_micro_batches: int = 0
+    train: str = "full"
+    train_reason: str = "as given by --train"
+    lora_rank: int = 0
+    lora_alpha: int = 0
 
     @property
     def tokens(self) -> int:
@@ -195,8 +209,15 @@ def plan_training(
     factor_warmup: int,
     device: str,
     mix: float = 0.0,
+    train: str = "full",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
+    readers: int = 1,
 ) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
+
+    Args:
+        readers: processes that read micro-batches of their own; each gets as many of a step.
 
     Raises:
         OptionError: a value that cannot work.
@@ -215,9 +236,16 @@ def plan_training(
             f"mix must be from 0 to below 1, got {mix}",
             f"--train-window {context} without --mix trains on sequences of the whole window only",
         )
+    lora_alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
+    check_way(train, device, lora_rank, lora_alpha)
+    train_reason = "as given by --train"
+    if train == "auto":
+        longest = max(context if mix else 0, *(window for window, _ in parse_windows(train_window or original, steps)))
+        tokens = max(longest, min(_MICRO_BATCH_TOKENS, batch_tokens or _MICRO_BATCH_TOKENS))
+        train, train_reason = _way_that_fits(checkpoint, tokens, lora_rank, device)
     reason = "as given by --train-window"
     if train_window is None:
-        whole = _memory(checkpoint, context, recompute=True)
+        whole = _memory(checkpoint, context, activations=_least(device), train=train, rank=lora_rank, device=device)
         if mix:
             train_window, reason = original, f"the shorter sequences of --mix stay at the original {original} tokens"
         elif device != "cuda":
@@ -247,10 +275,11 @@ def plan_training(
     sequences = "PoSE" if any(window < context for window, _ in windows) else "full length"
     if sequences == "PoSE":
         reason += f"; positions skip so that distances up to {context} are seen"
-    recipe = default_recipe(checkpoint.n_parameters())
+    recipe = default_recipe(checkpoint.n_parameters(), train)
     batch_tokens = batch_tokens or recipe.batch_tokens
     longest = max(context if mix else 0, *(window for window, _ in windows))
     accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, longest))
+    accumulation = -(-accumulation // readers) * readers
     stages = [Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows]
     full_micro_batch = max(1, batch_tokens // accumulation // context) if mix else 0
     if mix:
@@ -269,6 +298,10 @@ def plan_training(
         mix=mix,
         full_window=context if mix else 0,
         full_micro_batch=full_micro_batch,
+        train=train,
+        train_reason=train_reason,
+        lora_rank=0 if train == "full" else lora_rank,
+        lora_alpha=0 if train == "full" else lora_alpha,
     )
     training = replace(training, full_micro_batches=sum(training.full_length))
     if mix and not training.full_micro_batches:
@@ -292,6 +325,22 @@ def _check_mix(windows: list[tuple[int, int]], context: int, factor_warmup: int)
         )
 
 
+def _way_that_fits(checkpoint: Checkpoint, tokens: int, rank: int, device: str) -> tuple[str, str]:
+    """Return the first of the ways whose memory is free, and why; the smallest where none is.
+
+    Args:
+        tokens: of a micro-batch.
+    """
+    free, said = free_memory(device), []
+    ways = [way for way in WAYS if way != "qlora" or not no_4_bits(device)]
+    for way in ways:
+        need = _memory(checkpoint, tokens, activations=_least(device), train=way, rank=rank, device=device)
+        said.append(f"{way} takes about {human_bytes(need)}")
+        if need <= free:
+            break
+    return way, f"{', '.join(said)}, {human_bytes(free)} are free"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What `pi-gguf plan` reports; sizes in bytes, times in seconds, windows in tokens."""
@@ -307,6 +356,7 @@ class Plan:
     training: TrainingPlan | None
     training_seconds: float
     training_memory_bytes: int
+    activations: str
     output_bytes: int
     kv_cache_bytes: dict[str, int]
     disk_bytes: int
@@ -329,6 +379,9 @@ def plan(
     schedule: str = "constant",
     factor_warmup: int = 0,
     mix: float = 0.0,
+    train: str = "full",
+    lora_rank: int = 16,
+    lora_alpha: int | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> Plan:
@@ -348,6 +401,10 @@ def plan(
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
             train-window with PoSE; 0 for none.
+        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
+            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
+        lora_rank: rank of the adapters, of lora and qlora.
+        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -364,7 +421,7 @@ def plan(
         )
     rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
     device = _device(device)
-    training, seconds, memory = None, 0.0, 0
+    training, seconds, memory, activations = None, 0.0, 0, _ACTIVATIONS[0]
     n = checkpoint.n_parameters()
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
@@ -372,14 +429,15 @@ def plan(
         training = plan_training(
             checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
             batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
+            train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
         )  # fmt: skip
         operations = sum(
             tokens * _train_operations(checkpoint, window) for window, tokens in training.tokens_by_window().items()
         )
         seconds = operations / _operations_a_second(device)
-        memory = estimate_training_memory(checkpoint, training)
+        activations, memory = fit_activations(checkpoint, training, device)
     output = int(n * BITS_PER_WEIGHT[quant.upper()] / 8)
-    extended = training_disk_bytes(checkpoint) if training else 0
+    extended = training_disk_bytes(checkpoint, training) if training else 0
     unquantized = 0 if quant.upper() in ("F32", "F16", "BF16") else 4 * n
     sizes = {
         name: kv_cache_bytes(
@@ -400,36 +458,120 @@ def plan(
         training=training,
         training_seconds=seconds,
         training_memory_bytes=memory,
+        activations=activations.name,
         output_bytes=output,
         kv_cache_bytes=sizes,
         disk_bytes=output + unquantized + extended,
     )
 
 
-def training_disk_bytes(checkpoint: Checkpoint) -> int:
-    """Return the disk a fine-tune needs: three checkpoints with Adam's moments (12 bytes a parameter;
+def training_disk_bytes(checkpoint: Checkpoint, training: TrainingPlan) -> int:
+    """Return the disk a fine-tune needs: three checkpoints with Adam's moments (12 bytes a trained parameter;
     the oldest goes when the newest is complete), and the result."""
-    return (3 * 12 + 4) * checkpoint.n_parameters()
+    n = checkpoint.n_parameters()
+    trained = n if training.train == "full" else parts(checkpoint.skeleton).trained(training.lora_rank)
+    return 3 * 12 * trained + 4 * n
 
 
-def estimate_training_memory(checkpoint: Checkpoint, training: TrainingPlan, *, recompute: bool = False) -> int:
-    """Return bytes for weights, gradients, two Adam moments (16 a parameter), activations and logits.
+@dataclass(frozen=True)
+class Activations:
+    """What becomes of a layer's activations until they are needed again, from the most memory to the least.
 
     Args:
-        recompute: activations are recomputed layer by layer (gradient checkpointing).
+        name: for people.
+        recompute: they are computed again, layer by layer, from each layer's input.
+        offload: these inputs wait in the host's memory.
+    """
+
+    name: str
+    recompute: bool = False
+    offload: bool = False
+
+
+_ACTIVATIONS = (
+    Activations("kept"),
+    Activations("recomputed", recompute=True),
+    Activations("recomputed, inputs of layers in the host's memory", recompute=True, offload=True),
+)
+
+
+def fit_activations(
+    checkpoint: Checkpoint, training: TrainingPlan, device: str, *, shards: int = 1
+) -> tuple[Activations, int]:
+    """Return what must become of the activations for a run to fit the free memory, and what it needs then, in bytes.
+
+    The first way that leaves some of the memory free; the last where none does. Only a GPU has another memory beside.
+
+    Args:
+        shards: processes that share weights, gradients and moments; what it needs is one process's.
+    """
+    free = free_memory(device)
+    ways = _ACTIVATIONS if device == "cuda" else _ACTIVATIONS[:2]
+    for way, share in zip(ways, (0.6, 0.85, 1.0), strict=False):
+        need = estimate_training_memory(checkpoint, training, device, way, shards=shards)
+        if need <= share * free:
+            break
+    return way, need
+
+
+def _least(device: str) -> Activations:
+    """Return what takes the least memory on a device."""
+    return _ACTIVATIONS[-1 if device == "cuda" else 1]
+
+
+def estimate_training_memory(
+    checkpoint: Checkpoint,
+    training: TrainingPlan,
+    device: str,
+    activations: Activations = _ACTIVATIONS[0],
+    *,
+    shards: int = 1,
+) -> int:
+    """Return bytes for weights, gradients, two Adam moments, activations and logits."""
+    tokens = training.micro_batch_tokens
+    weights = _weights_memory(checkpoint, training.train, training.lora_rank, device)
+    whole = _memory(
+        checkpoint, tokens, activations=activations, train=training.train, rank=training.lora_rank, device=device
+    )
+    return int(whole - weights + weights / shards)
+
+
+def _memory(
+    checkpoint: Checkpoint, tokens: int, *, activations: Activations, train: str, rank: int, device: str
+) -> int:
+    """Return the bytes of training on `tokens` at once.
 
     Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
-    attention matrix, which flash attention never stores.
+    attention matrix, which flash attention never stores. What goes from layer to layer is in 32 bits.
     """
-    return _memory(checkpoint, training.micro_batch_tokens, recompute=recompute)
+    hidden = tokens * checkpoint.hidden_size
+    stored = 34 * hidden * (1 if activations.recompute else checkpoint.n_layers)
+    if activations.recompute and not activations.offload:
+        stored += 4 * hidden * checkpoint.n_layers
+    # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
+    logits = 12 * (hidden if loss_is_chunked(checkpoint.hf_config) else tokens * checkpoint.vocab_size)
+    return int(_weights_memory(checkpoint, train, rank, device) + stored + logits)
 
 
-def _memory(checkpoint: Checkpoint, tokens: int, *, recompute: bool) -> int:
-    layer = 34 * tokens * checkpoint.hidden_size
-    stored = (
-        2 * tokens * checkpoint.hidden_size * checkpoint.n_layers + layer if recompute else layer * checkpoint.n_layers
-    )
-    return int(16 * checkpoint.n_parameters() + stored + 12 * tokens * checkpoint.vocab_size)
+_TRAINED_BYTES = 16
+"""Of a trained parameter: itself, its gradient and two Adam moments, in 32 bits."""
+
+_NF4_BYTES = 0.55
+"""Of a parameter in 4 bits: with its share of the scales, about (QLoRA, arXiv 2305.14314, section 3: 4.127 bits) and of
+the buffer that one layer is unpacked into."""
+
+
+def _weights_memory(checkpoint: Checkpoint, train: str, rank: int, device: str) -> float:
+    """Return bytes for weights, gradients and moments: adapters add theirs to a base in 16 bits (32 where 16 are slow)
+    or, its linear layers, in 4."""
+    n = checkpoint.n_parameters()
+    if train == "full":
+        return _TRAINED_BYTES * n
+    found = parts(checkpoint.skeleton)
+    frozen: float = n * (2 if fast_bf16(device) else 4)
+    if train == "qlora":
+        frozen = 2 * n - (2 - _NF4_BYTES) * found.linear_parameters
+    return frozen + _TRAINED_BYTES * found.trained(rank)
 
 
 def free_memory(device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,9 @@ def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance
     amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
     columns = [TextColumn("{task.description}"), BarColumn(), *amount]
     times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
-    with Progress(*columns, *times, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with Progress(
+        *columns, *times, console=Console(stderr=True), disable=process_rank() > 0 or not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task(title, total=total, text="")
 
         def advance(amount: float = 1, text: str | None = None) -> None:
@@ -46,5 +49,16 @@ def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance
 
 
 def say(message: str) -> None:
-    """Print a line for the user on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line for the user on standard error; of many processes the first one speaks."""
+    if process_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def process_rank() -> int:
+    """Return the number of this process among those that torchrun or accelerate launch started, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Return how many processes they started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

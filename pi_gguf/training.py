@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -17,26 +21,37 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf.batches import BatchDataset
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.data import Row
-from pi_gguf.errors import PiGgufError, ResourceError
+from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.files import human_bytes
-from pi_gguf.planning import TrainingPlan, estimate_training_memory, fast_bf16, free_memory
+from pi_gguf.lora import add_adapters, save_adapter
+from pi_gguf.losses import chunked_loss
+from pi_gguf.planning import TrainingPlan, fast_bf16, fit_activations, free_memory
+from pi_gguf.processes import Spread, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The model after the run, and what was measured: last loss, seconds, device."""
+    """What a run ends with.
 
-    model: PreTrainedModel
+    Args:
+        model: with every weight trained; None where adapters were.
+        adapter_dir: the adapters as peft saves them, in the run's folder; None without.
+        losses: of each step, nats a token, those before a resume too.
+        measured: last loss, seconds, device.
+    """
+
+    model: PreTrainedModel | None
+    adapter_dir: Path | None
+    losses: list[float]
     measured: dict[str, Any]
 
 
-def train(
+def run_training(
     checkpoint: Checkpoint,
     rope: RopeScaling,
     training: TrainingPlan,
@@ -44,21 +59,33 @@ def train(
     work_dir: Path,
     seed: int,
     device: str,
+    reports: list[str],
+    spread: Spread,
 ) -> Trained:
-    """Run transformers' Trainer, from its last checkpoint where there is one."""
+    """Run transformers' Trainer, from its last checkpoint where there is one.
+
+    Args:
+        reports: where the losses are shown, by transformers' names.
+        spread: over which processes; every one of them calls this.
+
+    Raises:
+        PiGgufError: a loss or gradient is not a number.
+        ResourceError: it would not fit in memory.
+    """
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    recompute = estimate_training_memory(checkpoint, training) > 0.6 * free_memory(device)
-    need = estimate_training_memory(checkpoint, training, recompute=recompute)
-    if need > (free := free_memory(device)):
+    free = free_memory(device) // (spread.processes if device == "cpu" else 1)
+    activations, need = fit_activations(
+        checkpoint, training, device, shards=spread.processes if spread.fsdp or spread.deepspeed else 1
+    )
+    if need > free:
         raise ResourceError(
             f"{checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",
-            "a smaller --train-window or --batch-tokens helps only with activations; weights take 16 bytes a parameter",
+            "a smaller --train-window or --batch-tokens helps only with activations; weights take 16 bytes a trained "
+            "parameter" + (", and fewer are trained by --train lora" if training.train == "full" else ""),
         )
-    model = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
-    model.config.use_cache = False
 
     class PaperTrainer(Trainer):  # type: ignore[misc]
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -68,14 +95,10 @@ def train(
                 )
             return self.lr_scheduler
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-            loss, outputs = weighted_loss(model, inputs)
-            return (loss, outputs) if return_outputs else loss
-
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)  # they come in their order already
 
-    stop = _StopOnInterrupt()
+    stop = _StopOnInterrupt(spread.processes)
 
     class Progress(TrainerCallback):  # type: ignore[misc]
         def __init__(self, advance: Any) -> None:
@@ -93,76 +116,149 @@ def train(
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             self.loss = (logs or {}).get("loss", self.loss)
-            if self.loss is not None and not math.isfinite(self.loss):
-                raise PiGgufError(f"the loss is not a number before step {state.global_step}", "lower --learning-rate")
+            for what, value in {"loss": self.loss, "gradient": (logs or {}).get("grad_norm")}.items():
+                if value is not None and not math.isfinite(value):
+                    last = training.accumulation * state.global_step
+                    raise PiGgufError(
+                        f"the {what} of step {state.global_step}, micro-batches {last - training.accumulation + 1} to "
+                        f"{last} of the run, is not a number",
+                        "lower --learning-rate; if it is step 1, the checkpoint is damaged",
+                    )
 
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=training.steps,
         per_device_train_batch_size=1,  # an item is a micro-batch
-        gradient_accumulation_steps=training.accumulation,
+        gradient_accumulation_steps=training.accumulation // spread.readers,
         learning_rate=training.learning_rate,
         adam_beta1=0.9,
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=fast_bf16(device),
-        **({"activation_checkpointing": True} if recompute else {}),
+        optim="adamw_bnb_8bit" if training.train == "qlora" else "adamw_torch_fused",
         save_strategy="steps",
         save_steps=max(10, training.steps // 20),
         save_total_limit=2,
-        logging_steps=min(10, training.steps),
+        logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=reports,
         disable_tqdm=True,
         use_cpu=device == "cpu",
         seed=seed,
         remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda",
+        **spread.arguments(activations.recompute, activations.offload),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one device; Trainer would split every batch over all there are
+    if spread.fsdp and device == "cpu":
+        shard_on_cpu()
+    # After the arguments, which take this process's GPU.
+    model = _open_model(checkpoint, rope, training, seed, "cpu" if spread.fsdp or spread.deepspeed else device)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         progress = Progress(advance)
-        trainer = PaperTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=BatchDataset(batches, rope, training, seed),
-            data_collator=itemgetter(0),
-        )
-        trainer.model_accepts_loss_kwargs = False  # a micro-batch's loss is its own mean; the Trainer averages them
+        with _tensorboard_dir(work_dir.with_suffix(".runs")):
+            trainer = PaperTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=BatchDataset(batches, rope, training, seed),
+                data_collator=itemgetter(0),
+            )
         trainer.remove_callback(_printer())
         trainer.add_callback(progress)
         last = get_last_checkpoint(str(work_dir))
         if last:
             say(f"resume from {last}")
-        result = trainer.train(resume_from_checkpoint=last)
+        if spread.fsdp:
+            set_precision(trainer.accelerator, arguments.bf16)
+        with chunked_loss(model), warnings.catch_warnings():
+            # The head hands a view through, and nothing is done to it in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            result = trainer.train(resume_from_checkpoint=last)
     if stop.asked and trainer.state.global_step < training.steps:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
         raise KeyboardInterrupt
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     measured = {
         "loss": round(progress.loss or result.training_loss, 4),
         "seconds": round(result.metrics["train_runtime"], 1),
         "device": device,
     }
-    return Trained(trainer.model, measured)
+    if training.train == "full":
+        return Trained(_whole_model(trainer, checkpoint, rope, spread), None, losses, measured)
+    if is_first_process():
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), work_dir / "adapter")
+    return Trained(None, work_dir / "adapter", losses, measured)
 
 
-def weighted_loss(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-    """Return the mean loss of next-token prediction over a micro-batch, by the weights of its labels, and the outputs.
-
-    Args:
-        inputs: as `padded` makes them; `weights` is (B, T).
-    """
+def _whole_model(trainer: Any, checkpoint: Checkpoint, rope: RopeScaling, spread: Spread) -> Any:
+    """Return the trained model, gathered on the first process where it is sharded; every process calls this."""
     import torch
 
-    inputs = dict(inputs)
-    labels, weights = inputs.pop("labels"), inputs.pop("weights")
-    outputs = model(**inputs)
-    logits, wanted = outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-    losses = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="none")
-    weights = weights[:, 1:].flatten() * (wanted != -100)
-    return (losses * weights).sum() / weights.sum(), outputs
+    if not (spread.fsdp or spread.deepspeed):
+        return trainer.model
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not is_first_process():
+        return None
+    model = checkpoint.load_model(dtype=torch.float32, rope=rope)
+    model.load_state_dict(weights)
+    return model
+
+
+def _open_model(checkpoint: Checkpoint, rope: RopeScaling, training: TrainingPlan, seed: int, device: str) -> Any:
+    """Open the model for training: every weight in 32 bits, or adapters in 32 on a frozen base in fewer."""
+    import torch
+
+    if training.train == "full":
+        model: Any = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
+    else:
+        torch.manual_seed(seed)  # A is random; B begins at zero
+        dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+        base = checkpoint.load_model(dtype=dtype, device=device, rope=rope, four_bits=training.train == "qlora")
+        model = add_adapters(checkpoint, base, training.lora_rank, training.lora_alpha)
+    model.config.use_cache = False
+    return model
+
+
+def check_reports(report_to: str) -> list[str]:
+    """Return where losses are shown, by transformers' names, for `--report-to`.
+
+    Raises:
+        OptionError: not one of them, or not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    available = get_available_reporting_integrations()
+    if report_to == "auto":
+        return [name for name in available if name == "tensorboard"]
+    names = [] if report_to == "none" else report_to.split(",")
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise OptionError(
+                f"report-to must be auto, none or some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got {name!r}"
+            )
+        if name not in available:
+            raise OptionError(f"report-to {name}: it is not installed", f"pip install {name}, or --report-to none")
+    return names
+
+
+@contextmanager
+def _tensorboard_dir(path: Path) -> Iterator[None]:
+    """Name the folder that transformers' TensorBoard takes when it is made, unless the user did; the run's own is
+    deleted at the end."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(path)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def rate_share(step: int, training: TrainingPlan) -> float:
@@ -180,11 +276,15 @@ class _StopOnInterrupt:
 
     asked = False
 
+    def __init__(self, processes: int) -> None:
+        self._alone = processes == 1  # others may be at another step; the run goes on from its last checkpoint then
+
     def __enter__(self) -> None:
-        try:
+        self._before: Any = None
+        if not self._alone:
+            return
+        with suppress(ValueError):  # not in the main thread: leave Ctrl-C to whoever is
             self._before = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not in the main thread: leave Ctrl-C to whoever is
-            self._before = None
 
     def _ask(self, *_: Any) -> None:
         if self.asked:

@@ -311,7 +311,6 @@ def test_no_document_learns_from_another_in_its_row(llama, packing):
     assert batch["attention_mask"].ndim == (4 if packing == "isolate" else 2)
     embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
     labels, ends = batch.pop("labels"), np.cumsum(lengths)
-    del batch["weights"]
     for first, last in zip(ends - lengths, ends, strict=True):
         if last - first == 1:
             continue
@@ -354,11 +353,11 @@ def test_a_document_in_a_row_is_computed_as_if_it_were_alone(family, tmp_path):
     row, positions = isolated_row((20, 25, 10))
     with torch.inference_mode():
         together = padded([row], [positions])
-        del together["labels"], together["weights"]
+        del together["labels"]
         logits = model(**together).logits[0]
         for i, first in enumerate((0, 20, 45)):
             alone = padded([row[i : i + 1]], [positions[first : first + len(row[i])]])
-            del alone["labels"], alone["weights"]
+            del alone["labels"]
             torch.testing.assert_close(
                 logits[first : first + len(row[i])], model(**alone).logits[0], atol=1e-3, rtol=1e-3
             )

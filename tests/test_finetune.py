@@ -20,8 +20,9 @@ import pi_gguf
 from pi_gguf.batches import TOKEN, batch_positions, padded, training_batches
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.data import pack, pose_positions
+from pi_gguf.losses import chunked_loss
 from pi_gguf.planning import Stage, plan_training
-from pi_gguf.training import rate_share, weighted_loss
+from pi_gguf.training import rate_share
 
 
 def test_documents_that_fit_are_never_cut_and_no_token_is_lost():
@@ -277,11 +278,13 @@ def test_the_loss_is_the_mean_by_weights(llama):
     model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
     rows = [np.array([(i, 1.0 + i % 3) for i in range(5, 25)], TOKEN), np.array([(9, 7.0), (8, 2.0)], TOKEN)]
     batch = padded([[row] for row in rows], [np.arange(20), np.arange(2)])
-    loss, outputs = weighted_loss(model, batch)
-    logprobs = torch.log_softmax(outputs.logits, -1)
-    told = [(row["weight"][t + 1], -logprobs[i, t, row["id"][t + 1]].item())
-            for i, row in enumerate(rows) for t in range(len(row) - 1)]  # fmt: skip
-    assert loss.item() == pytest.approx(sum(w * nll for w, nll in told) / sum(w for w, _ in told))
-    alike = padded([[np.arange(5, 25)]], [np.arange(20)])
-    theirs = model(**{name: tensor for name, tensor in alike.items() if name != "weights"}).loss
-    assert weighted_loss(model, alike)[0].item() == pytest.approx(theirs.item(), rel=1e-6)
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(model(**{k: v for k, v in batch.items() if "label" not in k}).logits, -1)
+        told = [(row["weight"][t + 1], -logprobs[i, t, row["id"][t + 1]].item())
+                for i, row in enumerate(rows) for t in range(len(row) - 1)]  # fmt: skip
+        mean = sum(w * nll for w, nll in told) / sum(w for w, _ in told)
+        with chunked_loss(model):
+            assert model(**batch).loss.item() == pytest.approx(mean)
+            half = model(**batch, num_items_in_batch=2 * len(told)).loss.item()
+            assert half == pytest.approx(mean / 2), "a micro-batch counts by its tokens, whatever they weigh"
+    assert "label_weights" not in padded([[np.arange(5, 25)]], [np.arange(20)])

@@ -1,0 +1,96 @@
+"""The loss without logits: [tokens, vocabulary] never exists, only a chunk of it at a time.
+
+In: a causal model of transformers. Out: the same model, whose own forward computes the same loss by torch's
+`linear_cross_entropy`. T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def loss_is_chunked(config: Any) -> bool:
+    """Tell whether a model's logits are a linear function of its last hidden states.
+
+    A factor on them (Command-R, Granite) may as well stand on the hidden states; a soft cap (Gemma 2) may not.
+
+    Args:
+        config: of transformers.
+    """
+    return not getattr(config, "final_logit_softcapping", None)
+
+
+@contextmanager
+def chunked_loss(model: Any) -> Iterator[None]:
+    """Let a model compute its loss in chunks while this is open; what it returns as logits are then hidden states.
+
+    The head hands its input through, so that everything a family does between its last layer and its loss is done to
+    the hidden states, and the loss multiplies by the head's weight. A model whose logits are capped keeps its own loss.
+
+    Args:
+        model: a causal model, or peft's around one.
+    """
+    import torch
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not loss_is_chunked(inner.config):
+        yield
+        return
+    head = inner.get_output_embeddings()
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
+        targets = options.get("shift_labels")
+        if targets is None:
+            targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        weights = options.get("label_weights")
+        if weights is not None:
+            weights = torch.nn.functional.pad(weights, (0, 1))[..., 1:]
+        return _cross_entropy(logits, head, targets, options.get("num_items_in_batch"), weights)
+
+    head.forward = lambda hidden: hidden
+    inner.loss_function = loss
+    try:
+        yield
+    finally:
+        del head.forward, inner._loss_function
+
+
+def _cross_entropy(
+    hidden: torch.Tensor, head: Any, targets: torch.Tensor, count: Any, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the mean loss of each next token, by their weights.
+
+    Args:
+        hidden: (B, T, D).
+        head: with a weight (V, D), and perhaps a bias (V).
+        targets: the next token of each, (B, T); -100 where nothing is to be predicted.
+        count: what the sum is divided by; the targets that are there when None.
+        weights: how much each target counts among those that are there, (B, T); alike when None.
+    """
+    import torch
+    from torch.nn.functional import linear_cross_entropy
+
+    targets = targets.reshape(-1).to(hidden.device)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    bias = getattr(head, "bias", None)
+    # Not reduced by torch, which would round the sum to the 8 bits of bfloat16.
+    losses = linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+        head.weight.to(dtype),
+        targets,
+        linear_bias=None if bias is None else bias.to(dtype),
+        reduction="none",
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
+    there = targets != -100
+    losses = losses.float()
+    if weights is not None:
+        weights = weights.reshape(-1).to(losses) * there
+        losses = losses * weights * (there.sum() / weights.sum())
+    return losses.sum() / (there.sum() if count is None else count)

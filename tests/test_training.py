@@ -1,0 +1,487 @@
+"""The run: which weights are trained and how, its memory, and the same losses whatever interrupts or shares it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import WINDOW, make_llama
+from safetensors.torch import load_file, save_file
+from test_families import SHAPES, make_model
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+import pi_gguf
+from pi_gguf.adapters import with_adapters
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.errors import OptionError, PiGgufError, ResourceError
+from pi_gguf.families import FAMILIES
+from pi_gguf.lora import add_adapters, parts
+from pi_gguf.losses import chunked_loss
+from pi_gguf.planning import (
+    Activations,
+    _weights_memory,
+    default_recipe,
+    estimate_training_memory,
+    fast_bf16,
+    fit_activations,
+    plan_training,
+)
+from pi_gguf.processes import check_spread
+from pi_gguf.training import check_reports
+
+OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
+RECOMPUTED = Activations("recomputed", recompute=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "novel.txt"
+    novel = next(iter(pi_gguf.bundled.novels("train").values()))
+    path.write_text(novel[:30_000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    return make_llama(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True, dtype="bfloat16")
+
+
+def training_plan(model, **options):
+    checkpoint = load_checkpoint(str(model))
+    defaults = {
+        "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
+        "factor_warmup": 0, "device": "cpu",
+    }  # fmt: skip
+    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), **{**defaults, **options})
+
+
+# The loss
+
+
+def a_batch(tokens):
+    torch.manual_seed(0)
+    ids = torch.randint(2, 400, (2, tokens))
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = 0
+    labels = torch.where(mask.bool(), ids, -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", sorted(SHAPES))
+def test_the_loss_in_chunks_is_the_loss_of_every_family(family, tmp_path):
+    model = load_checkpoint(str(make_model(tmp_path, family, {}))).load_model(dtype=torch.float32).eval()
+    batch = a_batch(40)
+    for more in ({}, {"num_items_in_batch": torch.tensor(111)}):
+        own, expected = loss_and_gradients(model, **batch, **more)
+        with chunked_loss(model):
+            chunked, gradients = loss_and_gradients(model, **batch, **more)
+            assert model(**batch).logits.shape[-1] == (410 if family == "gemma2" else model.config.hidden_size)
+        torch.testing.assert_close(chunked, own, rtol=1e-5, atol=0)
+        assert list(gradients) == list(expected)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                gradient, expected[name], rtol=1e-3, atol=1e-5 * expected[name].abs().max().item(), msg=name
+            )
+    assert model(**batch).logits.shape[-1] == 410, "the head is itself again"
+
+
+def test_the_loss_in_chunks_is_right_in_16_bits(llama):
+    model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
+    batch = a_batch(300)
+    exact, expected = loss_and_gradients(model, **batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, rounded = loss_and_gradients(model, **batch)
+        with chunked_loss(model):
+            chunked, gradients = loss_and_gradients(model, **batch)
+    assert abs(chunked - exact) < 2e-3 and abs(own - exact) < 2e-3
+    for name, gradient in gradients.items():
+        errors = [(g[name] - expected[name]).norm() / expected[name].norm() for g in (rounded, gradients)]
+        assert errors[1] < 0.05 and errors[1] < 2 * errors[0] + 0.01, name
+        assert gradient.dtype == torch.float32
+
+
+def largest_allocation(model, batch):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss_and_gradients(model, **batch)
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_logits_of_all_tokens_never_exist(llama):
+    model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
+    batch = a_batch(300)
+    logits_bytes = 4 * 600 * 410
+    assert largest_allocation(model, batch) >= logits_bytes
+    with chunked_loss(model):
+        assert largest_allocation(model, batch) < logits_bytes
+
+
+# Which weights
+
+
+def test_adapters_train_embeddings_and_norms_too_and_are_merged(llama, tmp_path, text):
+    from transformers import AutoModelForCausalLM
+
+    out = pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], train="lora", lora_rank=4, **OPTIONS)
+    before, after = load_file(llama / "model.safetensors"), load_file(out / "model.safetensors")
+    assert list(before) == list(after) and len(before) == 21
+    unchanged = [name for name in before if torch.equal(before[name], after[name])]
+    assert unchanged == ["lm_head.weight"]
+    for name, tensor in after.items():
+        change = tensor - before[name]
+        if "_proj" in name:
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) == 4, name
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.rope_parameters["factor"] == 4.0
+    record = json.loads((out / "pi_gguf.json").read_text())
+    assert (record["train"], record["lora_rank"], record["lora_alpha"]) == ("lora", 4, 8)
+    assert not (out / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("base", ["llama", "tied"])
+def test_an_adapter_alone_merges_to_the_same_model(base, tmp_path, text, request):
+    base = request.getfixturevalue(base)
+    merged, alone = (
+        pi_gguf.extend(str(base), tmp_path / name, data=[str(text)], train="lora", adapter_only=only, **OPTIONS)
+        for name, only in (("merged", False), ("alone", True))
+    )
+    assert sorted(path.name for path in alone.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "losses.json", "pi_gguf.json",
+    ]  # fmt: skip
+    assert json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    checkpoint = with_adapters(load_checkpoint(str(base)), [str(alone)])
+    assert checkpoint.rope == load_checkpoint(str(merged)).rope and checkpoint.rope.factor == 4
+    files = {}
+    for name, source in load_checkpoint(str(merged)).tensors.items():
+        torch.testing.assert_close(
+            checkpoint.tensors[name].read(files).to(source.read({}).dtype), source.read({}), rtol=0, atol=0
+        )
+
+
+def test_an_adapter_alone_needs_adapters_and_a_scaling_it_can_state(llama, tmp_path):
+    for said, options in {
+        "for train lora and qlora, got full": {},
+        "method linear on a model without scaling, got method ntk": {"train": "lora", "method": "ntk"},
+    }.items():
+        with pytest.raises(OptionError, match=said):
+            pi_gguf.extend(str(llama), tmp_path / "out", adapter_only=True, **OPTIONS, **options)
+
+
+@pytest.mark.parametrize("family", sorted(SHAPES))
+def test_the_parts_of_a_model_of_every_family(family, tmp_path):
+    checkpoint = load_checkpoint(str(make_model(tmp_path, family, {})))
+    model = checkpoint.load_model(dtype=torch.float32)
+    found = parts(model)
+    adapted = add_adapters(checkpoint, model, rank=4, alpha=8)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == found.trained(4)
+    weights = [module.weight for module in (model.get_output_embeddings(), model.get_input_embeddings())]
+    assert (weights[0] is weights[1]) == checkpoint.tied
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    frozen = [name for name, p in adapted.named_parameters() if not p.requires_grad]
+    left = [n for n in frozen if not any(part in n for part in ("base_layer", "original_module"))]
+    heads = ("lm_head.weight", "embed_out.weight", "lm_head.bias")
+    assert [name for name in left if not name.endswith(heads) and "expert" not in name and "gate" not in name] == []
+
+
+def test_every_family_has_parts_here():
+    assert set(SHAPES) == set(FAMILIES) and len(FAMILIES) == 26
+
+
+def test_qlora_says_what_it_needs(llama, tmp_path, monkeypatch, cli):
+    code, _, err = cli("extend", llama, tmp_path / "out", "--context", "256", "--train", "qlora", "--device", "cpu")
+    assert code == 2 and "train qlora needs a CUDA GPU, got device cpu" in err and "hint: --train lora" in err
+    monkeypatch.setattr("pi_gguf.lora.find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="needs bitsandbytes, which is not installed"):
+        training_plan(llama, train="qlora", device="cuda", train_window=64)
+
+
+def test_values_that_cannot_work_are_refused(llama):
+    for said, options in {
+        "train must be auto or one of full, lora, qlora, got half": {"train": "half"},
+        "lora-rank must be at least 1, got 0": {"train": "lora", "lora_rank": 0},
+        "lora-alpha must be at least 1, got -2": {"train": "lora", "lora_alpha": -2},
+    }.items():
+        with pytest.raises(OptionError, match=said):
+            training_plan(llama, **options)
+
+
+def test_adapters_take_a_higher_rate(llama):
+    assert training_plan(llama, train="lora").learning_rate == 2e-3 == 2 * training_plan(llama).learning_rate
+    assert default_recipe(7_000_000_000, "lora").learning_rate == pytest.approx(2e-4)
+
+
+def test_auto_takes_the_first_way_that_fits(llama, monkeypatch, cli):
+    needs = {}
+    for way in ("full", "lora"):
+        plan = training_plan(llama, train=way, batch_tokens=256)
+        needs[way] = estimate_training_memory(load_checkpoint(str(llama)), plan, "cpu", RECOMPUTED)
+    assert needs["full"] > needs["lora"]
+    for free, way in ((needs["full"], "full"), (needs["full"] - 1, "lora"), (needs["lora"] - 1, "lora")):
+        monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device, free=free: free)
+        plan = training_plan(llama, train="auto", batch_tokens=256)
+        assert plan.train == way and plan.train_reason.startswith("full takes about"), free
+        code, out, _ = cli("plan", llama, "--context", "256", "--train", "auto", "--batch-tokens", "256", "--json",
+                           "--device", "cpu")  # fmt: skip
+        assert code == 0 and json.loads(out)["training"]["train"] == way
+
+
+def test_auto_on_a_gpu_ends_with_4_bits(llama, monkeypatch):
+    monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 1)
+    monkeypatch.setattr("pi_gguf.planning.fast_bf16", lambda device: True)
+    monkeypatch.setattr("pi_gguf.lora.find_spec", lambda name: object())
+    plan = training_plan(llama, train="auto", device="cuda")
+    assert plan.train == "qlora" and "qlora takes about" in plan.train_reason
+
+
+def test_auto_runs_what_it_planned(llama, tmp_path, text, monkeypatch):
+    free = estimate_training_memory(
+        load_checkpoint(str(llama)), training_plan(llama, batch_tokens=256), "cpu", RECOMPUTED
+    )
+    for module in ("planning", "training"):
+        monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device: free - 1)
+    out = pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], train="auto", **OPTIONS)
+    assert json.loads((out / "pi_gguf.json").read_text())["train"] == "lora"
+
+
+def test_too_little_memory_is_an_error_that_names_a_way(llama, tmp_path, text, monkeypatch):
+    for module in ("planning", "training"):
+        monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device: 1000)
+    with pytest.raises(ResourceError, match="training needs about") as caught:
+        pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], **OPTIONS)
+    assert "--train lora" in caught.value.hint
+
+
+# Memory
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_recomputed_activations_give_the_same_losses(train, llama, tmp_path, text, monkeypatch):
+    checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, train=train, batch_tokens=256)
+    losses = {}
+    for name, free in (("kept", 2**40), ("recomputed", estimate_training_memory(checkpoint, plan, "cpu") - 1)):
+        for module in ("planning", "training"):
+            monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device, free=free: free)
+        assert fit_activations(checkpoint, plan, "cpu")[0].name == name
+        out = pi_gguf.extend(str(llama), tmp_path / name, data=[str(text)], train=train, **OPTIONS)
+        losses[name] = json.loads((out / "losses.json").read_text())
+    assert len(losses["kept"]) == 4 and losses["kept"] == pytest.approx(losses["recomputed"], rel=1e-5)
+
+
+def test_inputs_of_layers_go_to_the_host_when_a_gpu_is_full(llama, monkeypatch):
+    checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=2048, train_window=256)
+    monkeypatch.setattr("pi_gguf.planning.fast_bf16", lambda device: True)
+    needs = []
+    for free in (2**40, int(estimate_training_memory(checkpoint, plan, "cuda", RECOMPUTED) / 0.85) + 1, 1):
+        monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device, free=free: free)
+        needs.append(fit_activations(checkpoint, plan, "cuda"))
+    assert [way.offload for way, _ in needs] == [False, False, True]
+    assert [way.recompute for way, _ in needs] == [False, True, True]
+    assert needs[1][1] - needs[2][1] == 4 * 2048 * 64 * 2  # 32 bits of a token, hidden unit and layer
+
+
+def test_the_memory_of_a_known_model(tmp_path):
+    config = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = load_checkpoint(str(tmp_path), config_only=True)
+    n, linear, whole = 6_738_415_616, 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096 + 65 * 4096
+    adapters = 32 * 16 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert parts(checkpoint.skeleton).trained(16) == adapters + whole
+    frozen = {"full": 0, "lora": (2 if fast_bf16("cpu") else 4) * n, "qlora": 2 * (n - linear) + 0.55 * linear}
+    for way, base in frozen.items():
+        trained = n if way == "full" else adapters + whole
+        assert _weights_memory(checkpoint, way, 16, "cpu") == pytest.approx(base + 16 * trained), way
+
+
+# A long run
+
+COMMAND = ("--context", "256", "--steps", "30", "--batch-tokens", "256", "--learning-rate", "0.001", "--device", "cpu")
+
+
+def run_extend(model, out, text, *more, launcher=()):
+    command = [sys.executable, *launcher, "-m", "pi_gguf", "extend", str(model), str(out), "--data", str(text)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *COMMAND, *more], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process):
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return err
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_killed_run_goes_on_to_the_same_losses(train, llama, tmp_path, text):
+    finish(run_extend(llama, tmp_path / "whole", text, "--train", train))
+    killed = run_extend(llama, tmp_path / "killed", text, "--train", train)
+    deadline = time.time() + 120
+    while not list((tmp_path / "killed.partial").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.3))
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed").exists()
+    assert "resume from" in finish(run_extend(llama, tmp_path / "killed", text, "--train", train))
+    losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "killed")]
+    assert len(losses[0]) == 30 and losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_batch(llama_copy, tmp_path, text):
+    weights = load_file(llama_copy / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, llama_copy / "model.safetensors", metadata={"format": "pt"})
+    said = "the loss of step 1, micro-batches 1 to 1 of the run, is not a number"
+    with pytest.raises(PiGgufError, match=said):
+        pi_gguf.extend(str(llama_copy), tmp_path / "out", data=[str(text)], **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_are_reported_where_asked(llama, tmp_path):
+    assert check_reports("none") == []
+    installed = get_available_reporting_integrations()
+    assert check_reports("auto") == [name for name in installed if name == "tensorboard"]
+    with pytest.raises(OptionError, match=r"report-to must be auto, none or some of .*tensorboard.*, got 'paper'"):
+        check_reports("paper")
+    for name in {"tensorboard", "wandb", "mlflow"} - set(installed):
+        with pytest.raises(OptionError, match=f"report-to {name}: it is not installed"):
+            pi_gguf.extend(str(llama), tmp_path / "out", report_to=name, **OPTIONS)
+
+
+# More than one process
+
+EXACT = """
+import pi_gguf.planning, pi_gguf.training
+pi_gguf.planning.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: False
+from pi_gguf.cli import entry_point
+entry_point()
+"""  # in 32 bits, where one process and several differ by the order of additions only
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exact") / "exact.py"
+    path.write_text(EXACT)
+    return str(path)
+
+
+def run_processes(script, n, model, out, text, *more):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
+    options = ["--data", str(text), "--context", "256", "--device", "cpu", *more]
+    command = [sys.executable, *launcher, script, "extend", str(model), str(out), *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **streams)
+
+
+TWO_MICRO_BATCHES = ("--batch-tokens", "16384", "--steps", "4")
+
+
+@pytest.mark.parametrize(("base", "way"), [
+    ("llama", ()), ("tied", ()), ("llama", ("--no-fsdp",)), ("llama", ("--train", "lora")),
+])  # fmt: skip
+def test_two_processes_train_like_one(base, way, tmp_path, text, exact, request):
+    model = request.getfixturevalue(base)
+    for n in (1, 2):
+        process = run_processes(exact, n, model, tmp_path / str(n), text, *TWO_MICRO_BATCHES, *way)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert out.count("wrote") == err.count("fine-tune") == 1, "one process speaks"
+    losses = [json.loads((tmp_path / n / "losses.json").read_text()) for n in ("1", "2")]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    weights = [load_file(tmp_path / n / "model.safetensors") for n in ("1", "2")]
+    assert list(weights[0]) == list(weights[1])
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, msg=name)
+    assert not (tmp_path / "2.partial").exists()
+
+
+def test_a_killed_run_of_two_processes_goes_on_with_four(llama, tmp_path, text, exact):
+    options = ("--batch-tokens", str(4 * 8192), "--steps", "12")
+    whole = run_processes(exact, 1, llama, tmp_path / "whole", text, *options)
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    killed = run_processes(exact, 2, llama, tmp_path / "killed", text, *options)
+    deadline = time.time() + 200
+    while not list((tmp_path / "killed.partial").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        time.sleep(0.02)
+    for process in (*psutil.Process(killed.pid).children(recursive=True), killed):
+        process.kill()
+    killed.communicate()
+    alone = run_processes(exact, 1, llama, tmp_path / "killed", text, *options)
+    _, err = alone.communicate(timeout=300)
+    assert alone.returncode == 2 and "unfinished run with sharded True, now False" in err
+    resumed = run_processes(exact, 4, llama, tmp_path / "killed", text, *options)
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0 and "resume from" in err, err
+    losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "killed")]
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_step_is_shared_out_in_whole_micro_batches(llama):
+    for readers, tokens, expected in ((1, 256, 1), (2, 256, 2), (3, 4 * 8192, 6), (2, 4 * 8192, 4)):
+        plan = training_plan(llama, batch_tokens=tokens, readers=readers)
+        assert plan.accumulation == expected
+    assert training_plan(llama, batch_tokens=256, readers=2).stages[0].micro_batch == 2
+
+
+def test_a_spread_that_cannot_work_is_refused_early(llama, tmp_path, monkeypatch, cli):
+    command = ("extend", llama, tmp_path / "out", "--context", "256", "--device", "cpu")
+    for said, options in {
+        "cp-size needs CUDA GPUs, got 2 on device cpu": ("--cp-size", "2"),
+        "sp-size needs CUDA GPUs, got 4 on device cpu": ("--sp-size", "4"),
+        "cp-size must be at least 1, got 0": ("--cp-size", "0"),
+        "deepspeed: no such file as absent.json": ("--deepspeed", "absent.json"),
+    }.items():
+        code, _, err = cli(*command, *options)
+        assert code == 2 and said in err, options
+    (tmp_path / "zero.json").write_text("{}")
+    monkeypatch.setattr("pi_gguf.processes.find_spec", lambda name: None)
+    code, _, err = cli(*command, "--deepspeed", tmp_path / "zero.json")
+    assert code == 2 and "deepspeed is not installed" in err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    settings = {"fsdp": True, "cp_size": 1, "sp_size": 1, "deepspeed": None}
+    for said, changes in {
+        "exclude each other, got 2 and 2": {"cp_size": 2, "sp_size": 2},
+        "3 processes to a sequence do not divide the 4": {"cp_size": 3},
+        "cp-size goes with --train full and --fsdp only": {"cp_size": 2, "fsdp": False},
+    }.items():
+        with pytest.raises(OptionError, match=said):
+            check_spread("cuda", "full", **{**settings, **changes})
+    spread = check_spread("cuda", "full", **{**settings, "cp_size": 2})
+    assert (spread.readers, spread.fsdp) == (2, True)
+    arguments = spread.arguments(recompute=True, offload=False)
+    assert arguments["parallelism_config"].cp_size == 2
+    assert arguments["fsdp_config"]["activation_checkpointing"] and "activation_checkpointing" not in arguments
+    assert spread.arguments(recompute=True, offload=True)["activation_checkpointing_kwargs"] == {"offload": True}
+    assert not check_spread("cuda", "lora", **settings).fsdp
+    code, _, err = cli("convert", llama, tmp_path / "m.gguf", "--context", "256")
+    assert code == 2 and "convert runs in one process, got 4" in err
+    code, _, err = cli(*command, "--steps", "0")
+    assert code == 2 and "steps 0 is for one process" in err
+
+
+def test_a_deepspeed_config_is_passed_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("pi_gguf.processes.find_spec", lambda name: object())
+    path = tmp_path / "zero.json"
+    path.write_text("{}")
+    spread = check_spread("cuda", "full", fsdp=True, cp_size=1, sp_size=1, deepspeed=str(path))
+    arguments = spread.arguments(recompute=True, offload=False)
+    assert arguments["deepspeed"] == str(path) and "fsdp" not in arguments and arguments["activation_checkpointing"]
