@@ -23,8 +23,9 @@ from pi_gguf.provenance import provenance
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
 CAPTION = (
     "Perplexity on stretches of held-out novels, the same tokens at every window (how many and how long: settings in "
-    "results.json); the fine-tuning text is of the base model's own training mixture. k_max: largest distance, in "
-    "tokens, at which at least 20 % of the passkeys are found, in prompts that fill each window."
+    "results.json); the fine-tuning text is of the base model's own training mixture, in which answers weigh more than "
+    "prose. k_max: largest distance, in tokens, at which at least 20 % of the passkeys are found, in prompts that fill "
+    "each window."
 )
 
 
@@ -77,9 +78,10 @@ def demo(
     *,
     out: str = "out/demo",
     context: int = 32768,
-    steps: int = 750,
-    train_window: int | str = 1024,
-    factor_warmup: int = 0,
+    steps: int = 675,
+    train_window: int | str = "512x600,8192+8192+512",
+    batch_tokens: int = 4096,
+    factor_warmup: int = 350,
     samples: int = 1,
     documents: int = 1,
     stride: int = 1024,
@@ -97,7 +99,8 @@ def demo(
         out: folder to write to: models, results.json and plots.
         context: new window, in tokens; each doubling from 2048 up to it is measured.
         steps: optimizer steps of the fine-tune.
-        train_window: tokens of a training sequence, or several with their steps: 256x400,8192.
+        train_window: tokens of a training sequence, or several with their steps: 512x600,8192+512.
+        batch_tokens: tokens of an optimizer step, but at least one sequence.
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         samples: stretches scored in each document.
         documents: held-out novels to read, at most 4.
@@ -125,8 +128,8 @@ def demo(
 
     hf_dir = out_dir / f"{_stem(context)}-hf"
     extend(
-        bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, schedule="decay",
-        factor_warmup=factor_warmup, seed=seed, device=device, overwrite=True,
+        bundled.TINY, hf_dir, context=context, steps=steps, train_window=train_window, batch_tokens=batch_tokens,
+        schedule="decay", factor_warmup=factor_warmup, seed=seed, device=device, overwrite=True,
     )  # fmt: skip
     files = {quant: out_dir / f"{_stem(context)}-{quant}.gguf" for quant in QUANTIZATIONS}
     for quant, path in files.items():

@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 .venv/bin/pi-gguf demo --out out/tiny-32k --steps 1050 --train-window 512x800,8192+8192+512x210,16384+512 --factor-warmup 400 \
-    --documents 2 --distances 4 --keys 3 "$@"
+    --batch-tokens 8192 --documents 2 --distances 4 --keys 3 "$@"
 cp out/tiny-32k/{results.json,table.md,perplexity.png,passkey.png} recipes/tiny-32k/
 .venv/bin/python tools/write_tables.py
