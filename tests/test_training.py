@@ -130,6 +130,22 @@ def test_logits_of_all_tokens_never_exist(llama):
         assert largest_allocation(model, batch) < logits_bytes
 
 
+def test_a_run_computes_its_loss_in_chunks(llama, tmp_path, text, monkeypatch):
+    widths = []
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.ndim > 1 and result.dtype.is_floating_point:
+                widths.append((result.numel() // result.shape[-1], result.shape[-1]))
+            return result
+
+    with Seen():
+        pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], **{**OPTIONS, "steps": 1})
+    assert (4 * WINDOW, 96) in widths, "the inner width of the feed-forward is seen, of 4 rows"
+    assert (4 * WINDOW, 410) not in widths
+
+
 # Which weights
 
 
@@ -145,6 +161,8 @@ def test_adapters_train_embeddings_and_norms_too_and_are_merged(llama, tmp_path,
         change = tensor - before[name]
         if "_proj" in name:
             assert torch.linalg.matrix_rank(change, rtol=1e-3) == 4, name
+    rows = [weights["model.embed_tokens.weight"][400:] for weights in (before, after)]
+    assert torch.equal(*rows), "rows of tokens that no text has are as they were, to the bit"
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.rope_parameters["factor"] == 4.0
     record = json.loads((out / "pi_gguf.json").read_text())
@@ -170,6 +188,17 @@ def test_an_adapter_alone_merges_to_the_same_model(base, tmp_path, text, request
         torch.testing.assert_close(
             checkpoint.tensors[name].read(files).to(source.read({}).dtype), source.read({}), rtol=0, atol=0
         )
+
+
+def test_adapters_begin_where_the_whole_model_does(llama, tmp_path, text, monkeypatch):
+    """B is zero at first, so that the first loss is that of the same rows, positions and scaling without adapters."""
+    for module in ("planning", "training"):
+        monkeypatch.setattr(f"pi_gguf.{module}.fast_bf16", lambda device: False)
+    losses = []
+    for train in ("full", "lora"):
+        out = pi_gguf.extend(str(llama), tmp_path / train, data=[str(text)], train=train, **OPTIONS)
+        losses.append(json.loads((out / "losses.json").read_text()))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6) and losses[0][1:] != losses[1][1:]
 
 
 def test_an_adapter_alone_needs_adapters_and_a_scaling_it_can_state(llama, tmp_path):
