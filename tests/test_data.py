@@ -256,7 +256,7 @@ def test_a_run_that_goes_on_does_not_tokenize_again(llama, tmp_path, tokenized, 
         (work_dir / "checkpoint-1" / "trainer_state.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "train", stopped)
+    monkeypatch.setattr(finetune, "run_training", stopped)
     options = {"context": 256, "data": [str(text)], "steps": 1, "device": "cpu"}
     for seed, overwrite in ((0, False), (0, False), (1, True)):
         with pytest.raises(KeyboardInterrupt):
@@ -462,7 +462,7 @@ def test_a_mix_is_in_the_batches_and_in_the_memory(llama):
     checkpoint = load_checkpoint(str(llama))
     small, large = (plan_of(llama, mix=mix, batch_tokens=64) for mix in (0.0, 0.1))
     whole = plan_of(llama, train_window=256, batch_tokens=64)
-    memory = [estimate_training_memory(checkpoint, p) for p in (small, large, whole)]
+    memory = [estimate_training_memory(checkpoint, p, "cpu") for p in (small, large, whole)]
     assert memory[0] < memory[1] == memory[2]
 
 
