@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/pi-gguf demo --out out/demo
 
 test: .venv/installed-dev
-	$(BIN)/pytest -q -n auto
+	$(BIN)/pytest -q -n auto --dist loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
