@@ -53,7 +53,7 @@ class HfModel(LanguageModel):
 
         first = len(ids) - last
         known = min(common_prefix(self._evaluated, ids), first)
-        if self._cache is None or known == 0:
+        if self._cache is None or known < len(ids) // 4:  # from the start is faster than with masks for the rest
             self._cache, known = DynamicCache(config=self._model.config), 0
         elif known < len(self._evaluated):
             self._cache.crop(known - len(self._evaluated))  # negative: how many to drop

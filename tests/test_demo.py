@@ -13,10 +13,7 @@ from pi_gguf.demo import demo, markdown_table
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return demo(
-        out=str(out), context=4096, steps=25, train_window=1024, batch_tokens=8192, factor_warmup=0, documents=1,
-        stride=1024, distances=2, keys=2,
-    )  # fmt: skip
+    return demo(out=str(out), context=4096, steps=25, documents=1, stride=1024, distances=2, keys=2)
 
 
 def rows(report):
