@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The longer run of the demo: more steps, longer sequences at the end, two held-out novels, a finer grid of passkeys.
-# About an hour on 2 cores; minutes on a GPU (add --device cuda; not run on one so far).
+# About an hour and a half on 2 cores (--device cuda was not run so far).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 .venv/bin/pi-gguf demo --out out/tiny-32k --steps 1050 --train-window 512x800,8192+8192+512x210,16384+512 --factor-warmup 400 \
