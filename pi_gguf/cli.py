@@ -23,7 +23,14 @@ from pi_gguf.progress import process_rank
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
-_REPEATABLE = {"data": "SOURCE", "text": "PATH", "tensor_type": "PATTERN=TYPE", "lora": "ADAPTER", "set": "KEY=VALUE"}
+_REPEATABLE = {
+    "data": "SOURCE",
+    "text": "PATH",
+    "tensor_type": "PATTERN=TYPE",
+    "lora": "ADAPTER",
+    "eval_text": "PATH",
+    "set": "KEY=VALUE",
+}
 """What one value of an option that may be repeated is."""
 
 

@@ -78,7 +78,9 @@ def _take(pieces: Row, n: int) -> tuple[Row, Row]:
 def pose_positions(window: int, context: int, rng: np.random.Generator) -> np.ndarray:
     """Draw the positions of one sequence under PoSE: two chunks, the second moved on by a random skip.
 
-    Over many draws every distance up to `context` occurs. A sequence as long as the context gets 0, 1, 2, ...
+    Over many draws every distance up to `context` occurs. The skip is the larger of two draws: by one alone the largest
+    sixteenth of the distances, where a window ends, would be seen in one sequence of thirty (docs/log.md). A sequence
+    as long as the context gets 0, 1, 2, ...
 
     Args:
         window: tokens in the sequence.
@@ -88,11 +90,11 @@ def pose_positions(window: int, context: int, rng: np.random.Generator) -> np.nd
     Returns:
         int64 array of `window` strictly rising positions in [0, context).
 
-    Source: arXiv 2309.10400, section 3.2, with two chunks.
+    Source: arXiv 2309.10400, section 3.2, with two chunks, whose skip is one draw.
     """
     positions = np.arange(window)
     split = int(rng.integers(1, window)) if window > 1 else 0
-    positions[split:] += int(rng.integers(0, context - window + 1))
+    positions[split:] += int(rng.integers(0, context - window + 1, size=2).max())
     return positions
 
 

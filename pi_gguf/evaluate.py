@@ -122,27 +122,46 @@ def evaluate_perplexity(
         raise OptionError(f"samples must be at least 1, got {samples}")
     documents = read_texts(text) if text else _heldout()
     with opened(model, n_ctx=largest, context=context, method=method, device=device) as lm:
-        tokenized = {name: lm.tokenize(body) for name, body in documents.items()}
-        for name, ids in tokenized.items():
-            if len(ids) < largest:
-                raise TextError(
-                    f"{name}: {len(ids)} tokens, fewer than the largest window of {largest}",
-                    "give longer texts or smaller --windows",
-                )
-        rows = []
-        for window in windows:
-            jobs = [
-                job
-                for ids in tokenized.values()
-                for job in (
-                    sliding_windows(ids[: max(max_tokens, largest)], window, stride, lm.bos)
-                    if samples is None
-                    else sampled_windows(ids, window, largest, stride, samples, lm.bos)
-                )
-            ]
-            rows.append(_perplexity(lm, window, jobs))
+        rows = perplexity_rows(lm, documents, windows=windows, stride=stride, samples=samples, max_tokens=max_tokens)
         record = provenance(seed=seed, device=device, text_sha256=sha256(list(documents.values())))
         return PerplexityReport(lm.name, list(documents), stride, samples, rows, record)
+
+
+def perplexity_rows(
+    lm: LanguageModel,
+    documents: dict[str, str],
+    *,
+    windows: Sequence[int],
+    stride: int,
+    samples: int | None,
+    max_tokens: int = 0,
+) -> list[PerplexityRow]:
+    """Measure perplexity of an open model on documents by name; the rest as `evaluate_perplexity`.
+
+    Raises:
+        TextError: a document is shorter than the largest window.
+    """
+    largest = max(windows)
+    tokenized = {name: lm.tokenize(body) for name, body in documents.items()}
+    for name, ids in tokenized.items():
+        if len(ids) < largest:
+            raise TextError(
+                f"{name}: {len(ids)} tokens, fewer than the largest window of {largest}",
+                "give longer texts or smaller --windows",
+            )
+    rows = []
+    for window in windows:
+        jobs = [
+            job
+            for ids in tokenized.values()
+            for job in (
+                sliding_windows(ids[: max(max_tokens, largest)], window, stride, lm.bos)
+                if samples is None
+                else sampled_windows(ids, window, largest, stride, samples, lm.bos)
+            )
+        ]
+        rows.append(_perplexity(lm, window, jobs))
+    return rows
 
 
 def sliding_windows(ids: list[int], window: int, stride: int, bos: list[int]) -> list[tuple[list[int], int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts
 from pi_gguf.training import Trained, check_reports, run_training
+from pi_gguf.validation import Validation
 
 LOSSES_FILE = "losses.json"
 """Beside the weights: the loss of each step in nats a token, in order."""
@@ -57,6 +58,9 @@ def extend(
     lora_rank: int = 16,
     lora_alpha: int | None = None,
     adapter_only: bool = False,
+    eval_steps: int = 0,
+    eval_text: Sequence[str] = (),
+    early_stop: bool = False,
     report_to: str = "auto",
     fsdp: bool = True,
     cp_size: int = 1,
@@ -93,6 +97,11 @@ def extend(
         lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         adapter_only: write the adapter alone as peft does, with the embeddings and norms that were trained along, and
             the position scaling in pi_gguf.json; `convert MODEL --lora` merges it. Of lora and qlora, method linear.
+        eval_steps: steps between two validations: perplexity at the old and the new window, and k_max at the new one of
+            a few passkeys; 0 for none while it runs. What the old window pays is measured at the end in any case.
+        eval_text: text to validate on, as long as the new window; a held-out novel of the bundled sample when left out.
+            Repeatable; the longest is read.
+        early_stop: end the run when a validation finds k_max at the new window.
         report_to: where the losses are shown while it runs: auto (TensorBoard where installed, in OUT_DIR.runs), none,
             or names that transformers knows, separated by commas.
         fsdp: under torchrun or accelerate launch, with train full: shard weights, gradients and moments over the
@@ -139,6 +148,7 @@ def extend(
         check_writable(out_dir, overwrite, folder=True)
         _write_folder(checkpoint, rope, out_dir, record, None)
         return out_dir
+    validation = Validation(checkpoint, context, every=eval_steps, early_stop=early_stop, text=eval_text)
     spread = check_spread(device, train, fsdp=fsdp, cp_size=cp_size, sp_size=sp_size, deepspeed=deepspeed)
     training = plan_training(
         checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
@@ -153,6 +163,7 @@ def extend(
     packing = packing or ("join" if texts is None else "isolate")
     record |= {"tokens": training.tokens, **asdict(training), **_text_record(texts), "adapter_only": adapter_only}
     record |= {"packing": packing, "longest_first": longest_first}
+    record |= {"eval_steps": eval_steps, "early_stop": early_stop}
     if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
@@ -176,14 +187,14 @@ def extend(
         f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
         f"{', '.join(map(str, training.steps_by_window()))} tokens ({training.reason})"
     )
-    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device, reports, spread)
+    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device, reports, spread, validation)
     if is_first_process():
-        record |= trained.measured
+        record |= trained.measured | {"validations": trained.validations}
         if adapter_only:
             assert trained.adapter_dir is not None
             _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
         else:
-            _write_folder(checkpoint, rope, out_dir, record, trained)
+            _write_folder(checkpoint, rope, out_dir, record, trained, lambda after: validation.price(after, device))
         remove(work_dir)
     wait_for_everyone(device)
     return out_dir
@@ -241,11 +252,19 @@ def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) ->
 
 
 def _write_folder(
-    checkpoint: Checkpoint, rope: RopeScaling, out_dir: Path, record: dict[str, Any], trained: Trained | None
+    checkpoint: Checkpoint,
+    rope: RopeScaling,
+    out_dir: Path,
+    record: dict[str, Any],
+    trained: Trained | None,
+    price: Callable[[Checkpoint], dict[str, float] | None] | None = None,
 ) -> None:
     """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record.
 
     Adapters are merged into the checkpoint's own weights, whatever these were held in during training.
+
+    Args:
+        price: measured on the folder before it gets its name.
     """
     import torch
     from safetensors import SafetensorError
@@ -275,6 +294,9 @@ def _write_folder(
             settings = json.loads(settings_path.read_text())
             settings["model_max_length"] = rope.max_position_embeddings
             settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        del model
+        if price:
+            record = record | {"price": price(load_checkpoint(str(partial)))}
         _write_record(partial, record, trained.losses if trained else [])
 
 

@@ -39,8 +39,7 @@ class HfModel(LanguageModel):
         self._cache: Any = None
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"]
-        return ids
+        return tokenize_with(self._tokenizer, text, add_special)
 
     @property
     def bos(self) -> list[int]:
@@ -90,6 +89,12 @@ class HfModel(LanguageModel):
 
     def close(self) -> None:
         self._model = self._cache = None
+
+
+def tokenize_with(tokenizer: Any, text: str, add_special: bool) -> list[int]:
+    """Return token ids of transformers' tokenizer, without its warning that they are many."""
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"]
+    return ids
 
 
 def torch_device(device: str) -> str:

@@ -30,7 +30,8 @@ def chunked_loss(model: Any) -> Iterator[None]:
     """Let a model compute its loss in chunks while this is open; what it returns as logits are then hidden states.
 
     The head hands its input through, so that everything a family does between its last layer and its loss is done to
-    the hidden states, and the loss multiplies by the head's weight. A model whose logits are capped keeps its own loss.
+    the hidden states, and the loss multiplies by the head's weight. A model whose logits are capped keeps its own loss;
+    without gradients logits and loss are as ever.
 
     Args:
         model: a causal model, or peft's around one.
@@ -41,9 +42,12 @@ def chunked_loss(model: Any) -> Iterator[None]:
     if not loss_is_chunked(inner.config):
         yield
         return
-    head = inner.get_output_embeddings()
+    head, own_loss = inner.get_output_embeddings(), inner.loss_function
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
+    def loss(logits: torch.Tensor, labels: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            own: torch.Tensor = own_loss(logits, labels, *more, **options)
+            return own
         targets = options.get("shift_labels")
         if targets is None:
             targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
@@ -52,7 +56,7 @@ def chunked_loss(model: Any) -> Iterator[None]:
             weights = torch.nn.functional.pad(weights, (0, 1))[..., 1:]
         return _cross_entropy(logits, head, targets, options.get("num_items_in_batch"), weights)
 
-    head.forward = lambda hidden: hidden
+    head.forward = lambda hidden: hidden if torch.is_grad_enabled() else type(head).forward(head, hidden)
     inner.loss_function = loss
     try:
         yield

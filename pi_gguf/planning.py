@@ -19,6 +19,7 @@ from pi_gguf.files import human_bytes
 from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
 from pi_gguf.losses import loss_is_chunked
 from pi_gguf.rope import RopeScaling
+from pi_gguf.tiles import TILE
 
 BITS_PER_WEIGHT = {
     "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.57, "Q5_K_M": 5.70, "Q5_K_S": 5.57, "Q5_1": 6.0,
@@ -480,18 +481,23 @@ class Activations:
     Args:
         name: for people.
         recompute: they are computed again, layer by layer, from each layer's input.
+        tiled: those of a layer's MLP, a tile of tokens at a time.
         offload: these inputs wait in the host's memory.
     """
 
     name: str
     recompute: bool = False
+    tiled: bool = False
     offload: bool = False
 
 
 _ACTIVATIONS = (
     Activations("kept"),
     Activations("recomputed", recompute=True),
-    Activations("recomputed, inputs of layers in the host's memory", recompute=True, offload=True),
+    Activations("recomputed, MLPs in tiles", recompute=True, tiled=True),
+    Activations(
+        "recomputed, MLPs in tiles, inputs of layers in the host's memory", recompute=True, tiled=True, offload=True
+    ),
 )
 
 
@@ -506,17 +512,22 @@ def fit_activations(
         shards: processes that share weights, gradients and moments; what it needs is one process's.
     """
     free = free_memory(device)
-    ways = _ACTIVATIONS if device == "cuda" else _ACTIVATIONS[:2]
-    for way, share in zip(ways, (0.6, 0.85, 1.0), strict=False):
+    ways = _ACTIVATIONS if device == "cuda" else _ACTIVATIONS[:-1]
+    found: tuple[Activations, int] | None = None
+    for way, share in zip(ways, (0.6, 0.75, 0.9, 1.0), strict=False):
         need = estimate_training_memory(checkpoint, training, device, way, shards=shards)
+        if found and need >= found[1]:
+            continue  # it takes time and saves nothing, as tiles do where there is one
+        found = way, need
         if need <= share * free:
             break
-    return way, need
+    assert found
+    return found
 
 
 def _least(device: str) -> Activations:
     """Return what takes the least memory on a device."""
-    return _ACTIVATIONS[-1 if device == "cuda" else 1]
+    return _ACTIVATIONS[-1 if device == "cuda" else -2]
 
 
 def estimate_training_memory(
@@ -542,10 +553,12 @@ def _memory(
     """Return the bytes of training on `tokens` at once.
 
     Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
-    attention matrix, which flash attention never stores. What goes from layer to layer is in 32 bits.
+    attention matrix, which flash attention never stores; 19 of them are the MLP's. What goes from layer to layer is in
+    32 bits.
     """
     hidden = tokens * checkpoint.hidden_size
-    stored = 34 * hidden * (1 if activations.recompute else checkpoint.n_layers)
+    tile = min(tokens, TILE if activations.tiled else tokens) * checkpoint.hidden_size
+    stored = (15 * hidden + 19 * tile) * (1 if activations.recompute else checkpoint.n_layers)
     if activations.recompute and not activations.offload:
         stored += 4 * hidden * checkpoint.n_layers
     # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
@@ -575,11 +588,13 @@ def _weights_memory(checkpoint: Checkpoint, train: str, rank: int, device: str) 
 
 
 def free_memory(device: str) -> int:
-    """Return the free memory of `cpu` or `cuda`, in bytes."""
+    """Return the free memory of `cpu` or `cuda`, in bytes; of a GPU no more than this process may take."""
     if device == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info()[0])
+        free, total = torch.cuda.mem_get_info()
+        left = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+        return int(min(free, left))
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -117,6 +117,15 @@ def wait_for_everyone(device: str) -> None:
         _state(device).wait_for_everyone()
 
 
+def agree(value: Any) -> Any:
+    """Return the first process's value in every process."""
+    if process_count() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
 def is_first_process() -> bool:
     """Tell whether this is the process that speaks and writes."""
     return process_rank() == 0

@@ -36,14 +36,19 @@ def provenance(*, seed: int, device: str, text_sha256: str | None = None) -> dic
         "seed": seed,
         "device": device,
         "elapsed_seconds": round(time.time() - _STARTED, 1),
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
     if text_sha256:
         record["text_sha256"] = text_sha256
     return record
 
 
-def _peak_memory() -> int | None:
+def peak_memory(device: str = "cpu") -> int | None:
+    """Return the most memory so far: of a GPU by torch, otherwise of this process; None where that is not known."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
     try:
         import resource
     except ImportError:  # Windows

@@ -12,7 +12,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -28,7 +28,10 @@ from pi_gguf.losses import chunked_loss
 from pi_gguf.planning import TrainingPlan, fast_bf16, fit_activations, free_memory
 from pi_gguf.processes import Spread, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.progress import progress_bar, say
+from pi_gguf.provenance import peak_memory
 from pi_gguf.rope import RopeScaling
+from pi_gguf.tiles import TILE, tiled_mlps
+from pi_gguf.validation import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,12 +45,14 @@ class Trained:
         model: with every weight trained; None where adapters were.
         adapter_dir: the adapters as peft saves them, in the run's folder; None without.
         losses: of each step, nats a token, those before a resume too.
-        measured: last loss, seconds, device.
+        validations: what was measured on the way, with its step, those before a resume too.
+        measured: last loss, steps done, seconds, device, peak memory and what was predicted, in bytes.
     """
 
     model: PreTrainedModel | None
     adapter_dir: Path | None
     losses: list[float]
+    validations: list[dict[str, float]]
     measured: dict[str, Any]
 
 
@@ -61,12 +66,14 @@ def run_training(
     device: str,
     reports: list[str],
     spread: Spread,
+    validation: Validation,
 ) -> Trained:
     """Run transformers' Trainer, from its last checkpoint where there is one.
 
     Args:
         reports: where the losses are shown, by transformers' names.
         spread: over which processes; every one of them calls this.
+        validation: what is measured on the way, and whether that may end the run.
 
     Raises:
         PiGgufError: a loss or gradient is not a number.
@@ -102,7 +109,7 @@ def run_training(
 
     class Progress(TrainerCallback):  # type: ignore[misc]
         def __init__(self, advance: Any) -> None:
-            self.advance, self.loss, self.done = advance, None, 0
+            self.advance, self.loss, self.done, self.reached = advance, None, 0, False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.done = state.global_step
@@ -111,6 +118,13 @@ def run_training(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.advance(state.global_step - self.done, text=f"loss {self.loss:.3f}" if self.loss else None)
             self.done = state.global_step
+            if validation.is_due(state.global_step):
+                found = validation.measure(trainer.accelerator.unwrap_model(trainer.model_wrapped), device)
+                trainer.log(found)
+                control.should_log = True  # the step's loss still is to be; what was just logged took that back
+                if validation.is_reached(found):
+                    say(f"early stop at step {state.global_step}: k_max has reached the window")
+                    self.reached = control.should_training_stop = True
             if stop.asked:
                 control.should_save = control.should_training_stop = True
 
@@ -172,24 +186,35 @@ def run_training(
             say(f"resume from {last}")
         if spread.fsdp:
             set_precision(trainer.accelerator, arguments.bf16)
-        with chunked_loss(model), warnings.catch_warnings():
+        tiles = tiled_mlps(model, TILE) if activations.tiled else nullcontext()
+        with chunked_loss(model), tiles, warnings.catch_warnings():
             # The head hands a view through, and nothing is done to it in place.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             result = trainer.train(resume_from_checkpoint=last)
-    if stop.asked and trainer.state.global_step < training.steps:
+    if stop.asked and trainer.state.global_step < training.steps and not progress.reached:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
         raise KeyboardInterrupt
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    validations = [
+        {name: value for name, value in entry.items() if name == "step" or name.startswith("eval_")}
+        for entry in history
+        if any(name.startswith("eval_") for name in entry)
+    ]
     measured = {
         "loss": round(progress.loss or result.training_loss, 4),
+        "steps_done": trainer.state.global_step,
         "seconds": round(result.metrics["train_runtime"], 1),
         "device": device,
+        "peak_memory_bytes": peak_memory(device),
+        "predicted_memory_bytes": need,
     }
     if training.train == "full":
-        return Trained(_whole_model(trainer, checkpoint, rope, spread), None, losses, measured)
+        whole = _whole_model(trainer, checkpoint, rope, spread)
+        return Trained(whole, None, losses, validations, measured)
     if is_first_process():
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), work_dir / "adapter")
-    return Trained(None, work_dir / "adapter", losses, measured)
+    return Trained(None, work_dir / "adapter", losses, validations, measured)
 
 
 def _whole_model(trainer: Any, checkpoint: Checkpoint, rope: RopeScaling, spread: Spread) -> Any:

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 # Imports go downward only: a module may import those of the layers before its own. The README draws the same.
 LAYERS = [
-    {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "provenance"},
+    {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance"},
     {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families", "processes"},
     {"methods"},
     {"checkpoint"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"runtime", "writing"},
     {"imatrix"},
     {"planning", "evaluate", "check", "quantizing"},
-    {"defects", "batches"},
+    {"defects", "batches", "validation"},
     {"training"},
     {"finetune", "inspection", "repairing"},
     {"conversion"},

@@ -26,7 +26,7 @@ from pi_gguf.families import FAMILIES
 from pi_gguf.lora import add_adapters, parts
 from pi_gguf.losses import chunked_loss
 from pi_gguf.planning import (
-    Activations,
+    _ACTIVATIONS,
     _weights_memory,
     default_recipe,
     estimate_training_memory,
@@ -35,10 +35,11 @@ from pi_gguf.planning import (
     plan_training,
 )
 from pi_gguf.processes import check_spread
+from pi_gguf.tiles import tiled_mlps
 from pi_gguf.training import check_reports
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
-RECOMPUTED = Activations("recomputed", recompute=True)
+KEPT, RECOMPUTED, TILED = _ACTIVATIONS[:3]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,9 @@ def test_the_loss_in_chunks_is_the_loss_of_every_family(family, tmp_path):
         with chunked_loss(model):
             chunked, gradients = loss_and_gradients(model, **batch, **more)
             assert model(**batch).logits.shape[-1] == (410 if family == "gemma2" else model.config.hidden_size)
+            with torch.no_grad():
+                torch.testing.assert_close(model(**batch, **more).loss, own, rtol=1e-6, atol=0)
+                assert model(**batch).logits.shape[-1] == 410
         torch.testing.assert_close(chunked, own, rtol=1e-5, atol=0)
         assert list(gradients) == list(expected)
         for name, gradient in gradients.items():
@@ -311,16 +315,38 @@ def test_recomputed_activations_give_the_same_losses(train, llama, tmp_path, tex
     assert len(losses["kept"]) == 4 and losses["kept"] == pytest.approx(losses["recomputed"], rel=1e-5)
 
 
-def test_inputs_of_layers_go_to_the_host_when_a_gpu_is_full(llama, monkeypatch):
-    checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=2048, train_window=256)
+def test_tiles_and_the_hosts_memory_when_a_gpu_is_full(llama, monkeypatch):
+    checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=8192, train_window=256)
     monkeypatch.setattr("pi_gguf.planning.fast_bf16", lambda device: True)
     needs = []
-    for free in (2**40, int(estimate_training_memory(checkpoint, plan, "cuda", RECOMPUTED) / 0.85) + 1, 1):
+    for way, share in ((KEPT, 0.6), (RECOMPUTED, 0.75), (TILED, 0.9), (TILED, 0.0)):
+        free = int(estimate_training_memory(checkpoint, plan, "cuda", way) / share) + 1 if share else 1
         monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device, free=free: free)
         needs.append(fit_activations(checkpoint, plan, "cuda"))
-    assert [way.offload for way, _ in needs] == [False, False, True]
-    assert [way.recompute for way, _ in needs] == [False, True, True]
-    assert needs[1][1] - needs[2][1] == 4 * 2048 * 64 * 2  # 32 bits of a token, hidden unit and layer
+    assert [way.recompute for way, _ in needs] == [False, True, True, True]
+    assert [way.tiled for way, _ in needs] == [False, False, True, True]
+    assert [way.offload for way, _ in needs] == [False, False, False, True]
+    assert needs[1][1] - needs[2][1] == 19 * (8192 - 2048) * 64  # of a token and hidden unit, in the one layer
+    assert needs[2][1] - needs[3][1] == 4 * 8192 * 64 * 2  # 32 bits of a token, hidden unit and layer
+
+
+def test_tiles_are_left_out_where_they_save_nothing(llama, monkeypatch):
+    checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=2048, train_window=256)
+    monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 1)
+    assert fit_activations(checkpoint, plan, "cpu")[0] == RECOMPUTED
+
+
+def test_a_run_in_tiles_has_the_same_losses(llama, tmp_path, text, monkeypatch):
+    losses, used = [], []
+    monkeypatch.setattr("pi_gguf.training.tiled_mlps", lambda model, tile: used.append(tile) or tiled_mlps(model, tile))
+    for tile in (2048, 50):
+        monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 1)
+        for module in ("planning", "training"):
+            monkeypatch.setattr(f"pi_gguf.{module}.TILE", tile)
+        out = pi_gguf.extend(str(llama), tmp_path / str(tile), data=[str(text)], **OPTIONS)
+        losses.append(json.loads((out / "losses.json").read_text()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert used == [50]
 
 
 def test_the_memory_of_a_known_model(tmp_path):
@@ -420,7 +446,7 @@ def run_processes(script, n, model, out, text, *more):
     return subprocess.Popen(command, env=environment, **streams)
 
 
-TWO_MICRO_BATCHES = ("--batch-tokens", "16384", "--steps", "4")
+TWO_MICRO_BATCHES = ("--batch-tokens", "16384", "--steps", "4", "--eval-steps", "2")
 
 
 @pytest.mark.parametrize(("base", "way"), [
@@ -435,6 +461,11 @@ def test_two_processes_train_like_one(base, way, tmp_path, text, exact, request)
         assert out.count("wrote") == err.count("fine-tune") == 1, "one process speaks"
     losses = [json.loads((tmp_path / n / "losses.json").read_text()) for n in ("1", "2")]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    records = [json.loads((tmp_path / n / "pi_gguf.json").read_text()) for n in ("1", "2")]
+    found, expected = (record["validations"] for record in records)
+    assert [entry["step"] for entry in found] == [2, 4]
+    assert [pytest.approx(entry, rel=1e-5) for entry in found] == expected
+    assert records[0]["price"] == pytest.approx(records[1]["price"], rel=1e-5)
     weights = [load_file(tmp_path / n / "model.safetensors") for n in ("1", "2")]
     assert list(weights[0]) == list(weights[1])
     for name, tensor in weights[0].items():

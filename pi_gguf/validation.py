@@ -1,0 +1,186 @@
+"""What a fine-tune is worth while it runs: perplexity at the old and the new window, passkeys at the new one, and what
+the old window pays.
+
+In: a model in training, or the folder it became. Out: a few figures by name, which the run logs and records. Every
+process of a run measures the same, as its shards are needed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf import bundled
+from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.errors import OptionError, TextError
+from pi_gguf.evaluate import PasskeyPrompts, evaluate_passkey, perplexity_rows
+from pi_gguf.files import human_bytes
+from pi_gguf.hf_model import HfModel, tokenize_with
+from pi_gguf.planning import free_memory
+from pi_gguf.processes import agree
+from pi_gguf.progress import say
+from pi_gguf.scoring import LanguageModel
+from pi_gguf.texts import read_texts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+STRIDE = 256
+SAMPLES = 4
+"""Stretches of `STRIDE` tokens that perplexity is measured on, in one document."""
+
+_CHARACTERS = 8
+"""A token of prose has fewer; what is beyond is not read."""
+
+DISTANCES, KEYS = 2, 2
+"""Of the passkeys: places in the new window, and keys at each."""
+
+
+class TrainingModel(LanguageModel):
+    """A model in training, asked for one prompt at a time with nothing kept in between.
+
+    Args:
+        model: of transformers, sharded or not.
+        checkpoint: what it was opened from.
+        window: the new one, in tokens.
+        device: where its inputs go.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, window: int, device: str) -> None:
+        self._model, self._device = model, device
+        self._tokenizer: Any = checkpoint.load_tokenizer()
+        self.name, self.window = checkpoint.source, window
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        return tokenize_with(self._tokenizer, text, add_special)
+
+    @property
+    def bos(self) -> list[int]:
+        ids = self.tokenize("a")
+        return ids[:1] if ids[0] == self._tokenizer.bos_token_id else []
+
+    def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
+        import torch
+
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                inputs = torch.tensor([list(ids)], device=self._device)
+                logits = self._model(inputs, use_cache=False, logits_to_keep=last).logits
+        finally:
+            self._model.train()
+        yield logits[0, -last:].float().cpu().numpy()
+
+    def close(self) -> None:
+        """Leave the model to its owner."""
+
+
+class Validation:
+    """Measures a model every so many steps.
+
+    Args:
+        checkpoint: before the fine-tune.
+        context: the new window, in tokens.
+        every: steps between two; 0 for none while it runs.
+        early_stop: tell to stop when k_max has reached the new window.
+        text: files to read; the longest held-out novel of the bundled sample when empty.
+
+    Raises:
+        OptionError: `every` cannot work, or `early_stop` where passkeys cannot be asked for.
+        TextError: the text is shorter than the new window.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, context: int, *, every: int, early_stop: bool, text: Sequence[str]
+    ) -> None:
+        if every < 0:
+            raise OptionError(f"eval-steps must not be negative, got {every}")
+        if early_stop and not every:
+            raise OptionError("early-stop needs eval-steps, got 0", "give for example --eval-steps 100")
+        self._checkpoint, self._context = checkpoint, context
+        self._original = checkpoint.rope.max_position_embeddings
+        self.every, self._early_stop = every, early_stop
+        tokenizer = checkpoint.load_tokenizer()
+        documents = read_texts(text) if text else bundled.novels("heldout")
+        self._stride = min(STRIDE, self._original - 1)
+        self._name, whole = max(documents.items(), key=lambda item: len(item[1]))
+        self._text = whole[: _CHARACTERS * (context + SAMPLES * self._stride)]
+        self._tokens = len(tokenize_with(tokenizer, self._text, True))
+        self._passkeys = False
+        if not every:
+            return
+        if self._tokens < self._context + SAMPLES * self._stride:
+            raise TextError(
+                f"{self._name}: {self._tokens} tokens, too few to validate at {self._context}",
+                "give a longer text with --eval-text, or leave --eval-steps out",
+            )
+        try:
+            PasskeyPrompts(TrainingModel(None, checkpoint, context, "cpu"), context).make("12345", context)
+            self._passkeys = True
+        except OptionError as error:
+            if early_stop:
+                raise OptionError(f"early-stop: no passkeys, {error}", "leave --early-stop out") from error
+            say(f"validation without passkeys: {error}")
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether to measure after a step, counted from 1."""
+        return self.every > 0 and step % self.every == 0
+
+    def measure(self, model: Any, device: str) -> dict[str, float]:
+        """Measure a model in training.
+
+        Returns:
+            `eval_perplexity_WINDOW` for the old and the new window and, where passkeys can be asked for, `eval_k_max`
+            in tokens.
+        """
+        lm = TrainingModel(model, self._checkpoint, self._context, device)
+        windows = (self._original, self._context)
+        found = {f"eval_perplexity_{w}": value for w, value in self._perplexities(lm, windows).items()}
+        if self._passkeys:
+            passkeys = evaluate_passkey(lm, windows=(self._context,), distances=DISTANCES, keys=KEYS)
+            found["eval_k_max"] = float(passkeys.k_max)
+        found = dict(agree(found))  # they decide together when to stop
+        say("validation: " + ", ".join(f"{name.removeprefix('eval_')} {value:.6g}" for name, value in found.items()))
+        return found
+
+    def is_reached(self, found: dict[str, float]) -> bool:
+        """Tell whether the run has come to its end early: k_max is the new window."""
+        return self._early_stop and found["eval_k_max"] >= self._context
+
+    def price(self, after: Checkpoint, device: str) -> dict[str, float] | None:
+        """Measure what the old window pays: perplexity there before and after the fine-tune.
+
+        Args:
+            after: the folder it became.
+            device: `cpu` or `cuda`.
+
+        Returns:
+            `window` in tokens, perplexity `before` and `after`; None, and a line that says why, where the text is too
+            short or a model does not fit.
+        """
+        if self._tokens < self._original + SAMPLES * self._stride:
+            say(f"price at {self._original} tokens: not measured, {self._name} has {self._tokens}; give --eval-text")
+            return None
+        need, free = after.n_parameters() * (2 if device == "cuda" else 4), free_memory(device)
+        if need > free:
+            say(
+                f"price at {self._original} tokens: not measured, the model takes {human_bytes(need)} and "
+                f"{human_bytes(free)} are free"
+            )
+            return None
+        perplexities = []
+        for checkpoint in (self._checkpoint, after):
+            lm = HfModel(checkpoint, device=device)
+            perplexities.append(self._perplexities(lm, (self._original,))[self._original])
+            lm.close()
+        before, now = perplexities
+        say(
+            f"price at {self._original} tokens: perplexity {before:.4g} before, {now:.4g} after "
+            f"({now / before - 1:+.1%}; {self._name})"
+        )
+        return {"window": self._original, "before": before, "after": now}
+
+    def _perplexities(self, lm: LanguageModel, windows: Sequence[int]) -> dict[int, float]:
+        documents = {self._name: self._text}
+        rows = perplexity_rows(lm, documents, windows=windows, stride=self._stride, samples=SAMPLES)
+        return {row.window: row.perplexity for row in rows}
