@@ -14,7 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pi_gguf.certificate import certify as certify
     from pi_gguf.conversion import convert as convert
+    from pi_gguf.divergence import evaluate_kl as evaluate_kl
     from pi_gguf.evaluate import evaluate_passkey as evaluate_passkey
     from pi_gguf.evaluate import evaluate_perplexity as evaluate_perplexity
     from pi_gguf.finetune import extend as extend
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
     from pi_gguf.runtime import open_model as open
 
 _PUBLIC = {
+    "certify": ("certificate", "certify"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("conversion", "convert"),
+    "evaluate_kl": ("divergence", "evaluate_kl"),
     "evaluate_passkey": ("evaluate", "evaluate_passkey"),
     "evaluate_perplexity": ("evaluate", "evaluate_perplexity"),
     "extend": ("finetune", "extend"),
@@ -38,8 +42,10 @@ _PUBLIC = {
     "repair": ("repairing", "repair"),
 }
 __all__ = [
+    "certify",
     "compute_imatrix",
     "convert",
+    "evaluate_kl",
     "evaluate_passkey",
     "evaluate_perplexity",
     "extend",

@@ -21,7 +21,7 @@ from pi_gguf.progress import say
 from pi_gguf.rope import RopeScaling, check_consistent
 from pi_gguf.runtime import Model
 from pi_gguf.sample_texts import sample_texts
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.scoring import LanguageModel, kl_divergence
 from pi_gguf.vocabulary import end_tokens, reference_ids
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
         problems += [f"{path}: llama.cpp does not end at token {i}" for i in reference.ends if not model.is_end(i)]
         if reference.logits is not None:
             logits = np.concatenate(list(model.logits_chunks(reference.ids, len(reference.logits))))
-            kl, top1 = kl_divergence(reference.logits, logits)
+            by_token, same = kl_divergence(reference.logits, logits)
+            kl, top1 = float(by_token.mean()), float(same.mean())
             limit = MAX_KL_DIVERGENCE.get(info.quantization, MAX_KL_QUANTIZED / reference.slack) * reference.slack
             if not kl <= limit:
                 problems.append(f"{path}: KL divergence from Hugging Face is {kl:.3g}, above rounding ({limit:g})")
@@ -179,27 +180,6 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
     if problems:
         raise CheckError("\n".join(problems), "nothing was written; please report this with the checkpoint's name")
     return report
-
-
-def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
-    """Return the mean KL divergence in nats and the share of equal first choices.
-
-    Args:
-        reference: logits (T, V) of the model to agree with.
-        logits: logits (T, V).
-    """
-    import numpy as np
-
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float64)
-        x -= x.max(1, keepdims=True)
-        x -= np.log(np.exp(x).sum(1, keepdims=True))
-        return x
-
-    width = min(reference.shape[1], logits.shape[1])
-    p, q = log_softmax(reference[:, :width]), log_softmax(logits[:, :width])
-    same = reference.argmax(1) == logits.argmax(1)
-    return float((np.exp(p) * (p - q)).sum(1).mean()), float(same.mean())
 
 
 def _cache_bytes(checkpoint: Checkpoint, length: int) -> int:

@@ -101,8 +101,8 @@ def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
         options |= {"type": Numbers(), "show_default": ",".join(map(str, parameter.default))}
     elif typing.get_origin(hint) is Sequence or hint == Sequence[str]:
         options |= {"multiple": True, "type": str, "metavar": _REPEATABLE[parameter.name]}
-    elif hint is bool:
-        flag = f"{flag}/--no-{flag[2:]}" if parameter.default else flag
+    elif hint is bool or inner == [bool]:
+        flag = f"{flag}/--no-{flag[2:]}" if parameter.default in (True, None) else flag
         options |= {"is_flag": True}
     else:
         kind = inner[0] if inner else hint
@@ -216,6 +216,8 @@ def _show_convert(result: Any) -> str:
             f"{human_bytes(result.disk_bytes)}\nnothing was written"
         )
     wrote = f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"
+    if result.certificate:
+        wrote += "".join(f"  {name}: {value}\n" for name, value in result.certificate.rows())
     if result.adapter_only:
         return f'{wrote}next: pi-gguf run BASE.gguf --lora {result.path} --prompt "..."'
     return f'{wrote}next: pi-gguf run {result.path} --prompt "..."\n      pi-gguf eval passkey {result.path}'
@@ -239,6 +241,7 @@ def _show_imatrix(report: Any) -> str:
 def _show_inspect(report: Any) -> str:
     from pi_gguf.files import human_bytes
 
+    unmeasured = [("measured", f"no: pi-gguf certify {report.path}")] if report.format == "GGUF" else []
     rows = [
         ("format", f"{report.format}, {report.architecture}, {report.quantization}"),
         ("window", f"{report.window} tokens (original {report.original_window})" if report.window else "unknown"),
@@ -247,11 +250,17 @@ def _show_inspect(report: Any) -> str:
         ("size", human_bytes(report.nbytes)),
         *((f"llama.cpp reads {key}", f"{value}") for key, value in report.llama_cpp.items()),
         *((key, str(value)) for key, value in report.general.items()),
+        *(report.certificate.rows() if report.certificate else unmeasured),
         *(("warning", text) for text in report.warnings),
         *((finding.severity, str(finding)) for finding in report.findings),
     ]
     table = text_table(report.path, (), rows, numbers=False)
     return f"{table}\nnext: {report.repair}" if report.repair else table
+
+
+def _show_certify(report: Any) -> str:
+    table = text_table(report.path, (), report.certificate.rows(), numbers=False)
+    return f"{table}\nnext: pi-gguf inspect {report.path}"
 
 
 def _show_repair(report: Any) -> str:
@@ -267,6 +276,16 @@ def _show_perplexity(report: Any) -> str:
     return text_table(
         f"{report.model}: perplexity, stride {report.stride}", ("window", "perplexity", "± s.e.", "tokens"), rows
     )
+
+
+def _show_kl(report: Any) -> str:
+    numbers = ("mean", "median", "p90", "p99", "worst")
+    rows = [
+        (f"{r.begin}-{r.end - 1}", *(f"{getattr(r, name):.3g}" for name in numbers), f"{r.top1:.2%}", str(r.tokens))
+        for r in report.rows
+    ]
+    title = f"{report.model} from {report.against}: KL divergence, nats (KV cache {report.type_k}, {report.type_v})"
+    return text_table(title, ("positions", *numbers, "top-1", "tokens"), rows)
 
 
 def _show_passkey(report: Any) -> str:
@@ -345,6 +364,10 @@ _EVALUATIONS = {
         "Passkey retrieval by distance, and k_max.",
         lambda: command("evaluate:evaluate_passkey", _show_passkey, name="passkey"),
     ),
+    "kl": (
+        "KL divergence from a reference, by position.",
+        lambda: command("divergence:evaluate_kl", _show_kl, name="kl"),
+    ),
 }
 
 _COMMANDS = {
@@ -373,9 +396,13 @@ _COMMANDS = {
         "Correct the metadata of a GGUF file; tensors stay as they are.",
         lambda: command("repairing:repair", _show_repair),
     ),
+    "certify": (
+        "Measure a GGUF file at its window and write the figures into it.",
+        lambda: command("certificate:certify", _show_certify),
+    ),
     "eval": (
-        "Measure perplexity or passkey retrieval at length.",
-        lambda: Lazy("eval", _EVALUATIONS, help="Measure perplexity or passkey retrieval at length."),
+        "Measure perplexity, passkey retrieval or KL divergence at length.",
+        lambda: Lazy("eval", _EVALUATIONS, help="Measure perplexity, passkey retrieval or KL divergence at length."),
     ),
     "models": ("List the families of models that are converted.", lambda: models),
     "run": ("Continue a prompt with a GGUF file.", lambda: run),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.adapters import AdaptedCheckpoint, with_adapters
+from pi_gguf.certificate import Base, Certificate, check_requirements, measure, read_requirements, store
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
-from pi_gguf.errors import CheckError, CheckpointError, OptionError
+from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.files import check_free_disk, check_writable, disk_errors, publish, remove
 from pi_gguf.finetune import extend
 from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization
@@ -28,14 +29,15 @@ from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths,
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: the file to open, the size of all in bytes, and what was checked; nothing for an adapter alone,
-    which llama.cpp opens on its base's file only."""
+    """What was written: the file to open, the size of all in bytes, what was checked and measured; neither for an
+    adapter alone, which llama.cpp opens on its base's file only."""
 
     path: str
     files: list[str]
     nbytes: int
     quantization: str
     checks: list[CheckReport]
+    certificate: Certificate | None = None
     adapter_only: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +84,8 @@ def convert(
     lora_rank: int = 16,
     lora_alpha: int | None = None,
     check: str = "quick",
+    certify: bool | None = None,
+    require: str | None = None,
     seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
@@ -128,6 +132,11 @@ def convert(
         lora_rank: rank of the adapters, of lora and qlora.
         lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         check: quick reads a prompt longer than the original window, full the whole new window; none.
+        certify: measure the file in llama.cpp at its window, perplexity and passkeys, and write the figures into its
+            header; where the whole window would take more than some ten minutes, a half, a quarter and so on of it.
+            When left out, unless --check none.
+        require: figures and what they must be, e.g. k_max>=32768,ppl_ratio<=1.02; a file that falls short is kept as
+            OUT-uncertified.gguf.
         seed: of the order of the data and of the skips.
         device: auto, cpu or cuda; for the fine-tune.
         overwrite: replace what is there; a fine-tune or a file of the same settings is still used or gone on with.
@@ -154,10 +163,17 @@ def convert(
         raise OptionError(f"{out}: the name must end in .gguf")
     if check not in LEVELS:
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
+    certify = check != "none" if certify is None else certify
+    requirements = read_requirements(require)
+    if requirements and (not certify or adapter_only or dry_run):
+        raise OptionError("require is for files that are certified", "leave --require or the other option out")
+    uncertified = out.with_name(f"{out.stem}-uncertified.gguf")
     max_bytes = None if split_max_size is None else _read_size(split_max_size)
     _check_adapter_options(lora, context, steps, adapter_only, quant)
     if not dry_run:
         check_writable(out, overwrite)
+        if requirements:
+            check_writable(uncertified, overwrite)
     matrix = read_imatrix(Path(imatrix)) if imatrix is not None else None
     checkpoint = load_checkpoint(model)
     if lora:
@@ -248,11 +264,45 @@ def convert(
     except (CheckError, CheckpointError):
         remove(work_dir)  # nothing there is worth going on with
         raise
+    certificate = None
+    if certify and not adapter_only:
+        base = Base.of_fine_tune(checkpoint.provenance) if fine_tune or context is None else checkpoint
+        certificate = _certify(partials[0], base, checks, checkpoint.source, seed, device, bool(requirements))
+    if certificate and any(requirement.missed(certificate) for requirement in requirements):
+        finals = split_paths(uncertified, len(plans))
     with disk_errors(out):
         for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
             publish(partial, final)
     remove(work_dir)
-    return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks, adapter_only)
+    if certificate:
+        check_requirements(certificate, requirements, str(finals[0]), "fine-tune longer, or require less")
+    return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks, certificate, adapter_only)
+
+
+def _certify(
+    path: Path,
+    base: Base | Checkpoint | None,
+    checks: Sequence[CheckReport],
+    against: str,
+    seed: int,
+    device: str,
+    required: bool,
+) -> Certificate | None:
+    """Measure a file and store the figures in it; None, and a line that says why, where that cannot be done here."""
+    device = "cpu" if device == "cpu" else "auto"  # llama.cpp may be built for the CPU, whatever trained
+    if Path(against).is_dir():
+        against = Path(against).name
+    try:
+        certificate = measure(
+            path, base=base, check=checks[0] if checks else None, against=against, seed=seed, device=device
+        )
+    except (ResourceError, TextError) as error:
+        if required:
+            raise
+        say(f"not certified: {error}")
+        return None
+    store(path, certificate)
+    return certificate
 
 
 def _read_size(text: str) -> int:

@@ -7,7 +7,8 @@ PiGgufError              1   base; any of the below
 ├── TextError            5   the text is missing, empty or too short
 ├── GgufError            6   the GGUF file is unreadable or lacks a key
 ├── CheckError           7   what was written differs from the plan or from the Hugging Face model
-└── ResourceError        8   it does not fit in memory or on disk
+├── ResourceError        8   it does not fit in memory or on disk
+└── CertificateError     9   a file measures less than was required
 
 Everything else that is raised is a bug. Ctrl-C exits with 130.
 """
@@ -56,3 +57,7 @@ class CheckError(PiGgufError):
 
 class ResourceError(PiGgufError):
     exit_code = 8
+
+
+class CertificateError(PiGgufError):
+    exit_code = 9

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
@@ -81,6 +81,55 @@ class PasskeyReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """One text on which perplexities that are to be compared are measured: the same stretches of it at every window.
+
+    Args:
+        name: of the text.
+        text: no more of it than is needed.
+        largest: window, in tokens, that fits before the first stretch.
+        stride: tokens of a stretch; there are `SAMPLES` of them.
+    """
+
+    SAMPLES: ClassVar[int] = 4
+
+    name: str
+    text: str
+    largest: int
+    stride: int
+
+    @classmethod
+    def of(cls, text: Sequence[str], smallest: int, largest: int) -> Yardstick:
+        """Choose the longest of some texts, for windows from `smallest` to `largest` tokens.
+
+        Args:
+            text: files or folders; the held-out novels of the bundled sample when empty.
+        """
+        documents = read_texts(text) if text else bundled.novels("heldout")
+        name, whole = max(documents.items(), key=lambda item: len(item[1]))
+        stride = min(256, smallest - 1)
+        return cls(name, whole[: 8 * (largest + cls.SAMPLES * stride)], largest, stride)
+
+    def tokens_needed(self) -> int:
+        return self.largest + self.SAMPLES * self.stride
+
+    def perplexities(self, lm: LanguageModel, windows: Sequence[int]) -> dict[int, float]:
+        """Measure perplexity by window, none of them above `largest`.
+
+        Raises:
+            TextError: the text is too short.
+        """
+        rows = perplexity_rows(
+            lm, {self.name: self.text}, windows=windows, stride=self.stride, samples=self.SAMPLES, largest=self.largest
+        )
+        return {row.window: row.perplexity for row in rows}
+
+    def record(self) -> dict[str, Any]:
+        """Return what two measurements must have in common."""
+        return {"text": self.name, "text_sha256": sha256([self.text]), "largest": self.largest, "stride": self.stride}
+
+
 def evaluate_perplexity(
     model: str | LanguageModel,
     *,
@@ -135,13 +184,17 @@ def perplexity_rows(
     stride: int,
     samples: int | None,
     max_tokens: int = 0,
+    largest: int | None = None,
 ) -> list[PerplexityRow]:
     """Measure perplexity of an open model on documents by name; the rest as `evaluate_perplexity`.
 
+    Args:
+        largest: stretches begin after so many tokens; the largest window when None.
+
     Raises:
-        TextError: a document is shorter than the largest window.
+        TextError: a document is shorter than that.
     """
-    largest = max(windows)
+    largest = largest or max(windows)
     tokenized = {name: lm.tokenize(body) for name, body in documents.items()}
     for name, ids in tokenized.items():
         if len(ids) < largest:
@@ -303,9 +356,17 @@ class PasskeyPrompts:
 
 @contextmanager
 def opened(
-    model: str | LanguageModel, *, n_ctx: int, context: int | None = None, method: str = "linear", device: str = "auto"
+    model: str | LanguageModel,
+    *,
+    n_ctx: int | None,
+    context: int | None = None,
+    method: str = "linear",
+    device: str = "auto",
+    type_k: str = "f16",
+    type_v: str = "f16",
 ) -> Iterator[LanguageModel]:
-    """Open a GGUF file or a Hugging Face MODEL for `n_ctx` tokens, and close it; an open model passes through."""
+    """Open a GGUF file or a Hugging Face MODEL for `n_ctx` tokens, its own window when None, and close it; an open
+    model passes through."""
     if isinstance(model, LanguageModel):
         yield model
         return
@@ -315,13 +376,15 @@ def opened(
 
         if context is not None:
             raise OptionError("context is for Hugging Face models; a GGUF file holds its scaling")
-        lm = Model(model, n_ctx=n_ctx, device=device)
+        lm = Model(model, n_ctx=n_ctx, device=device, type_k=type_k, type_v=type_v)
     else:
         from pi_gguf.hf_model import HfModel
 
+        if (type_k, type_v) != ("f16", "f16"):
+            raise OptionError(f"type-k and type-v are for GGUF files, {model} is none", "leave them out")
         checkpoint = load_checkpoint(model)
         lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.extended(context, method))
-    if n_ctx > lm.window:
+    if n_ctx is not None and n_ctx > lm.window:
         say(f"note: {model} has a window of {lm.window} tokens and is read to {n_ctx}")
     try:
         yield lm

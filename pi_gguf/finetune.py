@@ -257,7 +257,7 @@ def _write_folder(
     out_dir: Path,
     record: dict[str, Any],
     trained: Trained | None,
-    price: Callable[[Checkpoint], dict[str, float] | None] | None = None,
+    price: Callable[[Checkpoint], dict[str, Any] | None] | None = None,
 ) -> None:
     """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record.
 

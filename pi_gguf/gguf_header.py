@@ -6,19 +6,27 @@ for, so that a vocabulary of any size opens at once.
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import re
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pi_gguf.errors import GgufError
+from pi_gguf.files import check_free_disk, human_bytes
+from pi_gguf.progress import progress_bar
 
 ALIGNMENT = 32
 """Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
+
+_BLOCK = 2**25
+"""Bytes copied at once."""
 
 TYPES = (
     "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "FLOAT32", "BOOL", "STRING", "ARRAY", "UINT64", "INT64",
@@ -247,6 +255,44 @@ def _scan_header(path: Path, data: mmap.mmap) -> Header:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {str(alignment)[:20]}, no power of two")
     return Header(path, version, entries, tensors, data[begin:at], -(-at // alignment) * alignment)
+
+
+def write_changed(header: Header, target: Path) -> None:
+    """Write a header and behind it the data of the file that it was read from, to the byte.
+
+    Raises:
+        GgufError: that file became shorter.
+        ResourceError: not enough disk.
+    """
+    front = header.to_bytes()
+    total = max(0, header.path.stat().st_size - header.data_offset)
+    check_free_disk(target.parent, len(front) + total)
+    started, done = time.monotonic(), 0
+    with header.path.open("rb") as reader, target.open("wb") as writer, progress_bar("copy", total, "bytes") as advance:
+        writer.write(front)
+        writer.flush()
+        reader.seek(header.data_offset)
+        while done < total:
+            count = _copy(reader, writer, header.data_offset + done, len(front) + done, min(_BLOCK, total - done))
+            if not count:
+                raise GgufError(f"{header.path}: became shorter while it was read", "run the same command again")
+            done += count
+            advance(count, text=f"{human_bytes(done / max(1e-9, time.monotonic() - started))}/s")
+
+
+def _copy(reader: BinaryIO, writer: BinaryIO, at: int, to: int, count: int) -> int:
+    """Copy some bytes within the kernel where it can, else through memory; return how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(reader.fileno(), writer.fileno(), count, at, to)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+    reader.seek(at)
+    writer.seek(to)
+    written = writer.write(reader.read(count))
+    writer.flush()
+    return written
 
 
 def _place(key: str, keys: Sequence[str], order: Sequence[str]) -> int:

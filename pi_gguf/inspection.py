@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pi_gguf.certificate import Certificate
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.defects import ASK, Finding, expect, find_defects
 from pi_gguf.errors import GgufError, OptionError, ResourceError
@@ -21,7 +22,8 @@ from pi_gguf.rope import RopeScaling, check_consistent
 class Inspection:
     """The report of `pi-gguf inspect`; sizes in bytes, windows in tokens (None where they cannot be read).
 
-    `repair` is the command that mends what can be mended, None where nothing can.
+    `repair` is the command that mends what can be mended, None where nothing can; `certificate` what the file says was
+    measured on it.
     """
 
     path: str
@@ -38,9 +40,12 @@ class Inspection:
     warnings: list[str]
     findings: list[Finding]
     repair: str | None = None
+    certificate: Certificate | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "findings": [finding.to_json() for finding in self.findings]}
+        certificate = self.certificate.to_json() if self.certificate else None
+        findings = [finding.to_json() for finding in self.findings]
+        return {**self.__dict__, "findings": findings, "certificate": certificate}
 
 
 def inspect(path: str | Path, *, against: str | None = None, seed: int = 0, device: str = "cpu") -> Inspection:
@@ -80,6 +85,11 @@ def _inspect_gguf(path: Path, against: str | None) -> Inspection:
             }
     except (GgufError, ResourceError) as error:
         warnings.append(str(error))
+    certificate = None
+    try:
+        certificate = Certificate.read(header)
+    except GgufError as error:
+        warnings.append(f"{error}; {error.hint}")
     keys = {key: value for key, value in info.metadata.items() if ".rope." in key or key.endswith("context_length")}
     keys |= {t.name: "tensor" for t in info.tensors if t.name.startswith("rope_")}
     window, original = _windows(info)
@@ -98,6 +108,7 @@ def _inspect_gguf(path: Path, against: str | None) -> Inspection:
         warnings=warnings,
         findings=findings,
         repair=_repair_command(path, findings, against),
+        certificate=certificate,
     )
 
 

@@ -6,28 +6,22 @@ whole and llama.cpp opens it.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.defects import CONVERT, Expectation, Finding, expect, find_defects, in_short, mend
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.files import check_free_disk, check_writable, human_bytes, replace_when_complete
+from pi_gguf.files import check_writable, replace_when_complete
 from pi_gguf.gguf_file import TensorInfo, tensors_of
-from pi_gguf.gguf_header import TYPES, Entry, Header, read_header, type_of_key
-from pi_gguf.progress import progress_bar, say
+from pi_gguf.gguf_header import TYPES, Entry, Header, read_header, type_of_key, write_changed
+from pi_gguf.progress import say
 from pi_gguf.runtime import Model
-
-_BLOCK = 2**25
-"""Bytes copied at once."""
 
 _FIXED = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 """Keys that say where the data lies."""
@@ -119,7 +113,7 @@ def repair(
         return _nothing(source, left, against)
     checks = []
     with replace_when_complete(out) as partial:
-        _copy(source, header.data_offset, mended.to_bytes(), partial)
+        write_changed(mended, partial)
         if check != "none":
             _open(partial)
             if expected is not None and checkpoint is not None:
@@ -226,43 +220,6 @@ def _said(kind: str) -> str:
 
 
 # Writing
-
-
-def _copy(source: Path, data_offset: int, header: bytes, target: Path) -> None:
-    """Write a header and the data of another file behind it.
-
-    Raises:
-        GgufError: the other file became shorter.
-        ResourceError: not enough disk.
-    """
-    total = max(0, source.stat().st_size - data_offset)
-    check_free_disk(target.parent, len(header) + total)
-    started, done = time.monotonic(), 0
-    with source.open("rb") as reader, target.open("wb") as writer, progress_bar("copy", total, "bytes") as advance:
-        writer.write(header)
-        writer.flush()
-        reader.seek(data_offset)
-        while done < total:
-            count = _copy_block(reader, writer, data_offset + done, len(header) + done, min(_BLOCK, total - done))
-            if not count:
-                raise GgufError(f"{source}: became shorter while it was read", "run the same command again")
-            done += count
-            advance(count, text=f"{human_bytes(done / max(1e-9, time.monotonic() - started))}/s")
-
-
-def _copy_block(reader: BinaryIO, writer: BinaryIO, at: int, to: int, count: int) -> int:
-    """Copy some bytes within the kernel where it can, else through memory; return how many."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(reader.fileno(), writer.fileno(), count, at, to)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
-                raise
-    reader.seek(at)
-    writer.seek(to)
-    written = writer.write(reader.read(count))
-    writer.flush()
-    return written
 
 
 def _open(path: Path) -> None:

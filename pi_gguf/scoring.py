@@ -78,3 +78,36 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     n = min(len(a), len(b))
     differ = np.nonzero(np.asarray(a[:n]) != np.asarray(b[:n]))[0]
     return int(differ[0]) if len(differ) else n
+
+
+def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the KL divergence of each token's prediction from the reference's, and whether their first choices agree.
+
+    Args:
+        reference: logits (T, V) of the model to agree with.
+        logits: logits (T, V); where one has more columns, they are padding and left out.
+
+    Returns:
+        float64 (T,) in nats; bool (T,).
+    """
+    import numpy as np
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        x -= x.max(1, keepdims=True)
+        x -= np.log(np.exp(x).sum(1, keepdims=True))
+        return x
+
+    width = min(reference.shape[1], logits.shape[1])
+    p, q = log_softmax(reference[:, :width]), log_softmax(logits[:, :width])
+    return (np.exp(p) * (p - q)).sum(1), reference.argmax(1) == logits.argmax(1)
+
+
+def in_step(a: Iterator[np.ndarray], b: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cut two streams of chunks alike: pairs of chunks (T, V) of the same tokens."""
+    first, second = next(a, None), next(b, None)
+    while first is not None and second is not None:
+        n = min(len(first), len(second))
+        yield first[:n], second[:n]
+        first = first[n:] if len(first) > n else next(a, None)
+        second = second[n:] if len(second) > n else next(b, None)

@@ -8,29 +8,21 @@ process of a run measures the same, as its shards are needed for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.evaluate import PasskeyPrompts, evaluate_passkey, perplexity_rows
+from pi_gguf.evaluate import PasskeyPrompts, Yardstick, evaluate_passkey
 from pi_gguf.files import human_bytes
 from pi_gguf.hf_model import HfModel, tokenize_with
 from pi_gguf.planning import free_memory
 from pi_gguf.processes import agree
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel
-from pi_gguf.texts import read_texts
 
 if TYPE_CHECKING:
     import numpy as np
-
-STRIDE = 256
-SAMPLES = 4
-"""Stretches of `STRIDE` tokens that perplexity is measured on, in one document."""
-
-_CHARACTERS = 8
-"""A token of prose has fewer; what is beyond is not read."""
 
 DISTANCES, KEYS = 2, 2
 """Of the passkeys: places in the new window, and keys at each."""
@@ -100,18 +92,14 @@ class Validation:
         self._checkpoint, self._context = checkpoint, context
         self._original = checkpoint.rope.max_position_embeddings
         self.every, self._early_stop = every, early_stop
-        tokenizer = checkpoint.load_tokenizer()
-        documents = read_texts(text) if text else bundled.novels("heldout")
-        self._stride = min(STRIDE, self._original - 1)
-        self._name, whole = max(documents.items(), key=lambda item: len(item[1]))
-        self._text = whole[: _CHARACTERS * (context + SAMPLES * self._stride)]
-        self._tokens = len(tokenize_with(tokenizer, self._text, True))
+        self._yardstick = Yardstick.of(text, self._original, context)
+        self._tokens = len(tokenize_with(checkpoint.load_tokenizer(), self._yardstick.text, True))
         self._passkeys = False
         if not every:
             return
-        if self._tokens < self._context + SAMPLES * self._stride:
+        if self._tokens < self._yardstick.tokens_needed():
             raise TextError(
-                f"{self._name}: {self._tokens} tokens, too few to validate at {self._context}",
+                f"{self._yardstick.name}: {self._tokens} tokens, too few to validate at {self._context}",
                 "give a longer text with --eval-text, or leave --eval-steps out",
             )
         try:
@@ -135,7 +123,7 @@ class Validation:
         """
         lm = TrainingModel(model, self._checkpoint, self._context, device)
         windows = (self._original, self._context)
-        found = {f"eval_perplexity_{w}": value for w, value in self._perplexities(lm, windows).items()}
+        found = {f"eval_perplexity_{w}": value for w, value in self._yardstick.perplexities(lm, windows).items()}
         if self._passkeys:
             passkeys = evaluate_passkey(lm, windows=(self._context,), distances=DISTANCES, keys=KEYS)
             found["eval_k_max"] = float(passkeys.k_max)
@@ -147,7 +135,7 @@ class Validation:
         """Tell whether the run has come to its end early: k_max is the new window."""
         return self._early_stop and found["eval_k_max"] >= self._context
 
-    def price(self, after: Checkpoint, device: str) -> dict[str, float] | None:
+    def price(self, after: Checkpoint, device: str) -> dict[str, Any] | None:
         """Measure what the old window pays: perplexity there before and after the fine-tune.
 
         Args:
@@ -155,11 +143,17 @@ class Validation:
             device: `cpu` or `cuda`.
 
         Returns:
-            `window` in tokens, perplexity `before` and `after`; None, and a line that says why, where the text is too
-            short or a model does not fit.
+            `window` in tokens, perplexity `before` and `after`, and what was read; None, and a line that says why,
+            where the text is too short or a model does not fit.
         """
-        if self._tokens < self._original + SAMPLES * self._stride:
-            say(f"price at {self._original} tokens: not measured, {self._name} has {self._tokens}; give --eval-text")
+        yardstick = self._yardstick
+        if self._tokens < yardstick.tokens_needed():  # then not on the stretches that the new window is measured on
+            yardstick = replace(yardstick, largest=self._original)
+        if self._tokens < yardstick.tokens_needed():
+            say(
+                f"price at {self._original} tokens: not measured, {yardstick.name} has {self._tokens} of "
+                f"{yardstick.tokens_needed()}; give --eval-text"
+            )
             return None
         need, free = after.n_parameters() * (2 if device == "cuda" else 4), free_memory(device)
         if need > free:
@@ -168,19 +162,14 @@ class Validation:
                 f"{human_bytes(free)} are free"
             )
             return None
-        perplexities = []
+        perplexities: list[float] = []
         for checkpoint in (self._checkpoint, after):
             lm = HfModel(checkpoint, device=device)
-            perplexities.append(self._perplexities(lm, (self._original,))[self._original])
+            perplexities += yardstick.perplexities(lm, (self._original,)).values()
             lm.close()
         before, now = perplexities
         say(
             f"price at {self._original} tokens: perplexity {before:.4g} before, {now:.4g} after "
-            f"({now / before - 1:+.1%}; {self._name})"
+            f"({now / before - 1:+.1%}; {yardstick.name})"
         )
-        return {"window": self._original, "before": before, "after": now}
-
-    def _perplexities(self, lm: LanguageModel, windows: Sequence[int]) -> dict[int, float]:
-        documents = {self._name: self._text}
-        rows = perplexity_rows(lm, documents, windows=windows, stride=self._stride, samples=SAMPLES)
-        return {row.window: row.perplexity for row in rows}
+        return {"window": self._original, "before": before, "after": now, **yardstick.record()}

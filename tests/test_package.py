@@ -32,7 +32,7 @@ LAYERS = [
     {"runtime", "writing"},
     {"imatrix"},
     {"planning", "evaluate", "check", "quantizing"},
-    {"defects", "batches", "validation"},
+    {"defects", "batches", "validation", "certificate", "divergence"},
     {"training"},
     {"finetune", "inspection", "repairing"},
     {"conversion"},
@@ -112,8 +112,8 @@ def commands(group, prefix=()):
 def test_every_command_explains_every_option_and_shows_an_example():
     names = [" ".join(path) for path, _ in commands(main)]
     assert names == [
-        "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "eval perplexity", "eval passkey",
-        "models", "run", "demo",
+        "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "certify", "eval perplexity",
+        "eval passkey", "eval kl", "models", "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):
         text = command.get_help(click.Context(command))

@@ -11,7 +11,8 @@ import pi_gguf
 from pi_gguf.bundled import novels
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.validation import SAMPLES, Validation
+from pi_gguf.evaluate import Yardstick
+from pi_gguf.validation import Validation
 
 CONTEXT = 4 * WINDOW
 STRIDE = WINDOW - 1
@@ -31,7 +32,9 @@ def record_of(folder):
 
 
 def perplexities(model, text, windows):
-    report = pi_gguf.evaluate_perplexity(str(model), text=[str(text)], windows=windows, stride=STRIDE, samples=SAMPLES)
+    report = pi_gguf.evaluate_perplexity(
+        str(model), text=[str(text)], windows=windows, stride=STRIDE, samples=Yardstick.SAMPLES
+    )
     return [row.perplexity for row in report.rows]
 
 
@@ -53,8 +56,8 @@ def test_validations_are_what_eval_measures(run, text):
 def test_the_price_is_perplexity_at_the_old_window_before_and_after(run, llama, text):
     price = record_of(run)["price"]
     assert price["window"] == WINDOW
-    assert price["before"] == pytest.approx(perplexities(llama, text, (WINDOW,))[0], rel=1e-5)
-    assert price["after"] == pytest.approx(perplexities(run, text, (WINDOW,))[0], rel=1e-5)
+    assert price["before"] == pytest.approx(perplexities(llama, text, (WINDOW, CONTEXT))[0], rel=1e-5)
+    assert price["after"] == pytest.approx(perplexities(run, text, (WINDOW, CONTEXT))[0], rel=1e-5)
     assert abs(price["after"] / price["before"] - 1) > 0.05
 
 

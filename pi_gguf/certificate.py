@@ -1,0 +1,431 @@
+"""A file's own measurements, in its header: how far its window really reaches, measured in llama.cpp on the file.
+
+In: a GGUF file of any producer and, where there is one, the model it was made from. Out: a `Certificate`, stored under
+`pi_gguf.*` keys, and an error where it is less than was required.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pi_gguf.check import CheckReport, Reference, check_gguf
+from pi_gguf.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError, ResourceError, TextError
+from pi_gguf.evaluate import PasskeyReport, Yardstick, evaluate_passkey
+from pi_gguf.files import human_bytes, replace_when_complete
+from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
+from pi_gguf.hf_model import HfModel
+from pi_gguf.planning import free_memory
+from pi_gguf.progress import say
+from pi_gguf.provenance import library_versions, package_version
+from pi_gguf.rope import RopeScaling
+from pi_gguf.runtime import Model
+
+PREFIX = "pi_gguf."
+VERSION = 1
+
+SECONDS = 600
+"""What measuring may take, about: a window that would take longer is measured as far as it goes, and that is said."""
+
+DISTANCES, KEYS = 2, 2
+"""Passkeys: at half and the whole of the window, so many at each."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Figures of one file. None where something was not measured.
+
+    Args:
+        window: tokens that were measured; the file's own window, or less where that would have taken too long.
+        perplexity: by window, the original one and `window`, on the same stretches of the text.
+        reference_perplexity: at the original window, on the same stretches.
+        reference: whose that is: `base` before the fine-tune, or `itself`.
+        ppl_ratio: perplexity at `window` by the reference's.
+        k_max: largest distance, in tokens, at which at least 20 % of the passkeys were found.
+        passkeys_found: of `passkeys_asked`, at half and the whole of `window`.
+        kl_divergence: mean, in nats, from the model the file was made from, in 32 bits.
+        top1_agreement: share of equal first choices.
+        against: that model.
+        text: what was read, with its hash.
+        date: day it was measured.
+        seconds: that measuring took.
+        device: `auto`, `cpu` or `cuda`.
+        versions: of this package and its libraries.
+    """
+
+    window: int
+    perplexity: dict[int, float]
+    reference_perplexity: float
+    reference: str
+    ppl_ratio: float
+    k_max: int | None
+    passkeys_found: int | None
+    passkeys_asked: int | None
+    kl_divergence: float | None
+    top1_agreement: float | None
+    against: str | None
+    text: str
+    text_sha256: str
+    date: str
+    seconds: float
+    device: str
+    versions: str
+    version: int = field(default=VERSION)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def keys(self) -> dict[str, Any]:
+        """Return the keys of a GGUF header."""
+        found: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if name == "perplexity":
+                found |= {f"{PREFIX}perplexity.{window}": float(p) for window, p in value.items()}
+            elif value is not None:
+                found[PREFIX + name] = value
+        return found
+
+    @classmethod
+    def read(cls, header: Header) -> Certificate | None:
+        """Read it from a file's header; None where there is none.
+
+        Raises:
+            GgufError: it is incomplete, of a later version, or was measured on a file with another header.
+        """
+        path, metadata = header.path, header.metadata
+        own = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+        if "version" not in own:
+            return None
+        if own["version"] != VERSION:
+            raise GgufError(
+                f"{path}: {PREFIX}version is {own['version']}, {VERSION} is known", "update pi-gguf, or certify again"
+            )
+        if own.get("header_sha256") != _fingerprint(header):
+            raise GgufError(f"{path}: its certificate is of a file with another header", "certify it again")
+        perplexity = {int(key.split(".")[1]): own.pop(key) for key in list(own) if key.startswith("perplexity.")}
+        names = {f.name for f in fields(cls)} - {"perplexity"}
+        try:
+            values: dict[str, Any] = {name: own.get(name) if name in _OPTIONAL else own[name] for name in names}
+            return cls(perplexity=perplexity, **values)
+        except KeyError as error:
+            raise GgufError(f"{path}: {PREFIX}{error.args[0]} is missing", "certify the file again") from error
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return names and values for people."""
+        perplexities = ", ".join(f"{p:.4g} at {window}" for window, p in sorted(self.perplexity.items()))
+        found = [
+            ("measured", f"{self.date} in llama.cpp, to {self.window} tokens; {self.text}"),
+            ("perplexity", perplexities),
+            ("ppl_ratio", f"{self.ppl_ratio:.4f} (reference: {self.reference}, {self.reference_perplexity:.4g})"),
+        ]
+        if self.k_max is not None:
+            found.append(("k_max", f"{self.k_max} ({self.passkeys_found} of {self.passkeys_asked} passkeys)"))
+        if self.kl_divergence is not None:
+            agreement = f"top-1 agreement {self.top1_agreement:.1%}"
+            found.append(("kl_divergence", f"{self.kl_divergence:.3g} nats from {self.against}, {agreement}"))
+        return found
+
+
+_OPTIONAL = {"k_max", "passkeys_found", "passkeys_asked", "kl_divergence", "top1_agreement", "against"}
+
+FIGURES = ("window", "ppl_ratio", "k_max", "kl_divergence", "top1_agreement", "reference_perplexity")
+"""What can be required."""
+
+_COMPARE = {">=": float.__ge__, "<=": float.__le__, ">": float.__gt__, "<": float.__lt__}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One figure and what it must be: `k_max>=32768`."""
+
+    name: str
+    sign: str
+    value: float
+
+    def missed(self, certificate: Certificate) -> str | None:
+        """Return how a certificate falls short; None where it does not."""
+        measured = getattr(certificate, self.name)
+        if measured is not None and _COMPARE[self.sign](float(measured), self.value):
+            return None
+        got = "not measured" if measured is None else f"{measured:.6g}"
+        return f"{self.name} is {got}, required {self.sign} {self.value:g}"
+
+
+def read_requirements(text: str | None) -> list[Requirement]:
+    """Read `k_max>=32768,ppl_ratio<=1.02`.
+
+    Raises:
+        OptionError: not of this form.
+    """
+    found = []
+    for part in (text or "").split(",") if text else ():
+        match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*([0-9.eE+-]+)\s*", part)
+        try:
+            value = float(match[3]) if match else 0.0
+        except ValueError:
+            match = None
+        if not match or match[1] not in FIGURES:
+            raise OptionError(
+                f"require must be figures with >=, <=, > or <, separated by commas, got {part!r}",
+                f"the figures are {', '.join(FIGURES)}; for example k_max>=32768,ppl_ratio<=1.02",
+            )
+        found.append(Requirement(match[1], match[2], value))
+    return found
+
+
+def check_requirements(certificate: Certificate, requirements: Sequence[Requirement], path: str, hint: str) -> None:
+    """Check a certificate.
+
+    Raises:
+        CertificateError: it falls short, with every figure that does.
+    """
+    missed = [text for requirement in requirements if (text := requirement.missed(certificate))]
+    if missed:
+        raise CertificateError(f"{path}: {'; '.join(missed)}", hint)
+
+
+# Measuring
+
+
+@dataclass(frozen=True)
+class Base:
+    """Perplexity at the original window before a fine-tune, with what it was measured on (`Yardstick.record`)."""
+
+    perplexity: float
+    record: dict[str, Any]
+
+    @classmethod
+    def of_fine_tune(cls, provenance: Mapping[str, Any]) -> Base | None:
+        """Read it from the record of a fine-tune; None where it was not measured."""
+        price = provenance.get("price")
+        if not isinstance(price, dict) or "before" not in price:
+            return None
+        return cls(price["before"], {key: price.get(key) for key in ("text", "text_sha256", "largest", "stride")})
+
+
+def measure(
+    path: Path,
+    *,
+    text: Sequence[str] = (),
+    base: Base | Checkpoint | None = None,
+    check: CheckReport | None = None,
+    against: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> Certificate:
+    """Measure a file in llama.cpp.
+
+    Args:
+        path: of the file, or the first of its parts.
+        text: to read; the longest held-out novel of the bundled sample when empty.
+        base: what the perplexity at the window is held against; the file at its original window when None.
+        check: what a check of the same file found.
+        against: what it was checked against.
+        seed: of the passkeys.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        TextError: the text is too short for the original window.
+    """
+    started = time.monotonic()
+    rope = read_header_rope(path)
+    original = min(rope.original_max_position_embeddings, rope.max_position_embeddings)
+    window, seconds_a_prompt = _window_that_fits(path, rope, original, text, device)
+    yardstick = Yardstick.of(text, original, window)
+    say(
+        f"certify {path.name}: perplexity at {original} and {window} tokens, passkeys at {window}"
+        + (f"; about {_minutes(seconds_a_prompt)}" if seconds_a_prompt > 1 else "")
+    )
+    with Model(path, n_ctx=window, device=device) as model:
+        perplexity = yardstick.perplexities(model, sorted({original, window}))
+        try:
+            passkeys: PasskeyReport | None = evaluate_passkey(
+                model, windows=(window,), distances=DISTANCES, keys=KEYS, seed=seed
+            )
+        except OptionError as error:
+            say(f"certify without passkeys: {error}")
+            passkeys = None
+    reference, whose = _reference(base, yardstick, original)
+    if reference is None:
+        reference, whose = perplexity[original], "itself"
+    versions = [f"pi-gguf {package_version()}", *(f"{name} {number}" for name, number in library_versions().items())]
+    return Certificate(
+        window=window,
+        perplexity=perplexity,
+        reference_perplexity=reference,
+        reference=whose,
+        ppl_ratio=perplexity[window] / reference,
+        k_max=passkeys.k_max if passkeys else None,
+        passkeys_found=sum(cell.found for cell in passkeys.cells) if passkeys else None,
+        passkeys_asked=sum(cell.keys for cell in passkeys.cells) if passkeys else None,
+        kl_divergence=check.kl_divergence if check else None,
+        top1_agreement=check.top1_agreement if check else None,
+        against=against if check and check.kl_divergence is not None else None,
+        text=Path(yardstick.name).name,
+        text_sha256=yardstick.record()["text_sha256"],
+        date=time.strftime("%Y-%m-%d"),
+        seconds=round(time.monotonic() - started, 1),
+        device=device,
+        versions=", ".join(versions),
+    )
+
+
+def read_header_rope(path: Path) -> RopeScaling:
+    """Read the scaling that a file states."""
+    return RopeScaling.from_gguf(read_header(path).metadata, str(path))
+
+
+def _minutes(seconds_a_prompt: float) -> str:
+    prompts = Yardstick.SAMPLES + DISTANCES * KEYS
+    return f"{prompts * seconds_a_prompt / 60:.1f} minutes"
+
+
+def _window_that_fits(
+    path: Path, rope: RopeScaling, original: int, text: Sequence[str], device: str
+) -> tuple[int, float]:
+    """Return the window to measure, in tokens, and the seconds of a prompt of that many, about.
+
+    The file's own, or the largest of its halves, not below the original one, that the text, the memory and `SECONDS`
+    have room for.
+    """
+    whole = rope.max_position_embeddings
+    yardstick = Yardstick.of(text, original, whole)
+    with Model(path, n_ctx=max(512, original), device=device) as model:
+        ids = model.tokenize(yardstick.text)
+        if len(ids) < original + Yardstick.SAMPLES * yardstick.stride:
+            raise TextError(
+                f"{yardstick.name}: {len(ids)} tokens, too few to measure at {original}", "give a longer text"
+            )
+        model.score(ids[: min(64, original)], 1)  # what only the first prompt waits for
+        started = time.monotonic()
+        model.score(ids[-original:], 1)
+        measured = time.monotonic() - started
+    window = whole
+    while window // 2 >= original:
+        # Between linear, where products with weights take the time, and square, where attention does.
+        seconds = measured * (window / original) ** 1.5
+        reason = None
+        if len(ids) < window + Yardstick.SAMPLES * yardstick.stride:
+            reason = f"{yardstick.name} has {len(ids)} tokens"
+        elif (Yardstick.SAMPLES + DISTANCES * KEYS) * seconds > SECONDS:
+            reason = f"it would take about {_minutes(seconds)}"
+        else:
+            try:
+                Model(path, n_ctx=window, device=device).close()
+            except ResourceError as error:
+                reason = str(error)
+        if reason is None:
+            break
+        say(f"certify {path.name}: not at {window} tokens, {reason}")
+        window //= 2
+    return window, measured * (window / original) ** 1.5
+
+
+def _reference(base: Base | Checkpoint | None, yardstick: Yardstick, original: int) -> tuple[float | None, str]:
+    """Return the base's perplexity at the original window on the stretches of the yardstick; None where not known."""
+    if isinstance(base, Base):
+        return (base.perplexity, "base") if base.record == yardstick.record() else (None, "")
+    if base is None or base.rope.max_position_embeddings < original:
+        return None, ""
+    need, free = 4 * base.n_parameters(), free_memory("cpu")
+    if need > free:
+        say(f"certify: {base.source} takes {human_bytes(need)}, {human_bytes(free)} are free; no base to compare with")
+        return None, ""
+    lm = HfModel(base, device="cpu")
+    perplexity = yardstick.perplexities(lm, (original,))[original]
+    lm.close()
+    return perplexity, "base"
+
+
+# The command
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What `pi-gguf certify` reports: the file, and what now stands in it."""
+
+    path: str
+    certificate: Certificate
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def certify(
+    file: str | Path,
+    *,
+    against: str | None = None,
+    context: int | None = None,
+    method: str = "linear",
+    require: str | None = None,
+    text: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "auto",
+) -> Certified:
+    """Measure a GGUF file of any producer at its window, and write the figures into its header.
+
+    Perplexity at the original and at the whole window on the same text, and passkeys at the whole one, in llama.cpp.
+    With --against the file is first held against that model as convert does it: windows, factor, tokenizer and logits.
+    Where the whole window would take more than about ten minutes, a half, a quarter and so on of it is measured.
+
+    Args:
+        file: GGUF file; its tensors stay as they are.
+        against: MODEL that the file was made from.
+        context: window that MODEL was extended to without training; MODEL's own when left out.
+        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        require: figures and what they must be, e.g. k_max>=32768,ppl_ratio<=1.02. The figures are stored in any case.
+        text: text file or folder of them, of which the longest is read; the longest held-out novel of the bundled
+            sample when left out. Repeatable.
+        seed: of the passkeys.
+        device: auto, cpu or cuda.
+
+    Example:
+        pi-gguf certify model.gguf --against ./my-llama --context 32768 --require "k_max>=32768,ppl_ratio<=1.02"
+    """
+    path, requirements = Path(file), read_requirements(require)
+    if context is not None and against is None:
+        raise OptionError(f"context is for --against, got {context}", "give the model, --against MODEL")
+    read_header(path)
+    checkpoint = check = None
+    if against is not None:
+        checkpoint = load_checkpoint(against)
+        rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
+        try:
+            check = check_gguf(path, Reference(checkpoint, rope, "quick"))
+        except CheckError as error:
+            raise CheckError(
+                str(error), f"convert it again, or: pi-gguf repair {path} OUT --against {against}"
+            ) from error
+        say(str(check))
+    base: Base | Checkpoint | None = checkpoint
+    if checkpoint is not None and context is None and checkpoint.rope.is_extended:
+        base = Base.of_fine_tune(checkpoint.provenance)
+    certificate = measure(path, text=text, base=base, check=check, against=against, seed=seed, device=device)
+    store(path, certificate)
+    check_requirements(certificate, requirements, str(path), "the figures are stored in the file: pi-gguf inspect")
+    return Certified(str(path), certificate)
+
+
+def store(path: Path, certificate: Certificate) -> None:
+    """Write a certificate into a file's header, in place of one that is there; the tensors are copied as they are."""
+    header = read_header(path)
+    changes: dict[str, Entry | None] = {key: None for key in header.entries if key.startswith(PREFIX)}
+    keys = {**certificate.keys(), f"{PREFIX}header_sha256": _fingerprint(header)}
+    changes |= {key: Entry.of(value) for key, value in keys.items()}
+    with replace_when_complete(path) as partial:
+        write_changed(header.changed(changes), partial)
+
+
+def _fingerprint(header: Header) -> str:
+    """Return a hash over all that a header states but the certificate itself."""
+    digest = hashlib.sha256(header.tensor_infos)
+    for key, entry in sorted(header.entries.items()):
+        if not key.startswith(PREFIX):
+            digest.update(f"{key} {entry.type} {len(entry.data)} ".encode() + entry.data)
+    return digest.hexdigest()

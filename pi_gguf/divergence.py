@@ -1,0 +1,162 @@
+"""What a quantization or a quantized KV cache costs at depth: KL divergence from a reference, by position.
+
+In: a GGUF file or a Hugging Face model, a reference, and texts. Out: a report, one row a range of positions. Both read
+the same tokens side by side, a chunk at a time, so that [tokens, vocabulary] never exists as a whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf import bundled
+from pi_gguf.errors import OptionError, TextError
+from pi_gguf.evaluate import opened
+from pi_gguf.progress import progress_bar
+from pi_gguf.provenance import provenance, sha256
+from pi_gguf.scoring import in_step, kl_divergence
+from pi_gguf.texts import read_texts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FIRST_RANGE = 1024
+"""Tokens of the first range of positions; each later one is as long as all before it."""
+
+
+@dataclass(frozen=True)
+class DivergenceRow:
+    """Figures of the tokens at positions from `begin` to below `end`, over all texts.
+
+    Args:
+        mean: KL divergence in nats; `median`, `p90`, `p99` and `worst` are of single tokens.
+        top1: share of tokens whose first choice is the reference's.
+        tokens: that were compared.
+    """
+
+    begin: int
+    end: int
+    mean: float
+    median: float
+    p90: float
+    p99: float
+    worst: float
+    top1: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class DivergenceReport:
+    """Rows in order of position, the last one of all positions together."""
+
+    model: str
+    against: str
+    type_k: str
+    type_v: str
+    texts: list[str]
+    rows: list[DivergenceRow]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_kl(
+    model: str,
+    *,
+    against: str,
+    window: int | None = None,
+    text: Sequence[str] = (),
+    documents: int = 1,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    context: int | None = None,
+    method: str = "linear",
+    seed: int = 0,
+    device: str = "auto",
+) -> DivergenceReport:
+    """Measure KL divergence and top-1 agreement with a reference, by position up to a window.
+
+    Args:
+        model: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
+        against: the reference: GGUF file, such as the F16 one, Hugging Face folder, Hub id or bundled:tiny.
+        window: tokens that are read of each text; the model's own window when left out.
+        text: text file or folder of them; the held-out novels of the bundled sample when left out. Repeatable.
+        documents: texts to read, the longest first.
+        type_k: K cache of a GGUF model: f32, f16, q8_0 or q4_0.
+        type_v: V cache of a GGUF model; the reference's are f16.
+        context: extend Hugging Face models to this window, in tokens, without training.
+        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        seed: recorded; nothing is random here.
+        device: auto, cpu or cuda.
+
+    Example:
+        pi-gguf eval kl model-Q4_K_M.gguf --against model-F16.gguf --type-k q8_0 --type-v q8_0
+    """
+    import numpy as np
+
+    if documents < 1:
+        raise OptionError(f"documents must be at least 1, got {documents}")
+    if window is not None and window < 2:
+        raise OptionError(f"window must be at least 2 tokens, got {window}")
+    found = read_texts(text) if text else bundled.novels("heldout")
+    chosen = sorted(found.items(), key=lambda item: -len(item[1]))[:documents]
+    options: dict[str, Any] = {"context": context, "method": method, "device": device}
+    with (
+        opened(model, n_ctx=window, type_k=type_k, type_v=type_v, **options) as lm,
+        opened(against, n_ctx=window or lm.window, **options) as reference,
+    ):
+        window = window or lm.window
+        divergences, agreements = [], []
+        with progress_bar("kl", len(chosen) * window, "tokens") as advance:
+            for name, body in chosen:
+                ids = lm.tokenize(body[: 16 * window])[:window]
+                if len(ids) < window:
+                    raise TextError(
+                        f"{name}: {len(ids)} tokens, fewer than the window of {window}",
+                        "give longer texts or a smaller --window",
+                    )
+                if (other := reference.tokenize(body[: 16 * window])[:window]) != ids:
+                    at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), len(other))
+                    raise OptionError(
+                        f"{against}: tokenizes {name} differently from {model}, from token {at} on",
+                        "the reference must be of the same model",
+                    )
+                parts = []
+                predictions = (m.logits_chunks(ids[:-1], window - 1) for m in (reference, lm))
+                for theirs, ours in in_step(*predictions):
+                    parts.append(kl_divergence(theirs, ours))
+                    advance(len(ours))
+                divergences.append(np.concatenate([kl for kl, _ in parts]))
+                agreements.append(np.concatenate([same for _, same in parts]))
+        kl, same = np.array(divergences), np.array(agreements)
+        # Column i is the prediction of the token at position i + 1.
+        ranges = [(max(0, begin - 1), end - 1, begin, end) for begin, end in position_ranges(window)]
+        rows = [_row(begin, end, kl[:, a:b].ravel(), same[:, a:b].ravel()) for a, b, begin, end in ranges]
+        record = provenance(seed=seed, device=device, text_sha256=sha256([body for _, body in chosen]))
+        return DivergenceReport(lm.name, reference.name, type_k, type_v, [name for name, _ in chosen], rows, record)
+
+
+def position_ranges(window: int) -> list[tuple[int, int]]:
+    """Return ranges of positions, each as long as all before it, and all of them together at the end.
+
+    Example:
+        [(0, 1024), (1024, 2048), (2048, 4096), (0, 4096)] for a window of 4096.
+    """
+    edges = [0, FIRST_RANGE]
+    while edges[-1] < window:
+        edges.append(2 * edges[-1])
+    edges = [*edges[:-1], window]
+    found = list(itertools.pairwise(edges))
+    return [*found, (0, window)] if len(found) > 1 else found
+
+
+def _row(begin: int, end: int, kl: np.ndarray, same: np.ndarray) -> DivergenceRow:
+    import numpy as np
+
+    median, p90, p99 = (float(value) for value in np.percentile(kl, (50, 90, 99)))
+    return DivergenceRow(
+        begin, end, float(kl.mean()), median, p90, p99, float(kl.max()), float(same.mean()), int(kl.size)
+    )
