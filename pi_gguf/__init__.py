@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pi_gguf.bounds import evaluate_bounds as evaluate_bounds
     from pi_gguf.certificate import certify as certify
     from pi_gguf.conversion import convert as convert
     from pi_gguf.divergence import evaluate_kl as evaluate_kl
@@ -31,6 +32,7 @@ _PUBLIC = {
     "certify": ("certificate", "certify"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("conversion", "convert"),
+    "evaluate_bounds": ("bounds", "evaluate_bounds"),
     "evaluate_kl": ("divergence", "evaluate_kl"),
     "evaluate_passkey": ("evaluate", "evaluate_passkey"),
     "evaluate_perplexity": ("evaluate", "evaluate_perplexity"),
@@ -45,6 +47,7 @@ __all__ = [
     "certify",
     "compute_imatrix",
     "convert",
+    "evaluate_bounds",
     "evaluate_kl",
     "evaluate_passkey",
     "evaluate_perplexity",

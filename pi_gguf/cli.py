@@ -288,6 +288,20 @@ def _show_kl(report: Any) -> str:
     return text_table(title, ("positions", *numbers, "top-1", "tokens"), rows)
 
 
+def _show_bounds(report: Any) -> str:
+    of_pairs = f"{report.extrapolated:.3g} (median of {report.pairs} pairs), {report.extrapolated_worst:.3g} (worst)"
+    of_distances = f"{report.bound_ratio:,.0f} (median over distances), {report.bound_ratio_least:,.0f} (least)"
+    rows = [
+        ("largest score beyond the window, by the largest inside", of_pairs),
+        ("the same with interpolated positions", f"{report.interpolated:.3g} (worst)"),
+        ("error halfway between two positions, by its bound", f"{report.error_share:.3g} (worst)"),
+        ("that bound, by the largest |h|", f"{report.bound_exact:.4g} (as the paper writes it, {report.bound:.4g})"),
+        ("bound of extrapolation by that of interpolation", of_distances),
+    ]
+    shape = f"base {report.rope_theta:g}, {report.rotary_dim} dimensions, window {report.window}"
+    return text_table(f"{report.model}: {shape}, followed to {report.context}", (), rows, numbers=False)
+
+
 def _show_passkey(report: Any) -> str:
     windows = sorted({c.window for c in report.cells})
     places = sorted({round(c.distance / c.window, 4) for c in report.cells})
@@ -363,6 +377,10 @@ _EVALUATIONS = {
     "passkey": (
         "Passkey retrieval by distance, and k_max.",
         lambda: command("evaluate:evaluate_passkey", _show_passkey, name="passkey"),
+    ),
+    "bounds": (
+        "The paper's bounds and attention curves on a model's own weights.",
+        lambda: command("bounds:evaluate_bounds", _show_bounds, name="bounds"),
     ),
     "kl": (
         "KL divergence from a reference, by position.",

@@ -32,7 +32,7 @@ LAYERS = [
     {"runtime", "writing"},
     {"imatrix"},
     {"planning", "evaluate", "check", "quantizing"},
-    {"defects", "batches", "validation", "certificate", "divergence"},
+    {"defects", "batches", "validation", "certificate", "divergence", "bounds"},
     {"training"},
     {"finetune", "inspection", "repairing"},
     {"conversion"},
@@ -113,7 +113,7 @@ def test_every_command_explains_every_option_and_shows_an_example():
     names = [" ".join(path) for path, _ in commands(main)]
     assert names == [
         "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "certify", "eval perplexity",
-        "eval passkey", "eval kl", "models", "run", "demo",
+        "eval passkey", "eval bounds", "eval kl", "models", "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):
         text = command.get_help(click.Context(command))

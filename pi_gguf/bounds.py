@@ -1,0 +1,265 @@
+"""The paper's theory on a model's own weights: attention scores as a function of distance, and how far interpolating
+between trained distances can go wrong against going beyond them.
+
+In: a Hugging Face model. Out: a report, and figure 2 of the paper as a plot. P pairs of a query and a key, D rotated
+dimensions of a head, s a distance in tokens.
+
+Source: arXiv 2306.15595, sections 2.2 and 2.3. A score is a(s) = Re sum_j h_j exp(i s theta_j), h_j = q_j conj(k_j).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf import bundled
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.errors import OptionError, UnsupportedError
+from pi_gguf.files import replace_when_complete
+from pi_gguf.progress import say
+from pi_gguf.provenance import provenance
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_TOKENS = 1024
+"""Of a held-out novel, whose queries and keys are taken."""
+
+
+@dataclass(frozen=True)
+class BoundsReport:
+    """What the theory says and what the model's own queries and keys do.
+
+    Args:
+        model: what was read.
+        rope_theta: base c of the angles.
+        rotary_dim: D.
+        window: trained, in tokens.
+        context: how far both ways are followed, in tokens.
+        pairs: P.
+        extrapolated: largest |a(s)| from `window` to `context` by the largest inside the window; the pairs' median.
+        extrapolated_worst: the same, of the worst pair.
+        interpolated: largest |a(s)| to `context` with positions divided by the factor, by the same; the worst pair.
+        error_share: largest distance of a(s + 1/2) from the straight line between its neighbours, by `bound_exact`.
+        bound: Theorem 2.1 halfway between two positions, D max|h| / (32 ln c), by max|h|. It takes D / (4 ln c) for the
+            sum of theta_j^2, which is below it: by 13 % at D = 128, by more where D is small.
+        bound_exact: the same with that sum itself, by max|h|.
+        bound_ratio: the bound of extrapolation, 2 max|h_j - h_j+1| sum_k |A_k+1(s)|, by that one, with differences
+            as large as max|h|; the median over s to `context`.
+        bound_ratio_least: its least over s.
+        figure: one pair's curves: distances and scores inside the window and beyond (`beyond`), and with positions
+            divided by the factor between four neighbours (`between`).
+    """
+
+    model: str
+    rope_theta: float
+    rotary_dim: int
+    window: int
+    context: int
+    pairs: int
+    extrapolated: float
+    extrapolated_worst: float
+    interpolated: float
+    error_share: float
+    bound: float
+    bound_exact: float
+    bound_ratio: float
+    bound_ratio_least: float
+    figure: dict[str, list[list[float]]] = field(repr=False, default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_bounds(
+    model: str,
+    *,
+    context: int = 32768,
+    pairs: int = 256,
+    plot: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> BoundsReport:
+    """Follow the attention scores of a model's own queries and keys beyond its window, and between its positions.
+
+    Args:
+        model: Hugging Face folder, Hub id or bundled:tiny, as it is before it is extended.
+        context: how far to follow them, in tokens; above the model's window.
+        pairs: of a query and a key, drawn over layers, heads and positions of a text.
+        plot: file to draw figure 2 of the paper to, e.g. bounds.png.
+        seed: of the pairs drawn.
+        device: taken like everywhere; it runs on the CPU.
+
+    Example:
+        pi-gguf eval bounds bundled:tiny --plot bounds.png
+    """
+    import numpy as np
+
+    checkpoint = load_checkpoint(model)
+    rope = checkpoint.rope
+    window = rope.max_position_embeddings
+    if rope.is_extended or rope.own is not None or rope.rope_type != "default":
+        raise UnsupportedError(f"{model}: bounds is for a model before it is extended", "give the base")
+    if context <= window:
+        raise OptionError(f"context must be above the window of {window} tokens, got {context}")
+    if pairs < 1:
+        raise OptionError(f"pairs must be at least 1, got {pairs}")
+    h, dim = _draw_products(checkpoint, pairs, seed)  # (P, D / 2)
+    theta = rope.rope_theta ** (-2 * np.arange(dim // 2) / dim)
+
+    def scores(distances: np.ndarray) -> np.ndarray:
+        """Return a(s), (S, P)."""
+        parts = np.array_split(distances, len(distances) // 4096 + 1)
+        return np.concatenate([(np.exp(1j * np.outer(part, theta)) @ h.T).real for part in parts])
+
+    inside, beyond = abs(scores(np.arange(window))).max(0), abs(scores(np.arange(window, context))).max(0)
+    factor = context / window
+    divided = abs(scores(np.arange(context) / factor)).max(0)
+    whole, middle = scores(np.arange(window)), scores(np.arange(window - 1) + 0.5)
+    log_base = math.log(rope.rope_theta)
+    largest = abs(h).max(1)
+    error = abs(middle - (whole[1:] + whole[:-1]) / 2).max(0)
+    bound, bound_exact = dim / (32 * log_base), float((theta**2).sum()) / 8
+    sums = _partial_sums(np.arange(context), theta)
+    ratio = 2 * sums / bound
+    worst = int((beyond / inside).argmax())
+    report = BoundsReport(
+        model=checkpoint.source,
+        rope_theta=rope.rope_theta,
+        rotary_dim=dim,
+        window=window,
+        context=context,
+        pairs=pairs,
+        extrapolated=float(np.median(beyond / inside)),
+        extrapolated_worst=float((beyond / inside).max()),
+        interpolated=float((divided / inside).max()),
+        error_share=float((error / (bound_exact * largest)).max()),
+        bound=bound,
+        bound_exact=bound_exact,
+        bound_ratio=float(np.median(ratio)),
+        bound_ratio_least=float(ratio.min()),
+        figure=_figure(lambda s: scores(s)[:, worst] / inside[worst], window, context),
+        provenance=provenance(seed=seed, device="cpu"),
+    )
+    if plot:
+        _plot(report, Path(plot))
+        say(f"wrote {plot}")
+    return report
+
+
+def _partial_sums(distances: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """Return sum over k of |A_k+1(s)|, A_k = sum of the first k terms of exp(i s theta_j), for each distance."""
+    import numpy as np
+
+    parts = np.array_split(distances, len(distances) // 4096 + 1)
+    return np.concatenate([abs(np.exp(1j * np.outer(part, theta)).cumsum(1)).sum(1) for part in parts])
+
+
+def _draw_products(checkpoint: Any, pairs: int, seed: int) -> tuple[np.ndarray, int]:
+    """Return q_j conj(k_j) of random queries and keys of the model on a text, complex (P, D / 2), and D.
+
+    Raises:
+        UnsupportedError: the model rotates in another way than by pairs of its own queries and keys.
+    """
+    import numpy as np
+    import torch
+
+    model: Any = checkpoint.load_model(dtype=torch.float32)
+    tokenizer: Any = checkpoint.load_tokenizer()
+    text = next(iter(bundled.novels("heldout").values()))[: 16 * _TOKENS]
+    ids = tokenizer(text, verbose=False)["input_ids"][: min(_TOKENS, checkpoint.rope.max_position_embeddings)]
+    with _recorded(model, checkpoint.source) as calls, torch.inference_mode():
+        model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(pairs):
+        rotated = slice(checkpoint.rotary_dim)  # of a head; some families pass the rest through
+        query, key, rotated_query, rotated_key = (x[..., rotated].double() for x in calls[rng.integers(len(calls))])
+        head = int(rng.integers(query.shape[1]))
+        at_key = head * key.shape[1] // query.shape[1]
+        n, m = sorted(rng.integers(0, len(ids), size=2).tolist())
+        q, k = query[0, head, m].numpy(), key[0, at_key, n].numpy()
+        half = len(q) // 2
+        products = [
+            (q[:half] + 1j * q[half:]) * (k[:half] - 1j * k[half:]),
+            (q[::2] + 1j * q[1::2]) * (k[::2] - 1j * k[1::2]),
+        ]
+        theta = checkpoint.rope.rope_theta ** (-np.arange(half) / half)
+        score = float(rotated_query[0, head, m] @ rotated_key[0, at_key, n])
+        ours = [float((h * np.exp(1j * (m - n) * theta)).sum().real) for h in products]
+        fits = [abs(a - score) <= 1e-3 * max(1.0, float(np.linalg.norm(q) * np.linalg.norm(k))) for a in ours]
+        if not any(fits):
+            raise UnsupportedError(
+                f"{checkpoint.source}: its scores are not those of rotated pairs", "give another model"
+            )
+        found.append(products[fits.index(True)])
+    return np.array(found), 2 * half
+
+
+@contextmanager
+def _recorded(model: Any, name: str) -> Iterator[list[tuple[Any, Any, Any, Any]]]:
+    """Keep what the model rotates, (1, heads, T, D) queries and keys before and after, while this is open."""
+    module = sys.modules[type(model).__module__]
+    rotate = getattr(module, "apply_rotary_pos_emb", None)
+    if rotate is None:
+        raise UnsupportedError(
+            f"{name}: where this family rotates is not known", "give a Llama, Mistral, Qwen or the like"
+        )
+    calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def recording(query: Any, key: Any, *more: Any, **options: Any) -> Any:
+        result = rotate(query, key, *more, **options)
+        calls.append((query, key, *result))
+        return result
+
+    module.apply_rotary_pos_emb = recording  # type: ignore[attr-defined]
+    try:
+        yield calls
+    finally:
+        module.apply_rotary_pos_emb = rotate  # type: ignore[attr-defined]
+
+
+def _figure(score: Any, window: int, context: int) -> dict[str, list[list[float]]]:
+    """Return curves of one pair, thinned out to what a plot shows."""
+    import numpy as np
+
+    factor = context / window
+    beyond = np.unique(
+        np.concatenate([np.arange(0, window, max(1, window // 512)), np.linspace(window, context - 1, 2048)])
+    )
+    neighbours = np.arange(window // 2, window // 2 + 4)
+    between = np.arange(neighbours[0] * factor, neighbours[-1] * factor + 1) / factor
+    return {
+        "beyond": [np.floor(beyond).tolist(), score(np.floor(beyond)).tolist()],
+        "trained": [neighbours.tolist(), score(neighbours).tolist()],
+        "between": [between.tolist(), score(between).tolist()],
+    }
+
+
+def _plot(report: BoundsReport, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    inside, beyond, between = figure.subplots(1, 3)
+    distances, scores = report.figure["beyond"]
+    trained = [i for i, s in enumerate(distances) if s < report.window]
+    inside.plot([distances[i] for i in trained], [scores[i] for i in trained])
+    inside.set(title="inside the window", xlabel="distance, tokens", ylabel="score, by its largest inside")
+    beyond.plot(distances, scores, linewidth=0.7)
+    beyond.axvline(report.window, color="grey", linewidth=0.8)
+    beyond.set(title=f"extrapolated to {report.context}", xlabel="distance, tokens")
+    between.plot(*report.figure["between"], ".-", label="interpolated positions")
+    between.plot(*report.figure["trained"], "o", label="trained positions")
+    between.set(title="between trained distances", xlabel="distance, divided by the factor")
+    between.ticklabel_format(useOffset=False)
+    for axes in (inside, beyond, between):
+        axes.locator_params(axis="x", nbins=4)
+    between.legend(fontsize=8)
+    with replace_when_complete(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix.lstrip(".") or "png")
