@@ -32,9 +32,9 @@ from pi_gguf.provenance import provenance  # noqa: E402
 PI_GGUF = [sys.executable, "-m", "pi_gguf"]
 
 
-def ways(window: int, context: int) -> dict[str, list[str]]:
+def ways(short_window: int, context: int) -> dict[str, list[str]]:
     """Return the options of `extend` by the name of the way; those of `untrained` take no step."""
-    short = ["--train-window", str(window)]
+    short = ["--train-window", str(short_window)]
     return {
         "untrained PI": [],
         "PI, full length": ["--train-window", str(context)],
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("model", help="Hugging Face folder, Hub id or bundled:tiny")
     parser.add_argument("--context", type=int, default=8192, help="new window, in tokens")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each way")
+    parser.add_argument("--short", type=int, help="tokens of a sequence with skips; the original window when left out")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of a step, at least the context")
     parser.add_argument("--data", action="append", default=[], help="texts to train on; repeatable")
     parser.add_argument("--text", action="append", default=[], help="texts to measure perplexity on; repeatable")
@@ -99,13 +100,14 @@ def main() -> None:
     windows = [original]
     while windows[-1] < args.context:
         windows.append(min(2 * windows[-1], args.context))
+    args.short = args.short or original
     chosen = {**vars(args), "out": None, "only": None, "original_window": original}
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     if record.get("settings", chosen) != chosen:
         parser.error(f"{args.out} holds other settings: give another --out")
     record = {"settings": chosen, "rows": record.get("rows", {}), **provenance(seed=0, device=args.device)}
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if Path(args.model).exists() else "0")
-    for name, options in ways(original, args.context).items():
+    for name, options in ways(args.short, args.context).items():
         if name in record["rows"] or (args.only and name not in args.only.split(";")):
             continue
         scratch = Path(tempfile.mkdtemp())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -127,6 +128,9 @@ def test_no_evaluation_key_filler_or_novel_is_in_the_training_mixture():
     assert EVALUATION_FILLER.split(". ")[0] not in text
     assert not set(bundled.novels("train")) & set(bundled.novels("heldout"))
     assert text.count("The pass key is ") > 50
+    predicates = {sentence.rpartition(" is ")[2] for sentence in EVALUATION_FILLER.split(". ") if " is " in sentence}
+    assert len(predicates) == 3 and not predicates & set(bundled.QUALITIES)
+    assert len(re.findall(r"The \w+ is \w+\.", text)) > 500, "other things are said to be something, as the key is"
 
 
 def test_the_reports_are_json_with_provenance(cli, llama, text_path):

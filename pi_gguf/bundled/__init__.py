@@ -42,6 +42,12 @@ THINGS = [
     "saddle", "window", "wardrobe", "barrel", "trunk", "desk", "drawer", "gate", "clock", "vault",
 ]  # fmt: skip
 
+QUALITIES = [
+    "old", "new", "empty", "open", "closed", "quiet", "narrow", "wide", "broken", "hidden", "clean", "dusty", "heavy",
+    "small", "large", "round", "wooden", "silver", "painted", "lost", "locked", "warm", "cold", "dark", "bright", "dry",
+    "wet", "near",
+]  # fmt: skip
+
 
 @cache
 def novels(split: str) -> dict[str, str]:
@@ -91,12 +97,18 @@ def _passage(rng: random.Random, texts: list[str], characters: int) -> str:
 
 
 def _filler(rng: random.Random, texts: list[str], characters: int) -> list[str]:
-    """Return filler lines: running prose, or a few short sentences over and over."""
+    """Return filler lines: running prose, or a few short sentences over and over.
+
+    Half of these say what a thing is, as the key's sentence does: the longer a prompt, the more often something else
+    followed on "is".
+    """
     if characters <= 0:
         return []
     if rng.random() < 0.5:
         return [line.strip() + "\n" for line in _split_lines(_passage(rng, texts, characters))]
     sentences: list[str] = []
+    if rng.random() < 0.5:
+        sentences = [f"The {thing} is {rng.choice(QUALITIES)}." for thing in rng.sample(THINGS, 6)]
     while len(sentences) < 3:
         sentences += [s for s in _split_lines(_passage(rng, texts, 1000)) if 8 < len(s) < 60]
     block = " ".join(sentences[: rng.randint(3, 6)]) + "\n"
