@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pi_gguf.bounds import evaluate_bounds as evaluate_bounds
+    from pi_gguf.card import card as card
     from pi_gguf.certificate import certify as certify
     from pi_gguf.conversion import convert as convert
     from pi_gguf.divergence import evaluate_kl as evaluate_kl
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pi_gguf.runtime import open_model as open
 
 _PUBLIC = {
+    "card": ("card", "card"),
     "certify": ("certificate", "certify"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("conversion", "convert"),
@@ -44,6 +46,7 @@ _PUBLIC = {
     "repair": ("repairing", "repair"),
 }
 __all__ = [
+    "card",
     "certify",
     "compute_imatrix",
     "convert",

@@ -14,14 +14,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, UnsupportedError
-from pi_gguf.files import replace_when_complete
-from pi_gguf.progress import say
+from pi_gguf.plots import check_plot, plot_bounds
 from pi_gguf.provenance import provenance
 
 if TYPE_CHECKING:
@@ -101,6 +99,7 @@ def evaluate_bounds(
     """
     import numpy as np
 
+    check_plot(plot)
     checkpoint = load_checkpoint(model)
     rope = checkpoint.rope
     window = rope.max_position_embeddings
@@ -148,8 +147,7 @@ def evaluate_bounds(
         provenance=provenance(seed=seed, device="cpu"),
     )
     if plot:
-        _plot(report, Path(plot))
-        say(f"wrote {plot}")
+        plot_bounds(report, plot)
     return report
 
 
@@ -240,26 +238,3 @@ def _figure(score: Any, window: int, context: int) -> dict[str, list[list[float]
         "trained": [neighbours.tolist(), score(neighbours).tolist()],
         "between": [between.tolist(), score(between).tolist()],
     }
-
-
-def _plot(report: BoundsReport, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    inside, beyond, between = figure.subplots(1, 3)
-    distances, scores = report.figure["beyond"]
-    trained = [i for i, s in enumerate(distances) if s < report.window]
-    inside.plot([distances[i] for i in trained], [scores[i] for i in trained])
-    inside.set(title="inside the window", xlabel="distance, tokens", ylabel="score, by its largest inside")
-    beyond.plot(distances, scores, linewidth=0.7)
-    beyond.axvline(report.window, color="grey", linewidth=0.8)
-    beyond.set(title=f"extrapolated to {report.context}", xlabel="distance, tokens")
-    between.plot(*report.figure["between"], ".-", label="interpolated positions")
-    between.plot(*report.figure["trained"], "o", label="trained positions")
-    between.set(title="between trained distances", xlabel="distance, divided by the factor")
-    between.ticklabel_format(useOffset=False)
-    for axes in (inside, beyond, between):
-        axes.locator_params(axis="x", nbins=4)
-    between.legend(fontsize=8)
-    with replace_when_complete(path) as partial:
-        figure.savefig(partial, dpi=120, format=path.suffix.lstrip(".") or "png")

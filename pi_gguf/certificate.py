@@ -33,6 +33,9 @@ VERSION = 1
 SECONDS = 600
 """What measuring may take, about: a window that would take longer is measured as far as it goes, and that is said."""
 
+_PROBE = 512
+"""Tokens of the prompt that tells how fast a model is here; no shorter window is measured, but a model's own."""
+
 DISTANCES, KEYS = 2, 2
 """Passkeys: at half and the whole of the window, so many at each."""
 
@@ -235,8 +238,8 @@ def measure(
     """
     started = time.monotonic()
     rope = read_header_rope(path)
-    original = min(rope.original_max_position_embeddings, rope.max_position_embeddings)
-    window, seconds_a_prompt = _window_that_fits(path, rope, original, text, device)
+    window, seconds_a_prompt = _window_that_fits(path, rope, text, device)
+    original = min(rope.original_max_position_embeddings, window)
     yardstick = Yardstick.of(text, original, window)
     say(
         f"certify {path.name}: perplexity at {original} and {window} tokens, passkeys at {window}"
@@ -286,45 +289,42 @@ def _minutes(seconds_a_prompt: float) -> str:
     return f"{prompts * seconds_a_prompt / 60:.1f} minutes"
 
 
-def _window_that_fits(
-    path: Path, rope: RopeScaling, original: int, text: Sequence[str], device: str
-) -> tuple[int, float]:
+def _window_that_fits(path: Path, rope: RopeScaling, text: Sequence[str], device: str) -> tuple[int, float]:
     """Return the window to measure, in tokens, and the seconds of a prompt of that many, about.
 
-    The file's own, or the largest of its halves, not below the original one, that the text, the memory and `SECONDS`
-    have room for.
+    The file's own, or the largest of its halves that the text, the memory and `SECONDS` have room for.
+
+    Raises:
+        TextError: the text has no room for the least of them.
     """
-    whole = rope.max_position_embeddings
-    yardstick = Yardstick.of(text, original, whole)
-    with Model(path, n_ctx=max(512, original), device=device) as model:
+    window = rope.max_position_embeddings
+    least = min(window, rope.original_max_position_embeddings, _PROBE)
+    yardstick = Yardstick.of(text, least, window)
+    with Model(path, n_ctx=max(512, least), device=device) as model:
         ids = model.tokenize(yardstick.text)
-        if len(ids) < original + Yardstick.SAMPLES * yardstick.stride:
-            raise TextError(
-                f"{yardstick.name}: {len(ids)} tokens, too few to measure at {original}", "give a longer text"
-            )
-        model.score(ids[: min(64, original)], 1)  # what only the first prompt waits for
+        if len(ids) < least + Yardstick.SAMPLES * yardstick.stride:
+            raise TextError(f"{yardstick.name}: {len(ids)} tokens, too few to measure at {least}", "give a longer text")
+        model.score(ids[: min(64, least)], 1)  # what only the first prompt waits for
         started = time.monotonic()
-        model.score(ids[-original:], 1)
+        model.score(ids[-least:], 1)
         measured = time.monotonic() - started
-    window = whole
-    while window // 2 >= original:
+    while True:
         # Between linear, where products with weights take the time, and square, where attention does.
-        seconds = measured * (window / original) ** 1.5
+        seconds = measured * (window / least) ** 1.5
         reason = None
         if len(ids) < window + Yardstick.SAMPLES * yardstick.stride:
             reason = f"{yardstick.name} has {len(ids)} tokens"
         elif (Yardstick.SAMPLES + DISTANCES * KEYS) * seconds > SECONDS:
             reason = f"it would take about {_minutes(seconds)}"
-        else:
+        elif window > least:
             try:
                 Model(path, n_ctx=window, device=device).close()
             except ResourceError as error:
                 reason = str(error)
-        if reason is None:
-            break
+        if reason is None or window // 2 < least:
+            return window, seconds
         say(f"certify {path.name}: not at {window} tokens, {reason}")
         window //= 2
-    return window, measured * (window / original) ** 1.5
 
 
 def _reference(base: Base | Checkpoint | None, yardstick: Yardstick, original: int) -> tuple[float | None, str]:
@@ -406,6 +406,8 @@ def certify(
     base: Base | Checkpoint | None = checkpoint
     if checkpoint is not None and context is None and checkpoint.rope.is_extended:
         base = Base.of_fine_tune(checkpoint.provenance)
+    if against is not None and Path(against).is_dir():
+        against = Path(against).name  # where a folder is on this machine is nobody's business
     certificate = measure(path, text=text, base=base, check=check, against=against, seed=seed, device=device)
     store(path, certificate)
     check_requirements(certificate, requirements, str(path), "the figures are stored in the file: pi-gguf inspect")

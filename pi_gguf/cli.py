@@ -263,6 +263,10 @@ def _show_certify(report: Any) -> str:
     return f"{table}\nnext: pi-gguf inspect {report.path}"
 
 
+def _show_card(card: Any) -> str:
+    return f"wrote {card.path}" if card.path else str(card.text).rstrip()
+
+
 def _show_repair(report: Any) -> str:
     lines = [f"{change.key}: {change.old} -> {change.new}" for change in report.changes]
     lines += [f"left, {finding.severity}: {finding}" for finding in report.left]
@@ -417,6 +421,10 @@ _COMMANDS = {
     "certify": (
         "Measure a GGUF file at its window and write the figures into it.",
         lambda: command("certificate:certify", _show_certify),
+    ),
+    "card": (
+        "Write a model card for a GGUF file.",
+        lambda: command("card:card", _show_card),
     ),
     "eval": (
         "Measure perplexity, passkey retrieval or KL divergence at length.",

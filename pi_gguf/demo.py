@@ -14,11 +14,13 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.conversion import convert
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import WINDOWS, PasskeyCell, PasskeyReport, PerplexityRow, evaluate_passkey, evaluate_perplexity
+from pi_gguf.evaluate import WINDOWS, PasskeyCell, PerplexityRow, evaluate_passkey, evaluate_perplexity
 from pi_gguf.files import write_json
 from pi_gguf.finetune import extend
+from pi_gguf.plots import plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
 from pi_gguf.provenance import provenance
+from pi_gguf.tables import markdown_table
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
 CAPTION = (
@@ -158,11 +160,12 @@ def demo(
         rows.append(DemoRow(name, perplexity.rows, passkey.k_max, passkey.cells))
         say("  perplexity " + ", ".join(f"{p.perplexity:.2f}" for p in perplexity.rows) + f"; k_max {passkey.k_max}")
         if trained:
-            _plot_passkeys(passkey, out_dir / "passkey.png")
+            plot_passkeys(passkey, out_dir / "passkey.png")
     report = DemoReport(str(out_dir), rows, settings, _record(hf_dir, seed, device))
-    _plot_perplexity(report, out_dir / "perplexity.png")
+    curves = {row.name: row.perplexity for row in rows}
+    plot_perplexity(curves, out_dir / "perplexity.png", original=2048)
     write_json(out_dir / "results.json", report.to_json())
-    (out_dir / "table.md").write_text(markdown_table(report.to_json()), encoding="utf-8")
+    (out_dir / "table.md").write_text(markdown_table(*table_cells(report.to_json())), encoding="utf-8")
     return report
 
 
@@ -170,60 +173,5 @@ def _stem(context: int) -> str:
     return f"tiny-{context // 1024}k"
 
 
-def markdown_table(results: dict[str, Any]) -> str:
-    """Write the table in Markdown, from the contents of `results.json`."""
-    header, rows = table_cells(results)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
 def _record(hf_dir: Path, seed: int, device: str) -> dict[str, Any]:
     return {**provenance(seed=seed, device=device), "fine_tune": load_checkpoint(str(hf_dir)).provenance}
-
-
-def _plot_perplexity(report: DemoReport, path: Path) -> None:
-    from matplotlib.ticker import LogLocator
-
-    figure, axes = _figure()
-    for i, row in enumerate(report.rows):
-        windows = [p.window for p in row.perplexity]
-        style = {"marker": "o^s+x1"[i % 6], "linestyle": "-" if i < 3 else ":"}
-        axes.errorbar(
-            windows, [p.perplexity for p in row.perplexity], [p.standard_error for p in row.perplexity],
-            label=row.name, **style,
-        )  # fmt: skip
-    axes.axvline(2048, color="grey", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="window, tokens", ylabel="perplexity, held-out novels")
-    axes.set_xticks(WINDOWS, [str(w) for w in WINDOWS])
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _plot_passkeys(report: PasskeyReport, path: Path) -> None:
-    import numpy as np
-
-    windows = sorted({c.window for c in report.cells})
-    places = sorted({c.distance * 1000 // c.window for c in report.cells})
-    grid = np.full((len(places), len(windows)), np.nan)
-    for cell in report.cells:
-        grid[places.index(cell.distance * 1000 // cell.window), windows.index(cell.window)] = cell.found / cell.keys
-    figure, axes = _figure()
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="lower")
-    for (y, x), share in np.ndenumerate(grid):
-        axes.text(x, y, f"{share:.0%}", ha="center", va="center")
-    axes.set_xticks(range(len(windows)), [str(w) for w in windows])
-    axes.set_yticks(range(len(places)), [f"{p / 10:.0f} %" for p in places])
-    axes.set(xlabel="window, tokens", ylabel="distance of the key from the end, share of the window")
-    axes.set_title(f"passkeys found: {Path(report.model).name}")
-    figure.colorbar(image)
-    figure.savefig(path, dpi=120)
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no display is needed
-
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    return figure, figure.add_subplot()

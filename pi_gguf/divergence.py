@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.evaluate import opened
+from pi_gguf.plots import check_plot, plot_divergence
 from pi_gguf.progress import progress_bar
 from pi_gguf.provenance import provenance, sha256
 from pi_gguf.scoring import in_step, kl_divergence
@@ -74,6 +75,7 @@ def evaluate_kl(
     type_v: str = "f16",
     context: int | None = None,
     method: str = "linear",
+    plot: str | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> DivergenceReport:
@@ -89,6 +91,7 @@ def evaluate_kl(
         type_v: V cache of a GGUF model; the reference's are f16.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        plot: file to draw it by position to, e.g. kl.png.
         seed: recorded; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -101,6 +104,7 @@ def evaluate_kl(
         raise OptionError(f"documents must be at least 1, got {documents}")
     if window is not None and window < 2:
         raise OptionError(f"window must be at least 2 tokens, got {window}")
+    check_plot(plot)
     found = read_texts(text) if text else bundled.novels("heldout")
     chosen = sorted(found.items(), key=lambda item: -len(item[1]))[:documents]
     options: dict[str, Any] = {"context": context, "method": method, "device": device}
@@ -136,7 +140,11 @@ def evaluate_kl(
         ranges = [(max(0, begin - 1), end - 1, begin, end) for begin, end in position_ranges(window)]
         rows = [_row(begin, end, kl[:, a:b].ravel(), same[:, a:b].ravel()) for a, b, begin, end in ranges]
         record = provenance(seed=seed, device=device, text_sha256=sha256([body for _, body in chosen]))
-        return DivergenceReport(lm.name, reference.name, type_k, type_v, [name for name, _ in chosen], rows, record)
+        names = [name for name, _ in chosen]
+        report = DivergenceReport(lm.name, reference.name, type_k, type_v, names, rows, record)
+    if plot:
+        plot_divergence(report, plot)
+    return report
 
 
 def position_ranges(window: int) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
+from pi_gguf.plots import check_plot, plot_passkeys, plot_perplexity
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import provenance, sha256
 from pi_gguf.scoring import LanguageModel
@@ -140,6 +141,7 @@ def evaluate_perplexity(
     max_tokens: int = 32768,
     context: int | None = None,
     method: str = "linear",
+    plot: str | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> PerplexityReport:
@@ -157,6 +159,7 @@ def evaluate_perplexity(
         max_tokens: documents are cut here, in tokens; not with --samples.
         context: extend a Hugging Face model to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        plot: file to draw perplexity by window to, e.g. perplexity.png.
         seed: recorded; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -169,11 +172,15 @@ def evaluate_perplexity(
         raise OptionError(f"stride must be from 1 to {min(windows) - 1}, below the smallest window, got {stride}")
     if samples is not None and samples < 1:
         raise OptionError(f"samples must be at least 1, got {samples}")
+    check_plot(plot)
     documents = read_texts(text) if text else _heldout()
     with opened(model, n_ctx=largest, context=context, method=method, device=device) as lm:
         rows = perplexity_rows(lm, documents, windows=windows, stride=stride, samples=samples, max_tokens=max_tokens)
         record = provenance(seed=seed, device=device, text_sha256=sha256(list(documents.values())))
-        return PerplexityReport(lm.name, list(documents), stride, samples, rows, record)
+        report = PerplexityReport(lm.name, list(documents), stride, samples, rows, record)
+    if plot:
+        plot_perplexity({Path(report.model).name: rows}, plot)
+    return report
 
 
 def perplexity_rows(
@@ -271,6 +278,7 @@ def evaluate_passkey(
     keys: int = 10,
     context: int | None = None,
     method: str = "linear",
+    plot: str | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> PasskeyReport:
@@ -286,6 +294,7 @@ def evaluate_passkey(
         keys: keys tried at each place.
         context: extend a Hugging Face model to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        plot: file to draw the share found, by window and distance, to, e.g. passkey.png.
         seed: of the keys drawn.
         device: auto, cpu or cuda.
 
@@ -296,6 +305,7 @@ def evaluate_passkey(
     for name, value in (("distances", distances), ("keys", keys)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
+    check_plot(plot)
     with opened(model, n_ctx=max(windows), context=context, method=method, device=device) as lm:
         cells: list[PasskeyCell] = []
         grid = [(window, window * i // distances) for window in windows for i in range(1, distances + 1)]
@@ -308,7 +318,10 @@ def evaluate_passkey(
                     found += bool(lm.score(ids, last)[1].all())
                     advance(1, text=f"window {window}")
                 cells.append(PasskeyCell(window, distance, exact, found, keys))
-        return PasskeyReport(lm.name, cells, k_max(cells), provenance(seed=seed, device=device))
+        report = PasskeyReport(lm.name, cells, k_max(cells), provenance(seed=seed, device=device))
+    if plot:
+        plot_passkeys(report, plot)
+    return report
 
 
 def k_max(cells: Sequence[PasskeyCell]) -> int:

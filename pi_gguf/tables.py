@@ -1,4 +1,4 @@
-"""Tables for people, on standard output."""
+"""Tables for people, on standard output and in Markdown."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown; every column but the first is aligned to the right where columns have names."""
+    aligned = ["---", *(["---:"] * (len(columns) - 1) if any(columns) else ["---"] * (len(columns) - 1))]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (columns, aligned, *rows))

@@ -90,6 +90,13 @@ def test_a_window_that_takes_too_long_is_measured_as_far_as_it_goes(copy, monkey
     assert "not at 256 tokens, it would take about" in err and "not at 128 tokens" in err
 
 
+def test_a_model_whose_own_window_takes_too_long_is_measured_below_it(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("pi_gguf.certificate.SECONDS", 1e-9)
+    monkeypatch.setattr("pi_gguf.certificate._PROBE", 16)
+    found = pi_gguf.convert(str(llama), tmp_path / "own.gguf", quant="F16").certificate
+    assert (found.window, list(found.perplexity), found.reference) == (16, [16], "itself")
+
+
 def test_a_window_longer_than_the_text_is_measured_as_far_as_it_goes(copy, tmp_path, capfd):
     text = tmp_path / "short.txt"
     text.write_text(novels("train").popitem()[1][:640])
@@ -149,6 +156,32 @@ def test_a_split_file_carries_it_in_its_first_part(tmp_path):
     result = pi_gguf.convert(str(model), tmp_path / "out.gguf", quant="F32", split_max_size="300K")
     assert len(result.files) > 1
     assert Certificate.read(read_header(tmp_path / result.files[0])) is not None
+
+
+def test_a_card_shows_what_stands_in_the_file(copy, tmp_path, cli):
+    code, out, _ = cli("card", copy)
+    assert code == 0 and "no certificate" in out
+    found = pi_gguf.certify(copy).certificate
+    code, out, _ = cli("card", copy, "--out", tmp_path / "README.md")
+    assert code == 0 and out.strip() == f"wrote {tmp_path}/README.md"
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: gguf\n")
+    assert "| window | 256 tokens, 64 before it was extended |" in text
+    assert "| rope scaling | linear, factor 4 |" in text
+    for name, value in found.rows():
+        assert f"| {name} | {value} |" in text, name
+    assert "base_model" not in text, "a folder's name is no model of the Hub"
+    header = read_header(copy)
+    changes = {
+        "general.source.repository": Entry.of("owner/name"),
+        "general.license": Entry.of("mit"),
+        "general.name": Entry.of("A | B\nC"),
+    }
+    write_changed(header.changed({**changes, f"{PREFIX}version": None}), tmp_path / "hub.gguf")
+    text = pi_gguf.card(tmp_path / "hub.gguf").text
+    assert "base_model: owner/name\nlicense: mit\n---\n\n# A \\| B C, F32, 256 tokens" in text
+    code, _, err = cli("card", copy, "--out", tmp_path / "README.md")
+    assert code == 2 and "README.md" in err
 
 
 # What is required

@@ -7,7 +7,8 @@ import json
 import pytest
 
 import pi_gguf
-from pi_gguf.demo import demo, markdown_table
+from pi_gguf.demo import demo, table_cells
+from pi_gguf.tables import markdown_table
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_the_folder_holds_what_was_promised(report, tmp_path_factory):
 
     out = Path(report.out)
     assert json.loads((out / "results.json").read_text())["rows"][0]["k_max"] == 2048
-    assert markdown_table(report.to_json()) in (out / "table.md").read_text()
+    assert markdown_table(*table_cells(report.to_json())) in (out / "table.md").read_text()
     for name in ("perplexity.png", "passkey.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert "4096" in str(report) and "k_max" in str(report)

@@ -143,3 +143,21 @@ def test_the_reports_are_json_with_provenance(cli, llama, text_path):
     assert {"pi_gguf", "libraries", "seed", "device", "text_sha256", "elapsed_seconds"} <= set(report["provenance"])
     code, out, _ = cli("eval", "passkey", llama, "--windows", "512", "--distances", "2", "--keys", "1", "--json")
     assert code == 0 and len(json.loads(out)["cells"]) == 2
+
+
+def test_reports_are_drawn(cli, llama, text_path, tmp_path):
+    for command in (
+        ("perplexity", llama, "--text", text_path, "--windows", "32,64", "--stride", "16"),
+        ("passkey", llama, "--windows", "512,1024", "--distances", "2", "--keys", "1"),
+        ("kl", llama, "--against", llama, "--text", text_path),
+    ):
+        path = tmp_path / f"{command[0]}.png"
+        code, _, err = cli("eval", *command, "--plot", path)
+        assert code == 0 and f"wrote {path}" in err
+        assert path.read_bytes()[:4] == b"\x89PNG"
+    for path, message in (
+        (tmp_path / "a.xls", "plot must end in one of"),
+        (tmp_path / "no" / "a.png", "no such folder"),
+    ):
+        code, _, err = cli("eval", *command, "--plot", path)
+        assert code == 2 and message in err

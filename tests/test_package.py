@@ -21,7 +21,8 @@ README = (ROOT / "README.md").read_text()
 # Imports go downward only: a module may import those of the layers before its own. The README draws the same.
 LAYERS = [
     {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance"},
-    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families", "processes"},
+    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
+    {"processes", "plots"},
     {"methods"},
     {"checkpoint"},
     {"adapters", "corpus", "lora"},
@@ -34,7 +35,7 @@ LAYERS = [
     {"planning", "evaluate", "check", "quantizing"},
     {"defects", "batches", "validation", "certificate", "divergence", "bounds"},
     {"training"},
-    {"finetune", "inspection", "repairing"},
+    {"finetune", "inspection", "repairing", "card"},
     {"conversion"},
     {"demo"},
     {"cli"},
@@ -112,7 +113,7 @@ def commands(group, prefix=()):
 def test_every_command_explains_every_option_and_shows_an_example():
     names = [" ".join(path) for path, _ in commands(main)]
     assert names == [
-        "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "certify", "eval perplexity",
+        "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "certify", "card", "eval perplexity",
         "eval passkey", "eval bounds", "eval kl", "models", "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):

@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pi_gguf.demo import markdown_table
+from pi_gguf.demo import table_cells
+from pi_gguf.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +38,7 @@ def with_tables(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         record = json.loads((ROOT / match[1]).read_text())
-        made = benchmark_table(record) if "medians" in record else markdown_table(record)
+        made = benchmark_table(record) if "medians" in record else markdown_table(*table_cells(record))
         return f"<!-- table {match[1]} -->\n{made}<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

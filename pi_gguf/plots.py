@@ -1,0 +1,125 @@
+"""Reports as pictures, where one would rather look than read. Of matplotlib only what needs no display.
+
+In: a report, and a path whose ending is the format. Out: a file, there only when it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pi_gguf.errors import OptionError
+from pi_gguf.files import replace_when_complete
+from pi_gguf.progress import say
+
+
+def check_plot(path: str | None) -> None:
+    """Check before long work that a plot can be written.
+
+    Raises:
+        OptionError: no format that matplotlib writes, or no such folder.
+    """
+    if path is None:
+        return
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.lstrip(".") not in kinds:
+        raise OptionError(f"plot must end in one of {', '.join(sorted(kinds))}, got {path}", f"try {path}.png")
+    if not Path(path).parent.is_dir():
+        raise OptionError(f"plot: no such folder as {Path(path).parent}", "make it first")
+
+
+def plot_perplexity(curves: Mapping[str, Sequence[Any]], path: str | Path, *, original: int | None = None) -> None:
+    """Draw perplexity by window.
+
+    Args:
+        curves: rows with `window`, `perplexity` and `standard_error` by the name of a model.
+        original: window that was trained, in tokens, for a line there.
+    """
+    from matplotlib.ticker import LogLocator
+
+    with _figure(path) as figure:
+        axes = figure.add_subplot()
+        for i, (name, rows) in enumerate(curves.items()):
+            style = {"marker": "o^s+x1"[i % 6], "linestyle": "-" if i < 3 else ":"}
+            values, errors = [row.perplexity for row in rows], [row.standard_error for row in rows]
+            axes.errorbar([row.window for row in rows], values, errors, label=name, **style)
+        if original:
+            axes.axvline(original, color="grey", linewidth=0.8)
+        windows = sorted({row.window for rows in curves.values() for row in rows})
+        axes.set(xscale="log", yscale="log", xlabel="window, tokens", ylabel="perplexity")
+        axes.set_xticks(windows, [str(window) for window in windows])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend(fontsize=8)
+
+
+def plot_passkeys(report: Any, path: str | Path) -> None:
+    """Draw the share of passkeys found, window across and distance up, from red to green."""
+    import numpy as np
+
+    windows = sorted({c.window for c in report.cells})
+    places = sorted({c.distance * 1000 // c.window for c in report.cells})
+    grid = np.full((len(places), len(windows)), np.nan)
+    for cell in report.cells:
+        grid[places.index(cell.distance * 1000 // cell.window), windows.index(cell.window)] = cell.found / cell.keys
+    with _figure(path) as figure:
+        axes = figure.add_subplot()
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="lower")
+        for (y, x), share in np.ndenumerate(grid):
+            if len(places) <= 16 and not np.isnan(share):
+                axes.text(x, y, f"{share:.0%}", ha="center", va="center")
+        axes.set_xticks(range(len(windows)), [str(w) for w in windows])
+        shown = range(0, len(places), -(-len(places) // 16))
+        axes.set_yticks(shown, [f"{places[i] / 10:.0f} %" for i in shown])
+        axes.set(xlabel="window, tokens", ylabel="distance of the key from the end, share of the window")
+        axes.set_title(f"passkeys found: {Path(report.model).name}")
+        figure.colorbar(image)
+
+
+def plot_divergence(report: Any, path: str | Path) -> None:
+    """Draw KL divergence by position, its mean and percentiles."""
+    rows = report.rows[:-1] or report.rows
+    with _figure(path) as figure:
+        axes = figure.add_subplot()
+        for name, marker in (("mean", "o"), ("median", "s"), ("p90", "^"), ("p99", "x")):
+            axes.plot(range(len(rows)), [getattr(row, name) for row in rows], marker=marker, label=name)
+        axes.set_xticks(range(len(rows)), [f"{row.begin}-{row.end - 1}" for row in rows], fontsize=8)
+        axes.set(yscale="log", xlabel="position, tokens", ylabel="KL divergence, nats")
+        axes.set_title(f"{Path(report.model).name} from {Path(report.against).name}", fontsize=10)
+        axes.legend(fontsize=8)
+
+
+def plot_bounds(report: Any, path: str | Path) -> None:
+    """Draw the paper's figure 2: scores inside the window, beyond it, and between trained distances."""
+    with _figure(path, (12, 3.6)) as figure:
+        inside, beyond, between = figure.subplots(1, 3)
+        distances, scores = report.figure["beyond"]
+        n = sum(s < report.window for s in distances)
+        inside.plot(distances[:n], scores[:n])
+        inside.set(title="inside the window", xlabel="distance, tokens", ylabel="score, by its largest inside")
+        beyond.plot(distances, scores, linewidth=0.7)
+        beyond.axvline(report.window, color="grey", linewidth=0.8)
+        beyond.set(title=f"extrapolated to {report.context}", xlabel="distance, tokens")
+        between.plot(*report.figure["between"], ".-", label="interpolated positions")
+        between.plot(*report.figure["trained"], "o", label="trained positions")
+        between.set(title="between trained distances", xlabel="distance, divided by the factor")
+        between.ticklabel_format(useOffset=False)
+        between.legend(fontsize=8)
+        for axes in (inside, beyond, between):
+            axes.locator_params(axis="x", nbins=4)
+
+
+@contextmanager
+def _figure(path: str | Path, size: tuple[float, float] = (7.5, 5)) -> Iterator[Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    yield figure
+    with replace_when_complete(Path(path)) as partial:
+        figure.savefig(partial, dpi=120, format=Path(path).suffix.lstrip("."))
+    say(f"wrote {path}")
