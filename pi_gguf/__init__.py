@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pi_gguf.bounds import evaluate_bounds as evaluate_bounds
-    from pi_gguf.card import card as card
     from pi_gguf.certificate import certify as certify
     from pi_gguf.conversion import convert as convert
     from pi_gguf.divergence import evaluate_kl as evaluate_kl
@@ -24,18 +23,21 @@ if TYPE_CHECKING:
     from pi_gguf.finetune import extend as extend
     from pi_gguf.imatrix import compute_imatrix as compute_imatrix
     from pi_gguf.inspection import inspect as inspect
+    from pi_gguf.matrix import evaluate_matrix as evaluate_matrix
+    from pi_gguf.model_card import card as card
     from pi_gguf.planning import plan as plan
     from pi_gguf.quantizing import quantize as quantize
     from pi_gguf.repairing import repair as repair
     from pi_gguf.runtime import open_model as open
 
 _PUBLIC = {
-    "card": ("card", "card"),
+    "card": ("model_card", "card"),
     "certify": ("certificate", "certify"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("conversion", "convert"),
     "evaluate_bounds": ("bounds", "evaluate_bounds"),
     "evaluate_kl": ("divergence", "evaluate_kl"),
+    "evaluate_matrix": ("matrix", "evaluate_matrix"),
     "evaluate_passkey": ("evaluate", "evaluate_passkey"),
     "evaluate_perplexity": ("evaluate", "evaluate_perplexity"),
     "extend": ("finetune", "extend"),
@@ -52,6 +54,7 @@ __all__ = [
     "convert",
     "evaluate_bounds",
     "evaluate_kl",
+    "evaluate_matrix",
     "evaluate_passkey",
     "evaluate_perplexity",
     "extend",

@@ -241,12 +241,13 @@ def measure(
     window, seconds_a_prompt = _window_that_fits(path, rope, text, device)
     original = min(rope.original_max_position_embeddings, window)
     yardstick = Yardstick.of(text, original, window)
+    windows = sorted({original, window})
     say(
-        f"certify {path.name}: perplexity at {original} and {window} tokens, passkeys at {window}"
+        f"certify {path.name}: perplexity at {' and '.join(map(str, windows))} tokens, passkeys at {window}"
         + (f"; about {_minutes(seconds_a_prompt)}" if seconds_a_prompt > 1 else "")
     )
     with Model(path, n_ctx=window, device=device) as model:
-        perplexity = yardstick.perplexities(model, sorted({original, window}))
+        perplexity = yardstick.perplexities(model, windows)
         try:
             passkeys: PasskeyReport | None = evaluate_passkey(
                 model, windows=(window,), distances=DISTANCES, keys=KEYS, seed=seed

@@ -62,8 +62,13 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
     summary, helps, example = _parse_docstring(function.__doc__)
     hints = typing.get_type_hints(function)
     params: list[click.Parameter] = []
+    several = ""  # the name of an argument that may be repeated
     for parameter in inspect.signature(function).parameters.values():
         text = helps[parameter.name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            several = parameter.name
+            params.append(click.Argument([several], metavar=f"{several.upper()}...", nargs=-1, required=True))
+            continue
         if parameter.kind is not parameter.KEYWORD_ONLY:
             params.append(click.Argument([parameter.name], metavar=parameter.name.upper()))
             continue
@@ -72,7 +77,7 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
         params.append(click.Option(["--json", "as_json"], is_flag=True, help="print JSON"))
 
     def run(as_json: bool = False, **values: Any) -> None:
-        result = function(**values)
+        result = function(*values.pop(several, ()), **values)
         if process_rank() > 0:
             return
         click.echo(json.dumps(result.to_json(), indent=1) if as_json else show(result))
@@ -292,6 +297,16 @@ def _show_kl(report: Any) -> str:
     return text_table(title, ("positions", *numbers, "top-1", "tokens"), rows)
 
 
+def _show_matrix(report: Any) -> str:
+    ranges = [f"{row.begin}-{row.end - 1}" for row in report.cells[0].rows]
+    rows = []
+    for cell in report.cells:
+        means = [f"{row.mean:.3g}" for row in cell.rows]
+        rows.append((f"{Path(cell.model).name}, {cell.type_k}", *means, f"{cell.rows[-1].top1:.2%}"))
+    title = f"mean KL divergence from {report.against}, nats, by position"
+    return text_table(title, ("file, KV cache", *ranges, "top-1"), rows)
+
+
 def _show_bounds(report: Any) -> str:
     of_pairs = f"{report.extrapolated:.3g} (median of {report.pairs} pairs), {report.extrapolated_worst:.3g} (worst)"
     of_distances = f"{report.bound_ratio:,.0f} (median over distances), {report.bound_ratio_least:,.0f} (least)"
@@ -382,6 +397,10 @@ _EVALUATIONS = {
         "Passkey retrieval by distance, and k_max.",
         lambda: command("evaluate:evaluate_passkey", _show_passkey, name="passkey"),
     ),
+    "matrix": (
+        "What quantizations and quantized KV caches cost at depth.",
+        lambda: command("matrix:evaluate_matrix", _show_matrix, name="matrix"),
+    ),
     "bounds": (
         "The paper's bounds and attention curves on a model's own weights.",
         lambda: command("bounds:evaluate_bounds", _show_bounds, name="bounds"),
@@ -424,7 +443,7 @@ _COMMANDS = {
     ),
     "card": (
         "Write a model card for a GGUF file.",
-        lambda: command("card:card", _show_card),
+        lambda: command("model_card:card", _show_card),
     ),
     "eval": (
         "Measure perplexity, passkey retrieval or KL divergence at length.",

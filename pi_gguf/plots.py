@@ -14,6 +14,9 @@ from pi_gguf.errors import OptionError
 from pi_gguf.files import replace_when_complete
 from pi_gguf.progress import say
 
+_LEAST = 1e-12
+"""Nats; what is below is rounding, and zero has no place on a logarithmic axis."""
+
 
 def check_plot(path: str | None) -> None:
     """Check before long work that a plot can be written.
@@ -87,11 +90,30 @@ def plot_divergence(report: Any, path: str | Path) -> None:
     with _figure(path) as figure:
         axes = figure.add_subplot()
         for name, marker in (("mean", "o"), ("median", "s"), ("p90", "^"), ("p99", "x")):
-            axes.plot(range(len(rows)), [getattr(row, name) for row in rows], marker=marker, label=name)
+            axes.plot(range(len(rows)), [max(_LEAST, getattr(row, name)) for row in rows], marker=marker, label=name)
         axes.set_xticks(range(len(rows)), [f"{row.begin}-{row.end - 1}" for row in rows], fontsize=8)
         axes.set(yscale="log", xlabel="position, tokens", ylabel="KL divergence, nats")
         axes.set_title(f"{Path(report.model).name} from {Path(report.against).name}", fontsize=10)
         axes.legend(fontsize=8)
+
+
+def plot_matrix(report: Any, path: str | Path) -> None:
+    """Draw mean KL divergence by position, a line a file and cache type."""
+    with _figure(path) as figure:
+        axes = figure.add_subplot()
+        files = list(dict.fromkeys(cell.model for cell in report.cells))
+        kinds = list(dict.fromkeys(cell.type_k for cell in report.cells))
+        for cell in report.cells:
+            rows = cell.rows[:-1] or cell.rows
+            axes.plot(
+                range(len(rows)), [max(_LEAST, row.mean) for row in rows], color=f"C{files.index(cell.model)}",
+                linestyle=["-", "--", ":", "-."][kinds.index(cell.type_k) % 4], marker="o", markersize=3,
+                label=f"{Path(cell.model).name}, {cell.type_k} cache",
+            )  # fmt: skip
+        axes.set_xticks(range(len(rows)), [f"{row.begin}-{row.end - 1}" for row in rows], fontsize=8)
+        axes.set(yscale="log", xlabel="position, tokens", ylabel="mean KL divergence, nats")
+        axes.set_title(f"from {Path(report.against).name}", fontsize=10)
+        axes.legend(fontsize=7)
 
 
 def plot_bounds(report: Any, path: str | Path) -> None:

@@ -76,7 +76,7 @@ def test_the_base_is_that_of_the_fine_tune(llama, tmp_path):
 
 def test_a_text_of_ones_own(copy, tmp_path):
     text = tmp_path / "own.txt"
-    text.write_text(novels("train").popitem()[1][:6000])
+    text.write_text(next(iter(novels("train").values()))[:6000])
     found = pi_gguf.certify(copy, text=[str(text)]).certificate
     assert found.text == "own.txt"
     assert found.perplexity != pi_gguf.certify(copy).certificate.perplexity
@@ -99,7 +99,7 @@ def test_a_model_whose_own_window_takes_too_long_is_measured_below_it(llama, tmp
 
 def test_a_window_longer_than_the_text_is_measured_as_far_as_it_goes(copy, tmp_path, capfd):
     text = tmp_path / "short.txt"
-    text.write_text(novels("train").popitem()[1][:640])
+    text.write_text(next(iter(novels("train").values()))[:760])
     found = pi_gguf.certify(copy, text=[str(text)]).certificate
     assert found.window == CONTEXT // 2
     assert "not at 256 tokens, " in capfd.readouterr().err

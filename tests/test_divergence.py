@@ -125,3 +125,60 @@ def test_values_that_cannot_work_are_refused(files, llama, tmp_path, cli):
         pi_gguf.evaluate_kl(str(exact), against=str(exact), text=[str(short)])
     code, out, _ = cli("eval", "kl", exact, "--against", exact)
     assert code == 0 and "100.00%" in out
+
+
+# The matrix
+
+
+def test_the_matrix_holds_each_file_with_each_cache(files, tmp_path, cli):
+    names = [str(files / "F32.gguf"), str(files / "Q4_0.gguf")]
+    report = pi_gguf.evaluate_matrix(*names, against=names[0], cache_types="f16,q4_0")
+    assert [(cell.model, cell.type_k, cell.type_v) for cell in report.cells] == [
+        (name, kind, kind) for name in names for kind in ("f16", "q4_0")
+    ]
+    alone = pi_gguf.evaluate_kl(names[1], against=names[0], type_k="q4_0", type_v="q4_0")
+    assert report.cells[3].rows == alone.rows
+    command = ("eval", "matrix", *names, "--against", names[0], "--plot", tmp_path / "matrix.png")
+    code, out, _ = cli(*command)
+    assert code == 0 and "Q4_0.gguf, q8_0" in out and (tmp_path / "matrix.png").stat().st_size > 1000
+
+
+def test_a_matrix_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
+    names, keep = [str(files / "F32.gguf"), str(files / "Q4_0.gguf")], tmp_path / "kept.jsonl"
+    options = {"against": names[0], "cache_types": "f16,q8_0", "keep": str(keep)}
+    measured, evaluate = [], pi_gguf.evaluate_kl
+
+    def watched(model, *, stop=99, **more):
+        if len(measured) == stop:
+            raise KeyboardInterrupt
+        measured.append((model, more["type_k"]))
+        return evaluate(model, **more)
+
+    monkeypatch.setattr("pi_gguf.matrix.evaluate_kl", lambda *a, **k: watched(*a, stop=3, **k))
+    with pytest.raises(KeyboardInterrupt):
+        pi_gguf.evaluate_matrix(*names, **options)
+    with keep.open("ab") as file:
+        file.write(b'{"item": {"mod')  # as a kill leaves it
+    monkeypatch.setattr("pi_gguf.matrix.evaluate_kl", watched)
+    report = pi_gguf.evaluate_matrix(*names, **options)
+    assert measured == [(name, kind) for name in names for kind in ("f16", "q8_0")], "each once"
+    assert len(keep.read_text().splitlines()) == 4
+    whole = pi_gguf.evaluate_matrix(*names, **{**options, "keep": None})
+    assert [cell.rows for cell in report.cells] == [cell.rows for cell in whole.cells]
+    pi_gguf.evaluate_matrix(*names, **{**options, "window": 128})
+    assert len(measured) == 12, "another window is measured anew"
+
+
+def test_a_matrix_that_cannot_be_is_refused(files, tmp_path):
+    exact = str(files / "F32.gguf")
+    other = tmp_path / "other.jsonl"
+    other.write_text("no json\n{}\n")
+    for options, message in (
+        ({"cache_types": "f16,q3"}, "cache-types must be some of .*, got 'q3'"),
+        ({"keep": str(other)}, "line 1 is no finished item"),
+        ({"keep": str(tmp_path / "no" / "kept")}, "no such folder"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            pi_gguf.evaluate_matrix(exact, against=exact, **options)
+    with pytest.raises(OptionError, match="matrix needs GGUF files"):
+        pi_gguf.evaluate_matrix(against=exact)

@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 LAYERS = [
     {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance"},
     {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
-    {"processes", "plots"},
+    {"processes", "plots", "kept"},
     {"methods"},
     {"checkpoint"},
     {"adapters", "corpus", "lora"},
@@ -35,7 +35,7 @@ LAYERS = [
     {"planning", "evaluate", "check", "quantizing"},
     {"defects", "batches", "validation", "certificate", "divergence", "bounds"},
     {"training"},
-    {"finetune", "inspection", "repairing", "card"},
+    {"finetune", "inspection", "repairing", "model_card", "matrix"},
     {"conversion"},
     {"demo"},
     {"cli"},
@@ -114,7 +114,7 @@ def test_every_command_explains_every_option_and_shows_an_example():
     names = [" ".join(path) for path, _ in commands(main)]
     assert names == [
         "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "certify", "card", "eval perplexity",
-        "eval passkey", "eval bounds", "eval kl", "models", "run", "demo",
+        "eval passkey", "eval matrix", "eval bounds", "eval kl", "models", "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):
         text = command.get_help(click.Context(command))

@@ -1,0 +1,64 @@
+"""Finished items of a long evaluation on disk, so that the same command goes on where it stopped.
+
+In: a path, and what tells one item from another. Out: a line of JSON an item, each there only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pi_gguf.errors import OptionError
+
+
+class Kept:
+    """Values by item.
+
+    Args:
+        path: JSONL file, made when the first item is finished; None keeps nothing.
+
+    Raises:
+        OptionError: the file holds something else, or has no folder.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._values: dict[str, Any] = {}
+        if self._path is None:
+            return
+        if not self._path.parent.is_dir():
+            raise OptionError(f"keep: no such folder as {self._path.parent}", "make it first")
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                self._values[_name(record["item"])] = record["value"]
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):  # cut off by a kill, or empty behind the last one
+                    break
+                raise OptionError(f"{path}: line {number} is no finished item", "give another --keep") from error
+
+    def get(self, item: dict[str, Any]) -> Any:
+        """Return the value of an item; None where it is not finished."""
+        return self._values.get(_name(item))
+
+    def put(self, item: dict[str, Any], value: Any) -> None:
+        """Keep the value of an item, in JSON's types."""
+        self._values[_name(item)] = value
+        if self._path is None:
+            return
+        whole = self._path.read_bytes() if self._path.exists() else b""
+        with self._path.open("r+b" if whole else "wb") as file:
+            file.truncate(whole.rfind(b"\n") + 1)  # what a kill cut off
+            file.seek(0, os.SEEK_END)
+            file.write(json.dumps({"item": item, "value": value}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _name(item: dict[str, Any]) -> str:
+    return json.dumps(item, sort_keys=True)

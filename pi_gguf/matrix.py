@@ -1,0 +1,98 @@
+"""Quantization by KV cache by depth: what each of them costs, in one table.
+
+In: GGUF files of one model and a reference. Out: a report, one cell a file and cache type, with its KL divergence by
+position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pi_gguf.divergence import DivergenceReport, DivergenceRow, evaluate_kl
+from pi_gguf.errors import OptionError
+from pi_gguf.gguf_file import read_gguf
+from pi_gguf.kept import Kept
+from pi_gguf.plots import check_plot, plot_matrix
+from pi_gguf.progress import say
+from pi_gguf.provenance import provenance, sha256
+from pi_gguf.runtime import CACHE_TYPES
+from pi_gguf.texts import read_texts
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """Every file with every type of its cache, against one reference."""
+
+    against: str
+    cells: list[DivergenceReport]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_matrix(
+    *models: str,
+    against: str,
+    cache_types: str = "f16,q8_0,q4_0",
+    window: int | None = None,
+    text: Sequence[str] = (),
+    documents: int = 1,
+    keep: str | None = None,
+    plot: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> MatrixReport:
+    """Measure what quantizations and quantized KV caches cost at depth: KL divergence from a reference, by position.
+
+    Args:
+        models: GGUF files of one model.
+        against: the reference: GGUF file, such as the F16 one, or Hugging Face folder.
+        cache_types: of K and V alike, separated by commas: f32, f16, q8_0, q4_0.
+        window: tokens that are read of each text; the first file's own window when left out.
+        text: text file or folder of them; the held-out novels of the bundled sample when left out. Repeatable.
+        documents: texts to read, the longest first.
+        keep: file that keeps each finished cell, in JSON lines; the same command goes on from it.
+        plot: file to draw it to, e.g. matrix.png.
+        seed: recorded; nothing is random here.
+        device: auto, cpu or cuda.
+
+    Example:
+        pi-gguf eval matrix f16.gguf q8.gguf q4.gguf --against my-llama-32k-hf --keep matrix.jsonl --plot matrix.png
+    """
+    if not models:
+        raise OptionError("matrix needs GGUF files, got none")
+    kinds = cache_types.split(",")
+    for kind in kinds:
+        if kind not in CACHE_TYPES:
+            raise OptionError(f"cache-types must be some of {', '.join(CACHE_TYPES)}, got {kind!r}")
+    check_plot(plot)
+    kept = Kept(keep)
+    infos = {model: read_gguf(Path(model)) for model in models}
+    window = window or infos[models[0]].rope.max_position_embeddings
+    texts = sha256(list(read_texts(text).values())) if text else "bundled"
+    version = provenance(seed=seed, device=device)["libraries"]
+    cells = []
+    for model, info in infos.items():
+        for kind in kinds:
+            stat = info.path.stat()
+            item = {
+                "model": model, "bytes": stat.st_size, "written": stat.st_mtime_ns, "cache": kind, "against": against,
+                "window": window, "texts": texts, "documents": documents, "device": device, "versions": version,
+            }  # fmt: skip
+            if (found := kept.get(item)) is None:
+                say(f"{model}, {kind} cache")
+                report = evaluate_kl(
+                    model, against=against, window=window, text=text, documents=documents, type_k=kind, type_v=kind,
+                    seed=seed, device=device,
+                )  # fmt: skip
+                found = report.to_json()
+                kept.put(item, found)
+            rows = [DivergenceRow(**row) for row in found["rows"]]
+            cells.append(DivergenceReport(**{**found, "rows": rows}))
+    report_of_all = MatrixReport(against, cells)
+    if plot:
+        plot_matrix(report_of_all, plot)
+    return report_of_all
