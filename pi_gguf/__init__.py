@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pi_gguf.bounds import evaluate_bounds as evaluate_bounds
     from pi_gguf.certificate import certify as certify
+    from pi_gguf.comparison import compare as compare
     from pi_gguf.conversion import convert as convert
     from pi_gguf.divergence import evaluate_kl as evaluate_kl
     from pi_gguf.evaluate import evaluate_passkey as evaluate_passkey
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "card": ("model_card", "card"),
     "certify": ("certificate", "certify"),
+    "compare": ("comparison", "compare"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("conversion", "convert"),
     "evaluate_bounds": ("bounds", "evaluate_bounds"),
@@ -50,6 +52,7 @@ _PUBLIC = {
 __all__ = [
     "card",
     "certify",
+    "compare",
     "compute_imatrix",
     "convert",
     "evaluate_bounds",

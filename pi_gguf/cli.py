@@ -307,6 +307,16 @@ def _show_matrix(report: Any) -> str:
     return text_table(title, ("file, KV cache", *ranges, "top-1"), rows)
 
 
+def _show_compare(report: Any) -> str:
+    windows = [str(row.window) for row in report.rows[0].perplexity]
+    rows = [
+        (row.name, *(f"{p.perplexity:.4g}" for p in row.perplexity), str(row.k_max), f"{row.found:.0%}")
+        for row in report.rows
+    ]
+    title = f"{report.model} to {report.context}, untrained: perplexity by window, passkeys"
+    return text_table(title, ("way", *windows, "k_max", "found"), rows)
+
+
 def _show_bounds(report: Any) -> str:
     of_pairs = f"{report.extrapolated:.3g} (median of {report.pairs} pairs), {report.extrapolated_worst:.3g} (worst)"
     of_distances = f"{report.bound_ratio:,.0f} (median over distances), {report.bound_ratio_least:,.0f} (least)"
@@ -396,6 +406,10 @@ _EVALUATIONS = {
     "passkey": (
         "Passkey retrieval by distance, and k_max.",
         lambda: command("evaluate:evaluate_passkey", _show_passkey, name="passkey"),
+    ),
+    "compare": (
+        "Ways to reach a longer window without training, side by side.",
+        lambda: command("comparison:compare", _show_compare),
     ),
     "matrix": (
         "What quantizations and quantized KV caches cost at depth.",
