@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from convert import measure  # noqa: E402
 
 from pi_gguf.checkpoint import load_checkpoint  # noqa: E402
+from pi_gguf.evaluate import doublings  # noqa: E402
 from pi_gguf.files import write_json  # noqa: E402
 from pi_gguf.provenance import provenance  # noqa: E402
 
@@ -97,9 +98,7 @@ def main() -> None:
     if args.batch_tokens < args.context:
         parser.error(f"batch-tokens must be at least the context, so that all ways have the same: {args.batch_tokens}")
     original = load_checkpoint(args.model, config_only=True).rope.max_position_embeddings
-    windows = [original]
-    while windows[-1] < args.context:
-        windows.append(min(2 * windows[-1], args.context))
+    windows = doublings(original, args.context)
     args.short = args.short or original
     chosen = {**vars(args), "out": None, "only": None, "original_window": original}
     record = json.loads(args.out.read_text()) if args.out.exists() else {}

@@ -19,6 +19,7 @@ from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError, ResourceError, TextError
 from pi_gguf.evaluate import PasskeyReport, Yardstick, evaluate_passkey
 from pi_gguf.files import human_bytes, replace_when_complete
+from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
 from pi_gguf.planning import free_memory
@@ -29,6 +30,10 @@ from pi_gguf.runtime import Model
 
 PREFIX = "pi_gguf."
 VERSION = 1
+
+ROOM_KEY = f"{PREFIX}room"
+ROOM = {ROOM_KEY: " " * 2048}
+"""Key of a file that is to be certified: the certificate takes its room, so that the file's size stays as planned."""
 
 SECONDS = 600
 """What measuring may take, about: a window that would take longer is measured as far as it goes, and that is said."""
@@ -111,13 +116,15 @@ class Certificate:
             )
         if own.get("header_sha256") != _fingerprint(header):
             raise GgufError(f"{path}: its certificate is of a file with another header", "certify it again")
-        perplexity = {int(key.split(".")[1]): own.pop(key) for key in list(own) if key.startswith("perplexity.")}
         names = {f.name for f in fields(cls)} - {"perplexity"}
         try:
+            perplexity = {int(key.split(".")[1]): own.pop(key) for key in list(own) if key.startswith("perplexity.")}
             values: dict[str, Any] = {name: own.get(name) if name in _OPTIONAL else own[name] for name in names}
             return cls(perplexity=perplexity, **values)
         except KeyError as error:
             raise GgufError(f"{path}: {PREFIX}{error.args[0]} is missing", "certify the file again") from error
+        except ValueError as error:
+            raise GgufError(f"{path}: {PREFIX}perplexity of no window ({error})", "certify the file again") from error
 
     def rows(self) -> list[tuple[str, str]]:
         """Return names and values for people."""
@@ -151,9 +158,15 @@ class Requirement:
     sign: str
     value: float
 
-    def missed(self, certificate: Certificate) -> str | None:
-        """Return how a certificate falls short; None where it does not."""
+    def missed(self, certificate: Certificate, window: int) -> str | None:
+        """Return how a certificate falls short; None where it does not.
+
+        Args:
+            window: of the file, in tokens; perplexity at less says nothing of it.
+        """
         measured = getattr(certificate, self.name)
+        if self.name == "ppl_ratio" and certificate.window < window:
+            return f"ppl_ratio is measured to {certificate.window} of {window} tokens only"
         if measured is not None and _COMPARE[self.sign](float(measured), self.value):
             return None
         got = "not measured" if measured is None else f"{measured:.6g}"
@@ -182,13 +195,17 @@ def read_requirements(text: str | None) -> list[Requirement]:
     return found
 
 
-def check_requirements(certificate: Certificate, requirements: Sequence[Requirement], path: str, hint: str) -> None:
-    """Check a certificate.
+def find_missed(certificate: Certificate, requirements: Sequence[Requirement], window: int) -> list[str]:
+    """Return how the certificate of a file of `window` tokens falls short, by figure."""
+    return [text for requirement in requirements if (text := requirement.missed(certificate, window))]
+
+
+def check_requirements(missed: Sequence[str], path: str, hint: str) -> None:
+    """Raise what `find_missed` found.
 
     Raises:
         CertificateError: it falls short, with every figure that does.
     """
-    missed = [text for requirement in requirements if (text := requirement.missed(certificate))]
     if missed:
         raise CertificateError(f"{path}: {'; '.join(missed)}", hint)
 
@@ -237,7 +254,7 @@ def measure(
         TextError: the text is too short for the original window.
     """
     started = time.monotonic()
-    rope = read_header_rope(path)
+    rope = read_gguf(path).rope
     window, seconds_a_prompt = _window_that_fits(path, rope, text, device)
     original = min(rope.original_max_position_embeddings, window)
     yardstick = Yardstick.of(text, original, window)
@@ -278,11 +295,6 @@ def measure(
         device=device,
         versions=", ".join(versions),
     )
-
-
-def read_header_rope(path: Path) -> RopeScaling:
-    """Read the scaling that a file states."""
-    return RopeScaling.from_gguf(read_header(path).metadata, str(path))
 
 
 def _minutes(seconds_a_prompt: float) -> str:
@@ -411,18 +423,27 @@ def certify(
         against = Path(against).name  # where a folder is on this machine is nobody's business
     certificate = measure(path, text=text, base=base, check=check, against=against, seed=seed, device=device)
     store(path, certificate)
-    check_requirements(certificate, requirements, str(path), "the figures are stored in the file: pi-gguf inspect")
+    missed = find_missed(certificate, requirements, read_gguf(path).rope.max_position_embeddings)
+    check_requirements(missed, str(path), "the figures are stored in the file: pi-gguf inspect")
     return Certified(str(path), certificate)
 
 
 def store(path: Path, certificate: Certificate) -> None:
     """Write a certificate into a file's header, in place of one that is there; the tensors are copied as they are."""
     header = read_header(path)
-    changes: dict[str, Entry | None] = {key: None for key in header.entries if key.startswith(PREFIX)}
+    old = {key: entry for key, entry in header.entries.items() if key.startswith(PREFIX)}
     keys = {**certificate.keys(), f"{PREFIX}header_sha256": _fingerprint(header)}
-    changes |= {key: Entry.of(value) for key, value in keys.items()}
+    new = {key: Entry.of(value) for key, value in keys.items()}
+    room = _size(old) - _size(new) - _size({ROOM_KEY: Entry.of("")})
+    if ROOM_KEY in old and room >= 0:
+        new[ROOM_KEY] = Entry.of(" " * room)
     with replace_when_complete(path) as partial:
-        write_changed(header.changed(changes), partial)
+        write_changed(header.changed({**dict.fromkeys(old), **new}), partial)
+
+
+def _size(entries: Mapping[str, Entry]) -> int:
+    """Return the bytes of entries in a header: a key with its length, the number of its type, the value."""
+    return sum(8 + len(key.encode()) + 4 + len(entry.data) for key, entry in entries.items())
 
 
 def _fingerprint(header: Header) -> str:

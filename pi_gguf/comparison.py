@@ -11,7 +11,7 @@ from typing import Any
 
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import PerplexityRow, evaluate_passkey, evaluate_perplexity
+from pi_gguf.evaluate import PerplexityRow, doublings, evaluate_passkey, evaluate_perplexity
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_perplexity
 from pi_gguf.progress import say
@@ -95,9 +95,7 @@ def compare(
         raise OptionError(f"context must be above the window of {original} tokens, got {context}")
     check_plot(plot)
     kept = Kept(keep)
-    windows = [original]
-    while windows[-1] < context:
-        windows.append(min(2 * windows[-1], context))
+    windows = doublings(original, context)
     settings = {
         "model": model, "weights": checkpoint.fingerprint(), "windows": windows, "samples": samples, "seed": seed,
         "texts": sha256(list(read_texts(text).values())) if text else "bundled", "distances": distances, "keys": keys,

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.adapters import AdaptedCheckpoint, with_adapters
-from pi_gguf.certificate import Base, Certificate, check_requirements, measure, read_requirements, store
+from pi_gguf.certificate import (
+    ROOM,
+    Base,
+    Certificate,
+    check_requirements,
+    find_missed,
+    measure,
+    read_requirements,
+    store,
+)  # fmt: skip
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
@@ -210,7 +219,8 @@ def convert(
                 )
             return [plan_adapter_file(checkpoint, general=general, quantization=quant)]
         plan = plan_file(
-            checkpoint, rope=rope, vocabulary=vocabulary, general={**general, **(matrix.keys() if matrix else {})},
+            checkpoint, rope=rope, vocabulary=vocabulary,
+            general={**general, **(matrix.keys() if matrix else {}), **(ROOM if certify else {})},
             finetuned=rope.rope_type == "linear" and (stated or trained.get("steps", 0) > 0), quantization=quant,
             overrides=overrides, importance=matrix.importance if matrix else {},
         )  # fmt: skip
@@ -268,14 +278,14 @@ def convert(
     if certify and not adapter_only:
         base = Base.of_fine_tune(checkpoint.provenance) if fine_tune or context is None else checkpoint
         certificate = _certify(partials[0], base, checks, checkpoint.source, seed, device, bool(requirements))
-    if certificate and any(requirement.missed(certificate) for requirement in requirements):
+    missed = find_missed(certificate, requirements, rope.max_position_embeddings) if certificate else []
+    if missed:
         finals = split_paths(uncertified, len(plans))
     with disk_errors(out):
         for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
             publish(partial, final)
     remove(work_dir)
-    if certificate:
-        check_requirements(certificate, requirements, str(finals[0]), "fine-tune longer, or require less")
+    check_requirements(missed, str(finals[0]), "fine-tune longer, or require less")
     return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks, certificate, adapter_only)
 
 

@@ -31,6 +31,14 @@ FOUND_SHARE = 0.2
 """A distance counts as reached when at least this share of its keys is found."""
 
 
+def doublings(original: int, context: int) -> list[int]:
+    """Return the original window and each doubling of it, the last one cut to `context`, in tokens."""
+    windows = [original]
+    while windows[-1] < context:
+        windows.append(min(2 * windows[-1], context))
+    return windows
+
+
 @dataclass(frozen=True)
 class PerplexityRow:
     """Perplexity at one window; `standard_error` is of the perplexity, `tokens` how many were scored."""

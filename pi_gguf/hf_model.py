@@ -17,7 +17,21 @@ if TYPE_CHECKING:
 _CHUNK = 1024
 
 
-class HfModel(LanguageModel):
+class HfTokens(LanguageModel):
+    """The half of a `LanguageModel` that transformers' tokenizer is."""
+
+    _tokenizer: Any
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        return tokenize_with(self._tokenizer, text, add_special)
+
+    @property
+    def bos(self) -> list[int]:
+        ids = self.tokenize("a")
+        return ids[:1] if ids[0] == self._tokenizer.bos_token_id else []
+
+
+class HfModel(HfTokens):
     """A checkpoint opened by transformers in 32 bits on the CPU, 16 on a GPU.
 
     Args:
@@ -37,14 +51,6 @@ class HfModel(LanguageModel):
         self._tokenizer: Any = checkpoint.load_tokenizer()
         self._evaluated: list[int] = []
         self._cache: Any = None
-
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        return tokenize_with(self._tokenizer, text, add_special)
-
-    @property
-    def bos(self) -> list[int]:
-        ids = self.tokenize("a")
-        return ids[:1] if ids[0] == self._tokenizer.bos_token_id else []
 
     def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
         import torch

@@ -17,7 +17,7 @@ from pi_gguf.gguf_file import read_gguf
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_matrix
 from pi_gguf.progress import say
-from pi_gguf.provenance import provenance, sha256
+from pi_gguf.provenance import library_versions, sha256
 from pi_gguf.runtime import CACHE_TYPES
 from pi_gguf.texts import read_texts
 
@@ -73,7 +73,7 @@ def evaluate_matrix(
     infos = {model: read_gguf(Path(model)) for model in models}
     window = window or infos[models[0]].rope.max_position_embeddings
     texts = sha256(list(read_texts(text).values())) if text else "bundled"
-    version = provenance(seed=seed, device=device)["libraries"]
+    version = library_versions()
     cells = []
     for model, info in infos.items():
         for kind in kinds:

@@ -15,11 +15,10 @@ from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.evaluate import PasskeyPrompts, Yardstick, evaluate_passkey
 from pi_gguf.files import human_bytes
-from pi_gguf.hf_model import HfModel, tokenize_with
+from pi_gguf.hf_model import HfModel, HfTokens, tokenize_with
 from pi_gguf.planning import free_memory
 from pi_gguf.processes import agree
 from pi_gguf.progress import say
-from pi_gguf.scoring import LanguageModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +27,7 @@ DISTANCES, KEYS = 2, 2
 """Of the passkeys: places in the new window, and keys at each."""
 
 
-class TrainingModel(LanguageModel):
+class TrainingModel(HfTokens):
     """A model in training, asked for one prompt at a time with nothing kept in between.
 
     Args:
@@ -40,16 +39,8 @@ class TrainingModel(LanguageModel):
 
     def __init__(self, model: Any, checkpoint: Checkpoint, window: int, device: str) -> None:
         self._model, self._device = model, device
-        self._tokenizer: Any = checkpoint.load_tokenizer()
+        self._tokenizer = checkpoint.load_tokenizer()
         self.name, self.window = checkpoint.source, window
-
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        return tokenize_with(self._tokenizer, text, add_special)
-
-    @property
-    def bos(self) -> list[int]:
-        ids = self.tokenize("a")
-        return ids[:1] if ids[0] == self._tokenizer.bos_token_id else []
 
     def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
         import torch

@@ -195,7 +195,7 @@ def test_requirements_are_read_and_held(copy):
         ("window>=257", "window is 256, required >= 257"),
         ("kl_divergence<=1", "kl_divergence is not measured, required <= 1"),
     ):
-        found = [r.missed(certificate) for r in read_requirements(text)]
+        found = [r.missed(certificate, CONTEXT) for r in read_requirements(text)]
         assert [f for f in found if f] == ([missed] if missed else [])
     for text in ("k_max", "k_max=3", "speed>=3", "k_max>=", "k_max>=1e", "k_max>=1,,"):
         with pytest.raises(OptionError, match="require must be figures with"):
@@ -231,6 +231,36 @@ def test_values_that_cannot_work_are_refused(copy, llama):
             pi_gguf.certify(copy, **options)
     with pytest.raises(OptionError, match="require is for files that are certified"):
         pi_gguf.convert(str(llama), "out.gguf", certify=False, require="k_max>=1")
+
+
+def test_a_ratio_of_a_part_of_the_window_is_not_enough(copy, monkeypatch):
+    pi_gguf.certify(copy, require="ppl_ratio<=2")
+    monkeypatch.setattr("pi_gguf.certificate.SECONDS", 1e-9)
+    with pytest.raises(CertificateError, match="ppl_ratio is measured to 64 of 256 tokens only"):
+        pi_gguf.certify(copy, require="ppl_ratio<=2")
+
+
+def test_a_certificate_takes_the_room_that_was_planned_for_it(llama, tmp_path):
+    for certify in (True, False):
+        options = {"quant": "F16", "certify": certify}
+        planned = pi_gguf.convert(str(llama), tmp_path / f"{certify}.gguf", dry_run=True, **options)
+        pi_gguf.convert(str(llama), tmp_path / f"{certify}.gguf", **options)
+        path = tmp_path / f"{certify}.gguf"
+        assert path.stat().st_size == planned.nbytes
+        assert (f"{PREFIX}room" in read_header(path).entries) == certify
+    size = (tmp_path / "True.gguf").stat().st_size
+    pi_gguf.certify(tmp_path / "True.gguf", against=str(llama))
+    assert (tmp_path / "True.gguf").stat().st_size == size
+    assert certificate_of(tmp_path / "True.gguf") is not None
+
+
+def test_a_certificate_with_a_damaged_key_is_a_warning(copy, tmp_path):
+    pi_gguf.certify(copy)
+    changes = {f"{PREFIX}perplexity.64": None, f"{PREFIX}perplexity.abc": Entry.of(1.0)}
+    for more, message in ((changes, "perplexity of no window"), ({f"{PREFIX}text": None}, "pi_gguf.text is missing")):
+        damaged = tmp_path / "damaged.gguf"
+        write_changed(read_header(copy).changed(more), damaged)
+        assert any(message in warning for warning in pi_gguf.inspect(damaged).warnings)
 
 
 # Broken files

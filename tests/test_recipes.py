@@ -47,12 +47,23 @@ def test_a_recipe_is_a_command_with_options_that_exist(name, run):
 
 def test_the_recipe_for_a_cpu_runs(run, tmp_path):
     out = tmp_path / "tiny.gguf"
-    short = ("--steps", "2", "--train-window", "64", "--factor-warmup", "0", "--batch-tokens", "64")
+    short = (
+        "--context",
+        "4096",
+        "--steps",
+        "2",
+        "--train-window",
+        "64",
+        "--factor-warmup",
+        "0",
+        "--batch-tokens",
+        "64",
+    )
     done = run("tiny-cpu.sh", out, *short)
     assert done.returncode == 0, done.stderr
     metadata = read_gguf(out).metadata
-    assert metadata["llama.context_length"] == 32768
-    assert metadata["llama.rope.scaling.factor"] == 16
+    assert metadata["llama.context_length"] == 4096
+    assert metadata["llama.rope.scaling.factor"] == 2
 
 
 def test_the_recipes_are_listed_and_say_whether_they_were_run():

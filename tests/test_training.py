@@ -465,7 +465,8 @@ def test_two_processes_train_like_one(base, way, tmp_path, text, exact, request)
     found, expected = (record["validations"] for record in records)
     assert [entry["step"] for entry in found] == [2, 4]
     assert [pytest.approx(entry, rel=1e-5) for entry in found] == expected
-    assert records[0]["price"] == pytest.approx(records[1]["price"], rel=1e-5)
+    before, after = ([record["price"][name] for record in records] for name in ("before", "after"))
+    assert (before[0], after[0]) == pytest.approx((before[1], after[1]), rel=1e-5)
     weights = [load_file(tmp_path / n / "model.safetensors") for n in ("1", "2")]
     assert list(weights[0]) == list(weights[1])
     for name, tensor in weights[0].items():

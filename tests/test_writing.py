@@ -53,11 +53,12 @@ def test_every_type_has_the_tensors_that_llama_cpp_makes_of_the_exact_file(wide,
 @pytest.mark.parametrize("quant", ["F16", "Q4_K_M"])
 def test_a_dry_run_is_exact_to_the_byte_and_writes_nothing(cli, wide, tmp_path, quant):
     arguments = ("convert", wide, tmp_path / "out.gguf", "--quant", quant, "--context", "128", "--steps", "0")
+    arguments += ("--check", "none", "--certify")
     code, out, _ = cli(*arguments, "--dry-run", "--json")
     assert code == 0 and list(tmp_path.iterdir()) == []
     planned = json.loads(out)
-    assert cli(*arguments, "--check", "none")[0] == 0
-    assert (tmp_path / "out.gguf").stat().st_size == planned["nbytes"]
+    assert cli(*arguments)[0] == 0
+    assert (tmp_path / "out.gguf").stat().st_size == planned["nbytes"], "the certificate included"
     written = gguf.GGUFReader(tmp_path / "out.gguf").tensors
     assert [[t.name, t.tensor_type.name, t.n_bytes] for t in written] == [[t[0], *t[2:]] for t in planned["tensors"]]
     code, out, _ = cli(*arguments, "--dry-run")
@@ -70,8 +71,8 @@ def test_a_dry_run_of_a_fine_tune_is_exact_too(cli, llama, tmp_path):
         "--batch-tokens", "128",
     )  # fmt: skip
     planned = json.loads(cli(*arguments, "--dry-run", "--json")[1])
-    assert cli(*arguments, "--check", "none")[0] == 0
-    assert (tmp_path / "out.gguf").stat().st_size == planned["nbytes"]
+    assert cli(*arguments)[0] == 0
+    assert (tmp_path / "out.gguf").stat().st_size == planned["nbytes"], "the certificate included"
 
 
 @pytest.mark.parametrize("quant", ["F16", "Q8_0"])
@@ -315,7 +316,8 @@ convert(model, out, **arguments)
 
 def test_a_model_in_several_files_goes_on_where_it_was_killed(wide, tmp_path):
     def sizes(limit: int) -> list[int]:
-        planned = pi_gguf.convert(str(wide), tmp_path / "x.gguf", quant="F16", split_max_size=str(limit), dry_run=True)
+        options = {"quant": "F16", "check": "none", "split_max_size": str(limit), "dry_run": True}
+        planned = pi_gguf.convert(str(wide), tmp_path / "x.gguf", **options)
         return [nbytes for _, nbytes in planned.files]
 
     limit = next(limit for limit in range(400_000, 900_000, 50_000) if max(sizes(limit)) > sizes(limit)[0])
