@@ -10,7 +10,7 @@ from conftest import WINDOW, make_llama, tensors
 import pi_gguf
 from pi_gguf.bundled import novels
 from pi_gguf.certificate import PREFIX, Certificate, read_requirements
-from pi_gguf.errors import CertificateError, CheckError, OptionError
+from pi_gguf.errors import CertificateError, CheckError, OptionError, ResourceError
 from pi_gguf.evaluate import Yardstick
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import Entry, read_header, write_changed
@@ -72,6 +72,10 @@ def test_the_base_is_that_of_the_fine_tune(llama, tmp_path):
     price = json.loads((tmp_path / "model-hf" / "pi_gguf.json").read_text())["price"]
     assert (found.reference, found.reference_perplexity) == ("base", price["before"])
     assert found.perplexity[WINDOW] == pytest.approx(price["after"], rel=1e-3)
+    text = tmp_path / "own.txt"
+    text.write_text(next(iter(novels("train").values()))[:6000])
+    other = pi_gguf.certify(out, against=str(tmp_path / "model-hf"), text=[str(text)]).certificate
+    assert other.reference == "itself", "the base was measured on another text"
 
 
 def test_a_text_of_ones_own(copy, tmp_path):
@@ -95,6 +99,17 @@ def test_a_model_whose_own_window_takes_too_long_is_measured_below_it(llama, tmp
     monkeypatch.setattr("pi_gguf.certificate._PROBE", 16)
     found = pi_gguf.convert(str(llama), tmp_path / "own.gguf", quant="F16").certificate
     assert (found.window, list(found.perplexity), found.reference) == (16, [16], "itself")
+
+
+def test_a_window_that_does_not_fit_in_memory_is_measured_as_far_as_it_goes(copy, monkeypatch, capfd):
+    def check_memory(info, cache_bytes, n_ctx):
+        if n_ctx == CONTEXT:
+            raise ResourceError("too little memory")
+
+    monkeypatch.setattr("pi_gguf.runtime._check_memory", check_memory)
+    monkeypatch.setattr("pi_gguf.certificate._PROBE", 16)
+    assert pi_gguf.certify(copy).certificate.window == CONTEXT // 2
+    assert "not at 256 tokens, too little memory" in capfd.readouterr().err
 
 
 def test_a_window_longer_than_the_text_is_measured_as_far_as_it_goes(copy, tmp_path, capfd):
@@ -192,6 +207,9 @@ def test_requirements_are_read_and_held(copy):
     for text, missed in (
         ("window>=256", None),
         (" window > 255 , ppl_ratio<1e3", None),
+        ("window<=256", None),
+        ("window<256", "window is 256, required < 256"),
+        ("window>256", "window is 256, required > 256"),
         ("window>=257", "window is 256, required >= 257"),
         ("kl_divergence<=1", "kl_divergence is not measured, required <= 1"),
     ):

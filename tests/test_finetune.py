@@ -43,6 +43,8 @@ def test_skips_reach_every_distance_and_keep_the_order():
         assert len(positions) == 16 and positions[0] >= 0 and positions[-1] < 256
         assert (np.diff(positions) >= 1).all() and (np.diff(positions) > 1).sum() <= 1
     assert max(p[-1] - p[0] for p in drawn) == 255
+    far = sum(p[-1] - p[0] >= 240 for p in drawn) / len(drawn)
+    assert 0.09 < far < 0.16, "of one draw the last sixteenth of the skips would be 0.06"
     np.testing.assert_array_equal(pose_positions(16, 16, rng), np.arange(16))
 
 

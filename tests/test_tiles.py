@@ -36,3 +36,23 @@ def test_what_lies_between_two_products_exists_for_a_tile_only(tmp_path):
     assert largest_allocation(model, batch) >= whole
     with tiled_mlps(model, 64):
         assert largest_allocation(model, batch) < whole / 2
+
+
+def test_a_tile_is_forgotten_until_its_gradient_is_due(tmp_path):
+    folder = make_model(tmp_path, "llama", {"intermediate_size": 4096})
+    model = load_checkpoint(str(folder)).load_model(dtype=torch.float32)
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = []
+
+    def keep(tensor):
+        if 4096 in tensor.shape and tensor.data_ptr() not in weights:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**a_batch(300))
+        assert kept
+        kept.clear()
+        with tiled_mlps(model, 64):
+            model(**a_batch(300))
+        assert not kept
