@@ -74,7 +74,10 @@ class Model(LanguageModel):
             raise OptionError(f"n_ctx must be at least 1 token, got {n_ctx}")
         for name, value in (("type_k", type_k), ("type_v", type_v)):
             if value not in CACHE_TYPES:
-                raise OptionError(f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}")
+                raise OptionError(
+                    f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}",
+                    "f16 is usual, q8_0 takes half of it",
+                )
         if type_v in ("q8_0", "q4_0") and not flash_attn:
             raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")
         on_gpu = _use_gpu(device)
