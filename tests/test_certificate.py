@@ -66,14 +66,13 @@ def test_without_a_base_a_file_is_held_against_itself(copy):
 
 
 def test_the_base_is_that_of_the_fine_tune(llama, tmp_path):
-    out = tmp_path / "model.gguf"
-    options = {"steps": 2, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
+    out, text = tmp_path / "model.gguf", tmp_path / "own.txt"
+    text.write_text(next(iter(novels("train").values()))[:6000])
+    options = {"steps": 2, "batch_tokens": 256, "learning_rate": 0.01, "data": [str(text)], "device": "cpu"}
     found = pi_gguf.convert(str(llama), out, context=CONTEXT, quant="F16", **options).certificate
     price = json.loads((tmp_path / "model-hf" / "pi_gguf.json").read_text())["price"]
     assert (found.reference, found.reference_perplexity) == ("base", price["before"])
     assert found.perplexity[WINDOW] == pytest.approx(price["after"], rel=1e-3)
-    text = tmp_path / "own.txt"
-    text.write_text(next(iter(novels("train").values()))[:6000])
     other = pi_gguf.certify(out, against=str(tmp_path / "model-hf"), text=[str(text)]).certificate
     assert other.reference == "itself", "the base was measured on another text"
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from children import Command
 from conftest import WINDOW, corpus_of
 from safetensors.torch import load_file
 
@@ -115,8 +112,7 @@ COMMAND = ("--context", "256", "--steps", "30", "--batch-tokens", "256", "--lear
 
 
 def run_extend(llama, out, text, *more):
-    command = [sys.executable, "-m", "pi_gguf", "extend", str(llama), str(out), "--data", str(text), *COMMAND, *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return Command("extend", llama, out, "--data", text, *COMMAND, *more)
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +124,15 @@ def text(tmp_path_factory):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(llama, tmp_path, text):
-    whole = run_extend(llama, tmp_path / "whole", text)
-    assert whole.wait() == 0, whole.stderr.read()
+    code, _, err = run_extend(llama, tmp_path / "whole", text).wait()
+    assert code == 0, err
 
     killed = run_extend(llama, tmp_path / "killed", text)
     work_dir = tmp_path / "killed.partial"
     deadline = time.time() + 120
     while not list(work_dir.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
         time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     assert not (tmp_path / "killed").exists()
 
     for step, last_file in ((28, "model.safetensors"), (29, "trainer_state.json")):  # as a kill while saving leaves it
@@ -145,13 +140,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(llama, tmp_path, text):
         torn.mkdir()
         (torn / last_file).write_bytes(b'{"half')
 
-    other = run_extend(llama, tmp_path / "killed", text, "--seed", "1")
-    assert other.wait() == 2
-    assert "seed 0, now 1" in other.stderr.read()
+    code, _, err = run_extend(llama, tmp_path / "killed", text, "--seed", "1").wait()
+    assert code == 2 and "seed 0, now 1" in err
 
-    resumed = run_extend(llama, tmp_path / "killed", text)
-    assert resumed.wait() == 0
-    assert "resume from" in resumed.stderr.read()
+    code, _, err = run_extend(llama, tmp_path / "killed", text).wait()
+    assert code == 0 and "resume from" in err
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
     start = load_file(llama / "model.safetensors")
     for name, tensor in weights[0].items():
@@ -159,9 +152,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(llama, tmp_path, text):
         assert not torch.equal(tensor, start[name]), f"{name} was not trained"
     assert not work_dir.exists()
 
-    again = run_extend(llama, tmp_path / "killed", text)
-    assert again.wait() == 0
-    assert "holds this fine-tune already" in again.stderr.read()
+    code, _, err = run_extend(llama, tmp_path / "killed", text).wait()
+    assert code == 0 and "holds this fine-tune already" in err
 
 
 def test_the_written_folder_opens_with_its_scaling(llama, tmp_path, text):

@@ -195,7 +195,7 @@ def test_an_interrupt_leaves_nothing(tmp_path):
         deadline = time.monotonic() + 50
         while wait_for and not list(tmp_path.glob(wait_for)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(6)  # inside llama.cpp, or before
+        time.sleep(3)  # inside llama.cpp, or before
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=50)
         assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err

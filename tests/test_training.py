@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
+from children import Command
 from conftest import WINDOW, make_llama
 from safetensors.torch import load_file, save_file
 from test_families import SHAPES, make_model
@@ -370,16 +368,14 @@ def test_the_memory_of_a_known_model(tmp_path):
 COMMAND = ("--context", "256", "--steps", "30", "--batch-tokens", "256", "--learning-rate", "0.001", "--device", "cpu")
 
 
-def run_extend(model, out, text, *more, launcher=()):
-    command = [sys.executable, *launcher, "-m", "pi_gguf", "extend", str(model), str(out), "--data", str(text)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *COMMAND, *more], stderr=subprocess.PIPE, text=True, env=environment)
+def run_extend(model, out, text, *more):
+    return Command("extend", model, out, "--data", text, *COMMAND, *more)
 
 
-def finish(process):
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return err
+def finish(command):
+    code, out, err = command.wait()
+    assert code == 0, err
+    return out, err
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -390,10 +386,9 @@ def test_a_killed_run_goes_on_to_the_same_losses(train, llama, tmp_path, text):
     while not list((tmp_path / "killed.partial").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(random.uniform(0, 0.3))
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
     assert not (tmp_path / "killed").exists()
-    assert "resume from" in finish(run_extend(llama, tmp_path / "killed", text, "--train", train))
+    assert "resume from" in finish(run_extend(llama, tmp_path / "killed", text, "--train", train))[1]
     losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "killed")]
     assert len(losses[0]) == 30 and losses[0][-1] < losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
@@ -422,28 +417,9 @@ def test_losses_are_reported_where_asked(llama, tmp_path):
 
 # More than one process
 
-EXACT = """
-import pi_gguf.planning, pi_gguf.training
-pi_gguf.planning.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: False
-from pi_gguf.cli import entry_point
-entry_point()
-"""  # in 32 bits, where one process and several differ by the order of additions only
 
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory):
-    path = tmp_path_factory.mktemp("exact") / "exact.py"
-    path.write_text(EXACT)
-    return str(path)
-
-
-def run_processes(script, n, model, out, text, *more):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
-    options = ["--data", str(text), "--context", "256", "--device", "cpu", *more]
-    command = [sys.executable, *launcher, script, "extend", str(model), str(out), *options]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **streams)
+def run_processes(n, model, out, text, *more):
+    return Command("extend", model, out, "--data", text, "--context", "256", "--device", "cpu", *more, n=n, exact=True)
 
 
 TWO_MICRO_BATCHES = ("--batch-tokens", "16384", "--steps", "4", "--eval-steps", "2")
@@ -452,12 +428,10 @@ TWO_MICRO_BATCHES = ("--batch-tokens", "16384", "--steps", "4", "--eval-steps", 
 @pytest.mark.parametrize(("base", "way"), [
     ("llama", ()), ("tied", ()), ("llama", ("--no-fsdp",)), ("llama", ("--train", "lora")),
 ])  # fmt: skip
-def test_two_processes_train_like_one(base, way, tmp_path, text, exact, request):
+def test_two_processes_train_like_one(base, way, tmp_path, text, request):
     model = request.getfixturevalue(base)
     for n in (1, 2):
-        process = run_processes(exact, n, model, tmp_path / str(n), text, *TWO_MICRO_BATCHES, *way)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        out, err = finish(run_processes(n, model, tmp_path / str(n), text, *TWO_MICRO_BATCHES, *way))
         assert out.count("wrote") == err.count("fine-tune") == 1, "one process speaks"
     losses = [json.loads((tmp_path / n / "losses.json").read_text()) for n in ("1", "2")]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -474,26 +448,27 @@ def test_two_processes_train_like_one(base, way, tmp_path, text, exact, request)
     assert not (tmp_path / "2.partial").exists()
 
 
-def test_a_killed_run_of_two_processes_goes_on_with_four(llama, tmp_path, text, exact):
-    options = ("--batch-tokens", str(4 * 8192), "--steps", "12")
-    whole = run_processes(exact, 1, llama, tmp_path / "whole", text, *options)
-    _, err = whole.communicate(timeout=300)
-    assert whole.returncode == 0, err
-    killed = run_processes(exact, 2, llama, tmp_path / "killed", text, *options)
+def test_torchrun_starts_it(llama, tmp_path, text):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pi_gguf", "extend"]
+    options = ["--data", text, "--context", "256", "--device", "cpu", "--steps", "1", "--batch-tokens", "16384"]
+    done = subprocess.run([*command, llama, tmp_path / "out", *options], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == done.stderr.count("fine-tune") == 1, "one process speaks"
+
+
+def test_a_killed_run_of_two_processes_goes_on_with_four(llama, tmp_path, text):
+    options = ("--batch-tokens", str(4 * 8192), "--steps", "8")
+    finish(run_processes(1, llama, tmp_path / "whole", text, *options))
+    killed = run_processes(2, llama, tmp_path / "killed", text, *options)
     deadline = time.time() + 200
     while not list((tmp_path / "killed.partial").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
         time.sleep(0.02)
-    for process in (*psutil.Process(killed.pid).children(recursive=True), killed):
-        process.kill()
-    killed.communicate()
-    alone = run_processes(exact, 1, llama, tmp_path / "killed", text, *options)
-    _, err = alone.communicate(timeout=300)
-    assert alone.returncode == 2 and "unfinished run with sharded True, now False" in err
-    resumed = run_processes(exact, 4, llama, tmp_path / "killed", text, *options)
-    _, err = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0 and "resume from" in err, err
+    killed.kill()
+    code, _, err = run_processes(1, llama, tmp_path / "killed", text, *options).wait()
+    assert code == 2 and "unfinished run with sharded True, now False" in err
+    assert "resume from" in finish(run_processes(4, llama, tmp_path / "killed", text, *options))[1]
     losses = [json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "killed")]
-    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_a_step_is_shared_out_in_whole_micro_batches(llama):

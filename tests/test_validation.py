@@ -39,9 +39,16 @@ def perplexities(model, text, windows):
 
 
 @pytest.fixture(scope="module")
-def run(llama, text, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "out"
-    return pi_gguf.extend(str(llama), out, eval_steps=2, eval_text=[str(text)], report_to="none", **OPTIONS)
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "novel.txt"
+    path.write_text(next(iter(novels("train").values()))[:30_000])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(llama, text, data, tmp_path_factory):
+    options = {**OPTIONS, "data": [data], "eval_text": [str(text)]}
+    return pi_gguf.extend(str(llama), tmp_path_factory.mktemp("run") / "out", eval_steps=2, report_to="none", **options)
 
 
 def test_validations_are_what_eval_measures(run, text):
@@ -61,10 +68,9 @@ def test_the_price_is_perplexity_at_the_old_window_before_and_after(run, llama, 
     assert abs(price["after"] / price["before"] - 1) > 0.05
 
 
-def test_the_price_is_printed(llama, text, tmp_path, cli):
-    code, _, err = cli(
-        "extend", llama, tmp_path / "out", "--context", CONTEXT, "--steps", "1", "--device", "cpu", "--eval-text", text
-    )
+def test_the_price_is_printed(llama, text, data, tmp_path, cli):
+    options = ("--context", CONTEXT, "--steps", "1", "--data", data, "--eval-text", text, "--device", "cpu")
+    code, _, err = cli("extend", llama, tmp_path / "out", *options)
     price = record_of(tmp_path / "out")["price"]
     assert code == 0
     assert f"price at 64 tokens: perplexity {price['before']:.4g} before, {price['after']:.4g} after" in err
