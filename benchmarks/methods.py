@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from convert import measure  # noqa: E402
 
 from pi_gguf.checkpoint import load_checkpoint  # noqa: E402
-from pi_gguf.evaluate import doublings  # noqa: E402
 from pi_gguf.files import write_json  # noqa: E402
 from pi_gguf.provenance import provenance  # noqa: E402
+from pi_gguf.targets import doublings  # noqa: E402
 
 PI_GGUF = [sys.executable, "-m", "pi_gguf"]
 
@@ -73,7 +73,7 @@ def row(model: str, options: list[str], folder: Path, args: argparse.Namespace, 
     trained = json.loads((folder / "pi_gguf.json").read_text())
     return {
         "perplexity": {str(line["window"]): round(line["perplexity"], 3) for line in perplexity["rows"]},
-        "k_max": passkey["k_max"],
+        "k_max": next(iter(passkey["k_max"].values())),
         "passkeys_found": round(found / tried, 4),
         "tokens": trained.get("tokens", 0),
         **measured,

@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
@@ -21,58 +20,13 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, UnsupportedError
 from pi_gguf.plots import check_plot, plot_bounds
 from pi_gguf.provenance import provenance
+from pi_gguf.results import BoundsReport
 
 if TYPE_CHECKING:
     import numpy as np
 
 _TOKENS = 1024
 """Of a held-out novel, whose queries and keys are taken."""
-
-
-@dataclass(frozen=True)
-class BoundsReport:
-    """What the theory says and what the model's own queries and keys do.
-
-    Args:
-        model: what was read.
-        rope_theta: base c of the angles.
-        rotary_dim: D.
-        window: trained, in tokens.
-        context: how far both ways are followed, in tokens.
-        pairs: P.
-        extrapolated: largest |a(s)| from `window` to `context` by the largest inside the window; the pairs' median.
-        extrapolated_worst: the same, of the worst pair.
-        interpolated: largest |a(s)| to `context` with positions divided by the factor, by the same; the worst pair.
-        error_share: largest distance of a(s + 1/2) from the straight line between its neighbours, by `bound_exact`.
-        bound: Theorem 2.1 halfway between two positions, D max|h| / (32 ln c), by max|h|. It takes D / (4 ln c) for the
-            sum of theta_j^2, which is below it: by 13 % at D = 128, by more where D is small.
-        bound_exact: the same with that sum itself, by max|h|.
-        bound_ratio: the bound of extrapolation, 2 max|h_j - h_j+1| sum_k |A_k+1(s)|, by that one, with differences
-            as large as max|h|; the median over s to `context`.
-        bound_ratio_least: its least over s.
-        figure: one pair's curves: distances and scores inside the window and beyond (`beyond`), and with positions
-            divided by the factor between four neighbours (`between`).
-    """
-
-    model: str
-    rope_theta: float
-    rotary_dim: int
-    window: int
-    context: int
-    pairs: int
-    extrapolated: float
-    extrapolated_worst: float
-    interpolated: float
-    error_share: float
-    bound: float
-    bound_exact: float
-    bound_ratio: float
-    bound_ratio_least: float
-    figure: dict[str, list[list[float]]] = field(repr=False, default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def evaluate_bounds(

@@ -17,7 +17,7 @@ from typing import Any
 from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError, ResourceError, TextError
-from pi_gguf.evaluate import PasskeyReport, Yardstick, evaluate_passkey
+from pi_gguf.evaluate import Yardstick, k_max, passkey_cells
 from pi_gguf.files import human_bytes, replace_when_complete
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
@@ -266,12 +266,10 @@ def measure(
     with Model(path, n_ctx=window, device=device) as model:
         perplexity = yardstick.perplexities(model, windows)
         try:
-            passkeys: PasskeyReport | None = evaluate_passkey(
-                model, windows=(window,), distances=DISTANCES, keys=KEYS, seed=seed
-            )
+            cells = passkey_cells(model, windows=(window,), distances=DISTANCES, keys=KEYS, seed=seed)
         except OptionError as error:
             say(f"certify without passkeys: {error}")
-            passkeys = None
+            cells = []
     reference, whose = _reference(base, yardstick, original)
     if reference is None:
         reference, whose = perplexity[original], "itself"
@@ -282,9 +280,9 @@ def measure(
         reference_perplexity=reference,
         reference=whose,
         ppl_ratio=perplexity[window] / reference,
-        k_max=passkeys.k_max if passkeys else None,
-        passkeys_found=sum(cell.found for cell in passkeys.cells) if passkeys else None,
-        passkeys_asked=sum(cell.keys for cell in passkeys.cells) if passkeys else None,
+        k_max=k_max(cells) if cells else None,
+        passkeys_found=sum(cell.found for cell in cells) if cells else None,
+        passkeys_asked=sum(cell.keys for cell in cells) if cells else None,
         kl_divergence=check.kl_divergence if check else None,
         top1_agreement=check.top1_agreement if check else None,
         against=against if check and check.kl_divergence is not None else None,

@@ -281,10 +281,22 @@ def _show_repair(report: Any) -> str:
 
 
 def _show_perplexity(report: Any) -> str:
-    rows = [(str(r.window), f"{r.perplexity:.3f}", f"{r.standard_error:.3f}", str(r.tokens)) for r in report.rows]
-    return text_table(
-        f"{report.model}: perplexity, stride {report.stride}", ("window", "perplexity", "± s.e.", "tokens"), rows
-    )
+    title = f"perplexity, stride {report.stride}"
+    if len(report.models) == 1:
+        rows = [(str(r.window), f"{r.perplexity:.3f}", f"{r.standard_error:.3f}", str(r.tokens)) for r in report.rows]
+        return text_table(f"{report.models[0]}: {title}", ("window", "perplexity", "± s.e.", "tokens"), rows)
+    found = {(r.model, r.window): f"{r.perplexity:.3f} ± {r.standard_error:.2g}" for r in report.rows}
+    return _by_model(f"{title}, ± standard error", report.models, found)
+
+
+def _by_model(title: str, models: Sequence[str], found: dict[tuple[str, Any], str], *more: dict[str, str]) -> str:
+    """Draw a table of one row a model; `found` by model and column."""
+    columns = list(dict.fromkeys(column for _, column in found))
+    rows = [
+        (model, *(found.get((model, column), "") for column in columns), *(part[model] for part in more))
+        for model in models
+    ]
+    return text_table(title, ("model", *map(str, columns), *["k_max"][: len(more)]), rows)
 
 
 def _show_kl(report: Any) -> str:
@@ -332,12 +344,21 @@ def _show_bounds(report: Any) -> str:
 
 
 def _show_passkey(report: Any) -> str:
+    if len(report.models) > 1:
+        shares: dict[tuple[str, Any], str] = {}
+        for model in report.models:
+            for window in sorted({c.window for c in report.cells}):
+                here = [c for c in report.cells if (c.model, c.window) == (model, window)]
+                shares[model, window] = f"{sum(c.found for c in here) / sum(c.keys for c in here):.0%}"
+        reached = {model: str(k) for model, k in report.k_max.items()}
+        return _by_model("passkeys found, by window; k_max (at least 20 % found)", report.models, shares, reached)
+    (name,) = report.models
     windows = sorted({c.window for c in report.cells})
     places = sorted({round(c.distance / c.window, 4) for c in report.cells})
     found = {(c.window, round(c.distance / c.window, 4)): f"{c.found / c.keys:.0%}" for c in report.cells}
     rows = [(f"{place:.0%} of the window", *(found.get((w, place), "") for w in windows)) for place in places]
-    table = text_table(f"{report.model}: passkeys found", ("distance", *map(str, windows)), rows)
-    return f"{table}\nk_max (at least 20 % found): {report.k_max}"
+    table = text_table(f"{name}: passkeys found", ("distance", *map(str, windows)), rows)
+    return f"{table}\nk_max (at least 20 % found): {report.k_max[name]}"
 
 
 @click.command("run")

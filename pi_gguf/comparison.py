@@ -6,53 +6,22 @@ In: a Hugging Face model. Out: a report, one row a way, with perplexity by windo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import PerplexityRow, doublings, evaluate_passkey, evaluate_perplexity
+from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_perplexity
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, provenance, sha256
+from pi_gguf.results import ComparisonReport, ComparisonRow, PerplexityRow
+from pi_gguf.targets import doublings
 from pi_gguf.texts import read_texts
 
 SUPERHOT_FACTOR = 4
 """Positions times 0.25, whatever the window: kaiokendev's SuperHOT."""
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One way, untrained.
-
-    Args:
-        name: for people.
-        method: as `--method` takes it.
-        context: window that it was scaled to, in tokens; longer windows are read all the same.
-        perplexity: by window.
-        k_max: largest distance, in tokens, at which at least 20 % of the passkeys are found.
-        found: share of all passkeys; of `asked`.
-    """
-
-    name: str
-    method: str
-    context: int
-    perplexity: list[PerplexityRow]
-    k_max: int
-    found: float
-    asked: int
-
-
-@dataclass(frozen=True)
-class ComparisonReport:
-    model: str
-    context: int
-    rows: list[ComparisonRow]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare(
@@ -122,7 +91,7 @@ def compare(
             passkey = evaluate_passkey(model, windows=windows, distances=distances, keys=keys, **options)
             found = {
                 "perplexity": [asdict(row) for row in perplexity.rows],
-                "k_max": passkey.k_max,
+                "k_max": passkey.k_max[checkpoint.source],
                 "found": sum(cell.found for cell in passkey.cells),
                 "asked": sum(cell.keys for cell in passkey.cells),
             }

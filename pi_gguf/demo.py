@@ -14,12 +14,13 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.conversion import convert
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import WINDOWS, PasskeyCell, PerplexityRow, evaluate_passkey, evaluate_perplexity
+from pi_gguf.evaluate import WINDOWS, evaluate_passkey, evaluate_perplexity
 from pi_gguf.files import write_json
 from pi_gguf.finetune import extend
 from pi_gguf.plots import plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
 from pi_gguf.provenance import provenance
+from pi_gguf.results import PasskeyCell, PerplexityRow
 from pi_gguf.tables import markdown_table
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
@@ -157,8 +158,9 @@ def demo(
             model, windows=windows, distances=distances if trained else other_distances, keys=keys,
             context=scaled_to, seed=seed, device=on,
         )  # fmt: skip
-        rows.append(DemoRow(name, perplexity.rows, passkey.k_max, passkey.cells))
-        say("  perplexity " + ", ".join(f"{p.perplexity:.2f}" for p in perplexity.rows) + f"; k_max {passkey.k_max}")
+        (reached,) = passkey.k_max.values()
+        rows.append(DemoRow(name, perplexity.rows, reached, passkey.cells))
+        say("  perplexity " + ", ".join(f"{p.perplexity:.2f}" for p in perplexity.rows) + f"; k_max {reached}")
         if trained:
             plot_passkeys(passkey, out_dir / "passkey.png")
     report = DemoReport(str(out_dir), rows, settings, _record(hf_dir, seed, device))

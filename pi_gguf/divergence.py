@@ -6,62 +6,21 @@ the same tokens side by side, a chunk at a time, so that [tokens, vocabulary] ne
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.evaluate import opened
 from pi_gguf.plots import check_plot, plot_divergence
 from pi_gguf.progress import progress_bar
 from pi_gguf.provenance import provenance, sha256
-from pi_gguf.scoring import in_step, kl_divergence
+from pi_gguf.results import DivergenceReport, DivergenceRow
+from pi_gguf.scoring import in_step, kl_divergence, position_ranges
+from pi_gguf.targets import opened
 from pi_gguf.texts import read_texts
 
 if TYPE_CHECKING:
     import numpy as np
-
-FIRST_RANGE = 1024
-"""Tokens of the first range of positions; each later one is as long as all before it."""
-
-
-@dataclass(frozen=True)
-class DivergenceRow:
-    """Figures of the tokens at positions from `begin` to below `end`, over all texts.
-
-    Args:
-        mean: KL divergence in nats; `median`, `p90`, `p99` and `worst` are of single tokens.
-        top1: share of tokens whose first choice is the reference's.
-        tokens: that were compared.
-    """
-
-    begin: int
-    end: int
-    mean: float
-    median: float
-    p90: float
-    p99: float
-    worst: float
-    top1: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class DivergenceReport:
-    """Rows in order of position, the last one of all positions together."""
-
-    model: str
-    against: str
-    type_k: str
-    type_v: str
-    texts: list[str]
-    rows: list[DivergenceRow]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def evaluate_kl(
@@ -145,20 +104,6 @@ def evaluate_kl(
     if plot:
         plot_divergence(report, plot)
     return report
-
-
-def position_ranges(window: int) -> list[tuple[int, int]]:
-    """Return ranges of positions, each as long as all before it, and all of them together at the end.
-
-    Example:
-        [(0, 1024), (1024, 2048), (2048, 4096), (0, 4096)] for a window of 4096.
-    """
-    edges = [0, FIRST_RANGE]
-    while edges[-1] < window:
-        edges.append(2 * edges[-1])
-    edges = [*edges[:-1], window]
-    found = list(itertools.pairwise(edges))
-    return [*found, (0, window)] if len(found) > 1 else found
 
 
 def _row(begin: int, end: int, kl: np.ndarray, same: np.ndarray) -> DivergenceRow:

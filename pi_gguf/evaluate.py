@@ -1,7 +1,8 @@
-"""Evaluation at length: sliding-window perplexity and passkey retrieval, on a GGUF file or a Hugging Face model.
+"""The paper's two evaluations at length: sliding-window perplexity and passkey retrieval.
 
-In: a model and texts. Out: a report, one row a window, ready for a table or JSON. Both backends go through
-`LanguageModel`, so a figure differs between them only by what the models compute.
+In: targets and texts. Out: a report, one row a window, ready for a table or JSON. The paper's windows are not shared
+but for a document's first one, which gives all its tokens in one pass: a later window begins elsewhere, and what a
+model makes of a token depends on where its window begins. `by_position` is that first pass alone, exact and cheap.
 
 Source: arXiv 2306.15595, sections 3.2 and 3.3.
 """
@@ -10,84 +11,29 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
+from pi_gguf.kept import Kept
 from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
 from pi_gguf.plots import check_plot, plot_passkeys, plot_perplexity
 from pi_gguf.progress import progress_bar, say
-from pi_gguf.provenance import provenance, sha256
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.provenance import library_versions, provenance, sha256
+from pi_gguf.results import PasskeyCell, PasskeyReport, PerplexityReport, PerplexityRow, PositionRow
+from pi_gguf.scoring import LanguageModel, position_ranges
+from pi_gguf.targets import check_targets, check_windows, identity, opened
 from pi_gguf.texts import read_texts
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WINDOWS = (2048, 4096, 8192, 16384, 32768)
 FOUND_SHARE = 0.2
 """A distance counts as reached when at least this share of its keys is found."""
-
-
-def doublings(original: int, context: int) -> list[int]:
-    """Return the original window and each doubling of it, the last one cut to `context`, in tokens."""
-    windows = [original]
-    while windows[-1] < context:
-        windows.append(min(2 * windows[-1], context))
-    return windows
-
-
-@dataclass(frozen=True)
-class PerplexityRow:
-    """Perplexity at one window; `standard_error` is of the perplexity, `tokens` how many were scored."""
-
-    window: int
-    perplexity: float
-    standard_error: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class PerplexityReport:
-    model: str
-    texts: list[str]
-    stride: int
-    samples: int | None
-    rows: list[PerplexityRow]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PasskeyCell:
-    """How many of `keys` were found in a prompt of `window` tokens, `distance` tokens before its end.
-
-    `exact_distance` is from the key's sentence to the end as built: whole filler lines, and never before the
-    introduction, so that a distance of the whole window is some 60 tokens less.
-    """
-
-    window: int
-    distance: int
-    exact_distance: int
-    found: int
-    keys: int
-
-
-@dataclass(frozen=True)
-class PasskeyReport:
-    """All cells; `k_max` is the largest distance at which at least 20 % were found, 0 if none."""
-
-    model: str
-    cells: list[PasskeyCell]
-    k_max: int
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -140,8 +86,7 @@ class Yardstick:
 
 
 def evaluate_perplexity(
-    model: str | LanguageModel,
-    *,
+    *models: str | LanguageModel,
     text: Sequence[str] = (),
     windows: Sequence[int] = WINDOWS,
     stride: int = 256,
@@ -149,6 +94,7 @@ def evaluate_perplexity(
     max_tokens: int = 32768,
     context: int | None = None,
     method: str = "linear",
+    keep: str | None = None,
     plot: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -159,14 +105,16 @@ def evaluate_perplexity(
     --samples, a few stretches of STRIDE tokens a document are scored instead, the same ones at every window.
 
     Args:
-        model: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
-        text: text file or folder of them; the held-out novels of the bundled sample when left out. Repeatable.
+        models: GGUF file, Hugging Face folder, Hub id or bundled:tiny; several make one table.
+        text: text file, folder of them, or of the Hub pg19, proof-pile or owner/name:split; the held-out novels of the
+            bundled sample when left out. Repeatable.
         windows: context lengths, in tokens.
         stride: tokens that a window moves on, and scores.
         samples: stretches to score in each document, evenly spaced; all of the document when left out.
         max_tokens: documents are cut here, in tokens; not with --samples.
-        context: extend a Hugging Face model to this window, in tokens, without training.
+        context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        keep: file that keeps each finished document, in JSON lines; the same command goes on from it.
         plot: file to draw perplexity by window to, e.g. perplexity.png.
         seed: recorded; nothing is random here.
         device: auto, cpu or cuda.
@@ -174,20 +122,35 @@ def evaluate_perplexity(
     Example:
         pi-gguf eval perplexity model.gguf --text book.txt --windows 2048,8192,32768
     """
-    _check_windows(windows)
+    check_targets(models)
+    check_windows(windows)
     largest = max(windows)
     if not 0 < stride <= min(windows) - 1:
         raise OptionError(f"stride must be from 1 to {min(windows) - 1}, below the smallest window, got {stride}")
     if samples is not None and samples < 1:
         raise OptionError(f"samples must be at least 1, got {samples}")
     check_plot(plot)
-    documents = read_texts(text) if text else _heldout()
-    with opened(model, n_ctx=largest, context=context, method=method, device=device) as lm:
-        rows = perplexity_rows(lm, documents, windows=windows, stride=stride, samples=samples, max_tokens=max_tokens)
-        record = provenance(seed=seed, device=device, text_sha256=sha256(list(documents.values())))
-        report = PerplexityReport(lm.name, list(documents), stride, samples, rows, record)
+    kept = Kept(keep)
+    documents = read_texts(text, characters=2 * largest) if text else _heldout()
+    hashed = sha256(list(documents.values()))
+    names, rows, by_position = [], [], []
+    for model in models:
+        settings = {
+            **identity(model), "texts": hashed, "stride": stride, "samples": samples, "max_tokens": max_tokens,
+            "largest": largest, "context": context, "method": method, "device": device, "versions": library_versions(),
+        }  # fmt: skip
+        with opened(model, n_ctx=largest, context=context, method=method, device=device) as lm:
+            names.append(lm.name)
+            found = measure_documents(
+                lm, documents, windows=windows, stride=stride, samples=samples, max_tokens=max_tokens, kept=kept,
+                settings=settings,
+            )  # fmt: skip
+        rows += [_row(lm.name, window, [part["scored"] for part in parts]) for window, parts in found.items()]
+        by_position += _position_rows(lm.name, largest, [part["first_pass"] for part in found[largest]])
+    record = provenance(seed=seed, device=device, text_sha256=hashed)
+    report = PerplexityReport(names, list(documents), stride, samples, rows, by_position, record)
     if plot:
-        plot_perplexity({Path(report.model).name: rows}, plot)
+        plot_perplexity({Path(name).name: [row for row in rows if row.model == name] for name in names}, plot)
     return report
 
 
@@ -197,19 +160,44 @@ def perplexity_rows(
     *,
     windows: Sequence[int],
     stride: int,
-    samples: int | None,
-    max_tokens: int = 0,
-    largest: int | None = None,
+    samples: int,
+    largest: int,
 ) -> list[PerplexityRow]:
-    """Measure perplexity of an open model on documents by name; the rest as `evaluate_perplexity`.
+    """Measure perplexity of an open model on stretches of documents, as `evaluate_perplexity` with `samples` does.
 
     Args:
-        largest: stretches begin after so many tokens; the largest window when None.
+        largest: stretches begin after so many tokens.
 
     Raises:
         TextError: a document is shorter than that.
     """
+    found = measure_documents(lm, documents, windows=windows, stride=stride, samples=samples, largest=largest)
+    return [_row(lm.name, window, [part["scored"] for part in parts]) for window, parts in found.items()]
+
+
+def measure_documents(
+    lm: LanguageModel,
+    documents: dict[str, str],
+    *,
+    windows: Sequence[int],
+    stride: int,
+    samples: int | None,
+    max_tokens: int = 0,
+    largest: int | None = None,
+    kept: Kept | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[int, list[dict[str, Any]]]:
+    """Score documents at each window; what is kept is not measured again.
+
+    Returns:
+        By window, for each document: `scored`, the sum of its losses in nats, of their squares, and the tokens; and
+        `first_pass`, the same by `position_ranges` of the largest window, without samples.
+
+    Raises:
+        TextError: a document is shorter than the largest window.
+    """
     largest = largest or max(windows)
+    kept = kept or Kept(None)
     tokenized = {name: lm.tokenize(body) for name, body in documents.items()}
     for name, ids in tokenized.items():
         if len(ids) < largest:
@@ -217,19 +205,67 @@ def perplexity_rows(
                 f"{name}: {len(ids)} tokens, fewer than the largest window of {largest}",
                 "give longer texts or smaller --windows",
             )
-    rows = []
+    found: dict[int, list[dict[str, Any]]] = {}
     for window in windows:
-        jobs = [
-            job
-            for ids in tokenized.values()
-            for job in (
-                sliding_windows(ids[: max(max_tokens, largest)], window, stride, lm.bos)
-                if samples is None
-                else sampled_windows(ids, window, largest, stride, samples, lm.bos)
-            )
-        ]
-        rows.append(_perplexity(lm, window, jobs))
-    return rows
+        jobs = {
+            name: sliding_windows(ids[: max(max_tokens, largest)], window, stride, lm.bos)
+            if samples is None
+            else sampled_windows(ids, window, largest, stride, samples, lm.bos)
+            for name, ids in tokenized.items()
+        }
+        items = {name: {**(settings or {}), "window": window, "document": name} for name in jobs}
+        todo = sum(len(jobs[name]) for name, item in items.items() if kept.get(item) is None)
+        losses, tokens = 0.0, 0
+        with progress_bar(f"perplexity at {window}", todo, "windows") as advance:
+            for name, item in items.items():
+                if kept.get(item) is not None:
+                    continue
+                nll: list[np.ndarray] = []
+                for ids, last in jobs[name]:
+                    nll.append(-lm.score(ids, last)[0])
+                    losses, tokens = losses + float(nll[-1].sum()), tokens + last
+                    advance(1, text=f"{math.exp(losses / tokens):.3f}")
+                whole = window == largest and samples is None
+                kept.put(item, {"scored": _sums(nll), "first_pass": _by_position(nll[0], largest) if whole else []})
+        found[window] = [kept.get(item) for item in items.values()]
+    return found
+
+
+def _sums(nll: Sequence[np.ndarray]) -> list[float]:
+    return [float(sum(f(x) for x in nll)) for f in (lambda x: x.sum(), lambda x: (x**2).sum(), len)]
+
+
+def _by_position(nll: np.ndarray, window: int) -> list[list[float]]:
+    """Sum the losses of a first pass by range of positions; element i is of the token at position i + 1."""
+    return [_sums([nll[max(0, begin - 1) : end - 1]]) for begin, end in _ranges(window)]
+
+
+def _ranges(window: int) -> list[tuple[int, int]]:
+    found = position_ranges(window)
+    return found[:-1] or found
+
+
+def _row(model: str, window: int, parts: Sequence[Sequence[float]]) -> PerplexityRow:
+    return PerplexityRow(window, *_perplexity(parts), model)
+
+
+def _position_rows(model: str, window: int, parts: Sequence[Sequence[Sequence[float]]]) -> list[PositionRow]:
+    ranges = zip(_ranges(window), zip(*parts, strict=True), strict=False)  # no parts, no rows
+    return [PositionRow(begin, end, *_perplexity(of_range), model) for (begin, end), of_range in ranges]
+
+
+def _perplexity(parts: Sequence[Sequence[float]]) -> tuple[float, float, int]:
+    """Return perplexity, its standard error and the tokens, from the sums of each document.
+
+    Over several documents the error is that of a ratio of sums, documents being drawn and not tokens.
+    """
+    total, squares, tokens = (sum(part[i] for part in parts) for i in range(3))
+    mean, n = total / tokens, len(parts)
+    if n > 1:
+        variance = n / (n - 1) * sum((part[0] - mean * part[2]) ** 2 for part in parts) / tokens**2
+    else:
+        variance = max(0.0, squares / tokens - mean**2) / (tokens - 1) if tokens > 1 else math.nan
+    return math.exp(mean), math.exp(mean) * math.sqrt(variance), int(tokens)
 
 
 def sliding_windows(ids: list[int], window: int, stride: int, bos: list[int]) -> list[tuple[list[int], int]]:
@@ -264,28 +300,16 @@ def sampled_windows(
     return [(bos + ids[end - window + len(bos) : end], stride) for end in ends]
 
 
-def _perplexity(lm: LanguageModel, window: int, jobs: list[tuple[list[int], int]]) -> PerplexityRow:
-    import numpy as np
-
-    losses = []
-    with progress_bar(f"perplexity at {window}", len(jobs), "windows") as advance:
-        for ids, last in jobs:
-            losses.append(-lm.score(ids, last)[0])
-            advance(1, text=f"{math.exp(np.concatenate(losses).mean()):.3f}")
-    nll = np.concatenate(losses)
-    perplexity = math.exp(nll.mean())
-    error = perplexity * float(nll.std(ddof=1)) / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
-    return PerplexityRow(window, perplexity, error, len(nll))
-
-
 def evaluate_passkey(
-    model: str | LanguageModel,
-    *,
+    *models: str | LanguageModel,
     windows: Sequence[int] = WINDOWS,
-    distances: int = 32,
-    keys: int = 10,
+    distances: int | None = None,
+    keys: int | None = None,
+    quick: bool = False,
     context: int | None = None,
     method: str = "linear",
+    tokenizer: str | None = None,
+    keep: str | None = None,
     plot: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -296,40 +320,84 @@ def evaluate_passkey(
     the largest distance at which at least 20 % of the keys are found.
 
     Args:
-        model: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
+        models: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or URL of an OpenAI-compatible server; several
+            make one table.
         windows: prompt lengths, in tokens.
-        distances: places of the key in each window.
-        keys: keys tried at each place.
-        context: extend a Hugging Face model to this window, in tokens, without training.
+        distances: places of the key in each window; 32 when left out.
+        keys: keys tried at each place; 10 when left out.
+        quick: 8 places and 2 keys when those are left out.
+        context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
-        plot: file to draw the share found, by window and distance, to, e.g. passkey.png.
+        tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
+        keep: file that keeps each finished place, in JSON lines; the same command goes on from it.
+        plot: file to draw the share found, by window and distance, to, e.g. passkey.png; of one model.
         seed: of the keys drawn.
         device: auto, cpu or cuda.
 
     Example:
         pi-gguf eval passkey model.gguf --windows 2048,8192,32768
     """
-    _check_windows(windows)
+    check_targets(models)
+    check_windows(windows)
+    distances, keys = distances or (8 if quick else 32), keys or (2 if quick else 10)
     for name, value in (("distances", distances), ("keys", keys)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
     check_plot(plot)
-    with opened(model, n_ctx=max(windows), context=context, method=method, device=device) as lm:
-        cells: list[PasskeyCell] = []
-        grid = [(window, window * i // distances) for window in windows for i in range(1, distances + 1)]
-        # Within a window the key moves from the end to the start, so that most of a prompt is shared with the next.
-        with progress_bar("passkey", len(grid) * keys, "keys") as advance:
-            for window, distance in grid:
-                prompts, rng, found = PasskeyPrompts(lm, window), random.Random(f"{seed} {window} {distance}"), 0
-                for _ in range(keys):
-                    ids, last, exact = prompts.make(draw_key(rng, for_evaluation=True), distance)
-                    found += bool(lm.score(ids, last)[1].all())
-                    advance(1, text=f"window {window}")
-                cells.append(PasskeyCell(window, distance, exact, found, keys))
-        report = PasskeyReport(lm.name, cells, k_max(cells), provenance(seed=seed, device=device))
+    if plot and len(models) > 1:
+        raise OptionError(f"plot is for one model, got {len(models)}", "eval report draws several")
+    kept = Kept(keep)
+    names, cells = [], []
+    for model in models:
+        settings = {
+            **identity(model), "keys": keys, "seed": seed, "context": context, "method": method, "device": device,
+            "tokenizer": tokenizer, "versions": library_versions(),
+        }  # fmt: skip
+        options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
+        with opened(model, n_ctx=max(windows), **options) as lm:
+            names.append(lm.name)
+            cells += passkey_cells(
+                lm, windows=windows, distances=distances, keys=keys, seed=seed, kept=kept, settings=settings
+            )
+    found = {name: k_max([cell for cell in cells if cell.model == name]) for name in names}
+    report = PasskeyReport(names, cells, found, provenance(seed=seed, device=device))
     if plot:
         plot_passkeys(report, plot)
     return report
+
+
+def passkey_cells(
+    lm: LanguageModel,
+    *,
+    windows: Sequence[int],
+    distances: int,
+    keys: int,
+    seed: int = 0,
+    kept: Kept | None = None,
+    settings: dict[str, Any] | None = None,
+) -> list[PasskeyCell]:
+    """Ask an open model for passkeys, as `evaluate_passkey` does; what is kept is not asked again.
+
+    Raises:
+        OptionError: a window is too small for the task.
+    """
+    kept = kept or Kept(None)
+    grid = [(window, window * i // distances) for window in windows for i in range(1, distances + 1)]
+    items = {cell: {**(settings or {}), "window": cell[0], "distance": cell[1]} for cell in grid}
+    todo = [cell for cell in grid if kept.get(items[cell]) is None]
+    # Within a window the key moves from the end to the start: what two prompts share lies before both keys.
+    with progress_bar("passkey", len(todo) * keys, "keys") as advance:
+        for window, distance in todo:
+            prompts, rng, found = PasskeyPrompts(lm, window), random.Random(f"{seed} {window} {distance}"), 0
+            for _ in range(keys):
+                ids, last, exact = prompts.make(draw_key(rng, for_evaluation=True), distance)
+                found += lm.predicts(ids, last)
+                advance(1, text=f"window {window}")
+            kept.put(items[window, distance], {"exact_distance": exact, "found": found})
+    return [
+        PasskeyCell(window=window, distance=distance, keys=keys, model=lm.name, **kept.get(items[window, distance]))
+        for window, distance in grid
+    ]
 
 
 def k_max(cells: Sequence[PasskeyCell]) -> int:
@@ -375,50 +443,7 @@ class PasskeyPrompts:
         return ids, len(asked) - len(self._question), exact
 
 
-@contextmanager
-def opened(
-    model: str | LanguageModel,
-    *,
-    n_ctx: int | None,
-    context: int | None = None,
-    method: str = "linear",
-    device: str = "auto",
-    type_k: str = "f16",
-    type_v: str = "f16",
-) -> Iterator[LanguageModel]:
-    """Open a GGUF file or a Hugging Face MODEL for `n_ctx` tokens, its own window when None, and close it; an open
-    model passes through."""
-    if isinstance(model, LanguageModel):
-        yield model
-        return
-    lm: LanguageModel
-    if Path(model).suffix == ".gguf":
-        from pi_gguf.runtime import Model
-
-        if context is not None:
-            raise OptionError("context is for Hugging Face models; a GGUF file holds its scaling")
-        lm = Model(model, n_ctx=n_ctx, device=device, type_k=type_k, type_v=type_v)
-    else:
-        from pi_gguf.hf_model import HfModel
-
-        if (type_k, type_v) != ("f16", "f16"):
-            raise OptionError(f"type-k and type-v are for GGUF files, {model} is none", "leave them out")
-        checkpoint = load_checkpoint(model)
-        lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.extended(context, method))
-    if n_ctx is not None and n_ctx > lm.window:
-        say(f"note: {model} has a window of {lm.window} tokens and is read to {n_ctx}")
-    try:
-        yield lm
-    finally:
-        lm.close()
-
-
 def _heldout() -> dict[str, str]:
     documents = bundled.novels("heldout")
     say(f"no --text: the {len(documents)} held-out novels of the bundled sample are read")
     return documents
-
-
-def _check_windows(windows: Sequence[int]) -> None:
-    if not windows or min(windows) < 2:
-        raise OptionError(f"windows must be token counts above 1, got {list(windows)}")

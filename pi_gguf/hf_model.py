@@ -30,6 +30,13 @@ class HfTokens(LanguageModel):
         ids = self.tokenize("a")
         return ids[:1] if ids[0] == self._tokenizer.bos_token_id else []
 
+    def detokenize(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def is_end(self, token: int) -> bool:
+        return token == self._tokenizer.eos_token_id
+
 
 class HfModel(HfTokens):
     """A checkpoint opened by transformers in 32 bits on the CPU, 16 on a GPU.

@@ -7,30 +7,19 @@ position.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from pi_gguf.divergence import DivergenceReport, DivergenceRow, evaluate_kl
+from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_matrix
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions, sha256
+from pi_gguf.results import DivergenceReport, DivergenceRow, MatrixReport
 from pi_gguf.runtime import CACHE_TYPES
+from pi_gguf.targets import identity
 from pi_gguf.texts import read_texts
-
-
-@dataclass(frozen=True)
-class MatrixReport:
-    """Every file with every type of its cache, against one reference."""
-
-    against: str
-    cells: list[DivergenceReport]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def evaluate_matrix(
@@ -75,12 +64,11 @@ def evaluate_matrix(
     texts = sha256(list(read_texts(text).values())) if text else "bundled"
     version = library_versions()
     cells = []
-    for model, info in infos.items():
+    for model in infos:
         for kind in kinds:
-            stat = info.path.stat()
             item = {
-                "model": model, "bytes": stat.st_size, "written": stat.st_mtime_ns, "cache": kind, "against": against,
-                "window": window, "texts": texts, "documents": documents, "device": device, "versions": version,
+                **identity(model), "cache": kind, "against": against, "window": window, "texts": texts,
+                "documents": documents, "device": device, "versions": version,
             }  # fmt: skip
             if (found := kept.get(item)) is None:
                 say(f"{model}, {kind} cache")

@@ -80,7 +80,7 @@ def plot_passkeys(report: Any, path: str | Path) -> None:
         shown = range(0, len(places), -(-len(places) // 16))
         axes.set_yticks(shown, [f"{places[i] / 10:.0f} %" for i in shown])
         axes.set(xlabel="window, tokens", ylabel="distance of the key from the end, share of the window")
-        axes.set_title(f"passkeys found: {Path(report.model).name}")
+        axes.set_title(f"passkeys found: {Path(report.models[0]).name}")
         figure.colorbar(image)
 
 

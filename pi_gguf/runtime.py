@@ -153,7 +153,6 @@ class Model(LanguageModel):
         return [int(begin)] if begin is not None and self.tokenize("a")[:1] == [begin] else []
 
     def is_end(self, token: int) -> bool:
-        """Tell whether generation ends at a token."""
         llama_cpp = llama_cpp_library()
         return bool(llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(self._llama.model), token))
 
@@ -163,6 +162,10 @@ class Model(LanguageModel):
         """Return token ids; special tokens written out in the text are recognized."""
         ids: list[int] = self._llama.tokenize(text.encode(), add_bos=add_special, special=True)
         return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        text: bytes = self._llama.detokenize(list(ids))
+        return text.decode(errors="replace")
 
     def complete(
         self,

@@ -6,6 +6,7 @@ A backend provides `logits_chunks`; log-probabilities follow here, a chunk at a 
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -66,6 +67,34 @@ class LanguageModel(ABC):
             done += len(here)
         return logprobs, first
 
+    def predicts(self, ids: Sequence[int], last: int) -> bool:
+        """Tell whether each of the last `last` ids is the most probable one after all before it."""
+        return bool(self.score(ids, last)[1].all())
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+
+    @abstractmethod
+    def is_end(self, token: int) -> bool:
+        """Tell whether generation ends at a token."""
+
+    def generate(self, ids: Sequence[int], max_tokens: int) -> str:
+        """Continue ids with the most probable token each time, and return the text of what was added.
+
+        Args:
+            ids: the prompt; with `max_tokens` it must fit the window.
+            max_tokens: at most; an end token ends it before.
+        """
+        written: list[int] = []
+        while len(written) < max_tokens:
+            (logits,) = self.logits_chunks([*ids, *written], 1)
+            token = int(logits[-1].argmax())
+            if self.is_end(token):
+                break
+            written.append(token)
+        return self.detokenize(written)
+
     @abstractmethod
     def close(self) -> None:
         """Free the memory."""
@@ -101,6 +130,24 @@ def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray
     width = min(reference.shape[1], logits.shape[1])
     p, q = log_softmax(reference[:, :width]), log_softmax(logits[:, :width])
     return (np.exp(p) * (p - q)).sum(1), reference.argmax(1) == logits.argmax(1)
+
+
+FIRST_RANGE = 1024
+"""Tokens of the first range of positions; each later one is as long as all before it."""
+
+
+def position_ranges(window: int) -> list[tuple[int, int]]:
+    """Return ranges of positions, each as long as all before it, and all of them together at the end.
+
+    Example:
+        [(0, 1024), (1024, 2048), (2048, 4096), (0, 4096)] for a window of 4096.
+    """
+    edges = [0, FIRST_RANGE]
+    while edges[-1] < window:
+        edges.append(2 * edges[-1])
+    edges = [*edges[:-1], window]
+    found = list(itertools.pairwise(edges))
+    return [*found, (0, window)] if len(found) > 1 else found
 
 
 def in_step(a: Iterator[np.ndarray], b: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -7,6 +7,7 @@ data set is run.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +28,43 @@ FIELD = "text"
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")
 
 
-def read_texts(paths: Sequence[str]) -> dict[str, str]:
-    """Read text files, and all text files in folders, one document each.
+TEXT_SETS = {
+    "pg19": ("emozilla/pg19:test", None),
+    "proof-pile": ("hoskinson-center/proof-pile:test", "refs/convert/parquet"),
+}
+"""The paper's two evaluation texts, by the names of the Hub: a copy of PG19 in Parquet, and the Hub's own conversion of
+Proof-pile, whose files are not of a kind that is read without running code. With the branch they lie in."""
+
+HUB_DOCUMENTS = 128
+"""Read of a data set of the Hub, at most: the paper's number."""
+
+
+def read_texts(sources: Sequence[str], *, characters: int = 1) -> dict[str, str]:
+    """Read texts to evaluate on, one document each.
+
+    Args:
+        sources: text files, folders of them, JSONL or Parquet files, or data sets of the Hub: pg19, proof-pile, or
+            owner/name:split.
+        characters: documents of the Hub that are shorter are passed over.
 
     Raises:
-        TextError: a file is missing, empty or no UTF-8, or a folder has no text files.
+        TextError: a file is missing, empty or no UTF-8, a folder has no text files, or a data set cannot be read.
     """
-    return {str(path): _read_text(path) for name in paths for path in _find_files(name, SUFFIXES)}
+    found: dict[str, str] = {}
+    for source in sources:
+        if _is_on_hub(source) or (source in TEXT_SETS and not Path(source).exists()):
+            name, branch = TEXT_SETS.get(source, (source, None))
+            long = (text for text in hub_documents(name, branch or _hub_revision(name)) if len(text) >= characters)
+            some = {f"{source} {i}": text for i, text in enumerate(itertools.islice(long, HUB_DOCUMENTS), 1)}
+            if not some:
+                raise TextError(f"{source}: no document has {characters} characters", "give smaller --windows")
+            found |= some
+        elif Path(source).suffix in TABLES:
+            (path,) = _find_files(source, TABLES)
+            found |= {f"{path}:{i}": text for i, text in enumerate(_file_documents(path), 1)}
+        else:
+            found |= {str(path): _read_text(path) for path in _find_files(source, SUFFIXES)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -81,8 +112,7 @@ def open_texts(sources: Sequence[str]) -> Texts:
     files: set[Path] = set()
     on_hub: set[str] = set()
     for source in sources:
-        local = Path(source).expanduser()
-        if not local.exists() and _HUB_NAME.fullmatch(source) and local.suffix not in SUFFIXES + TABLES:
+        if _is_on_hub(source):
             on_hub.add(source)
         else:
             files.update(_find_files(source, SUFFIXES + TABLES))
@@ -114,6 +144,11 @@ def open_texts(sources: Sequence[str]) -> Texts:
         read=read,
         count=len(paths) if only_texts else None,
     )
+
+
+def _is_on_hub(source: str) -> bool:
+    local = Path(source).expanduser()
+    return not local.exists() and bool(_HUB_NAME.fullmatch(source)) and local.suffix not in SUFFIXES + TABLES
 
 
 def _find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:

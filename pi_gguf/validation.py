@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.evaluate import PasskeyPrompts, Yardstick, evaluate_passkey
+from pi_gguf.evaluate import PasskeyPrompts, Yardstick, k_max, passkey_cells
 from pi_gguf.files import human_bytes
 from pi_gguf.hf_model import HfModel, HfTokens, tokenize_with
 from pi_gguf.planning import free_memory
@@ -116,8 +116,8 @@ class Validation:
         windows = (self._original, self._context)
         found = {f"eval_perplexity_{w}": value for w, value in self._yardstick.perplexities(lm, windows).items()}
         if self._passkeys:
-            passkeys = evaluate_passkey(lm, windows=(self._context,), distances=DISTANCES, keys=KEYS)
-            found["eval_k_max"] = float(passkeys.k_max)
+            cells = passkey_cells(lm, windows=(self._context,), distances=DISTANCES, keys=KEYS)
+            found["eval_k_max"] = float(k_max(cells))
         found = dict(agree(found))  # they decide together when to stop
         say("validation: " + ", ".join(f"{name.removeprefix('eval_')} {value:.6g}" for name, value in found.items()))
         return found

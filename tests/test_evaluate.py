@@ -15,9 +15,10 @@ from conftest import WINDOW
 import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
-from pi_gguf.evaluate import PasskeyCell, PasskeyPrompts, k_max, sampled_windows, sliding_windows
+from pi_gguf.evaluate import PasskeyPrompts, k_max, sampled_windows, sliding_windows
 from pi_gguf.hf_model import HfModel
 from pi_gguf.passkey import EVALUATION_FILLER, draw_key, is_evaluation_key
+from pi_gguf.results import PasskeyCell
 from pi_gguf.runtime import Model
 
 

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 # Imports go downward only: a module may import those of the layers before its own. The README draws the same.
 LAYERS = [
-    {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance"},
+    {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance", "results"},
     {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
     {"processes", "plots", "kept"},
     {"methods"},
@@ -29,10 +29,12 @@ LAYERS = [
     {"vocabulary"},
     {"gguf_header"},
     {"gguf_file", "hf_model"},
+    {"remote"},
     {"ggml"},
     {"runtime", "writing"},
     {"imatrix"},
-    {"planning", "evaluate", "check", "quantizing"},
+    {"planning", "targets", "check", "quantizing"},
+    {"evaluate"},
     {"defects", "batches", "validation", "certificate", "divergence", "bounds"},
     {"training"},
     {"finetune", "inspection", "repairing", "model_card", "matrix", "comparison"},

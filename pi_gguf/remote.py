@@ -1,0 +1,82 @@
+"""A model behind an OpenAI-compatible server, such as llama-server or vLLM: it continues prompts.
+
+In: the URL that ends in /v1, and the checkpoint whose tokenizer the server's model has, by which prompts are cut to
+length. A server gives no log-probabilities of a prompt, so passkeys count as found when they are what it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.errors import OptionError, ResourceError
+from pi_gguf.hf_model import HfTokens
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_SECONDS = 600
+"""To wait for an answer."""
+
+
+class RemoteModel(HfTokens):
+    """The first model that a server lists. The environment's OPENAI_API_KEY is sent where it is set.
+
+    Args:
+        url: such as http://127.0.0.1:8080/v1.
+        checkpoint: gives the tokenizer, and the window where none is asked for.
+        n_ctx: tokens that the server's model reads.
+
+    Raises:
+        ResourceError: nothing answers there.
+        OptionError: what answers is no such server.
+    """
+
+    def __init__(self, url: str, checkpoint: Checkpoint, n_ctx: int | None) -> None:
+        self.name, self._url = url, url.rstrip("/")
+        self.window = n_ctx or checkpoint.rope.max_position_embeddings
+        self._tokenizer = checkpoint.load_tokenizer()
+        try:
+            self._model = self._ask("models", None)["data"][0]["id"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise OptionError(f"{url}: lists no models", "give the URL that ends in /v1") from error
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self._url}/{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            said = " ".join(error.read(300).decode(errors="replace").split())
+            raise OptionError(f"{self.name}: the server refuses {path} with {error.code} ({said})") from error
+        except (OSError, ValueError) as error:
+            raise ResourceError(f"{self.name}: no answer of a server ({error})", "is it running there?") from error
+
+    def generate(self, ids: Sequence[int], max_tokens: int) -> str:
+        body = {"model": self._model, "prompt": self.detokenize(ids), "max_tokens": max_tokens, "temperature": 0}
+        try:
+            return str(self._ask("completions", body)["choices"][0]["text"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise OptionError(f"{self.name}: an answer without choices") from error
+
+    def predicts(self, ids: Sequence[int], last: int) -> bool:
+        expected = self.detokenize(ids[-last:]).strip()
+        return self.generate(ids[:-last], last + 1).strip().startswith(expected)
+
+    def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
+        raise OptionError(
+            f"{self.name}: a server gives no log-probabilities of a prompt",
+            "it can be asked for passkey, needle, ruler and summarize",
+        )
+
+    def close(self) -> None:
+        """Leave the server to its owner."""

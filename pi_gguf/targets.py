@@ -1,0 +1,118 @@
+"""What an evaluation is asked of: a GGUF file, a Hugging Face model, or a server.
+
+In: the word on the command line. Out: an open `LanguageModel`. All backends go through it, so that a figure differs
+between them only by what the models compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.errors import OptionError
+from pi_gguf.progress import say
+from pi_gguf.scoring import LanguageModel
+
+
+@contextmanager
+def opened(
+    model: str | LanguageModel,
+    *,
+    n_ctx: int | None,
+    context: int | None = None,
+    method: str = "linear",
+    tokenizer: str | None = None,
+    device: str = "auto",
+    type_k: str = "f16",
+    type_v: str = "f16",
+) -> Iterator[LanguageModel]:
+    """Open a target for `n_ctx` tokens, its own window when None, and close it; an open model passes through.
+
+    Args:
+        model: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or the URL of an OpenAI-compatible server.
+        tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
+
+    Raises:
+        OptionError: an option that is not for this kind of target.
+    """
+    if isinstance(model, LanguageModel):
+        yield model
+        return
+    lm: LanguageModel
+    if is_url(model):
+        from pi_gguf.remote import RemoteModel
+
+        if context is not None or (type_k, type_v) != ("f16", "f16"):
+            raise OptionError(f"context and cache types are the server's to choose, {model} is a URL")
+        if tokenizer is None:
+            raise OptionError(f"{model}: tokenizer must name the MODEL whose tokenizer the server's model has")
+        lm = RemoteModel(model, load_checkpoint(tokenizer, weights=False), n_ctx)
+    elif Path(model).suffix == ".gguf":
+        from pi_gguf.runtime import Model
+
+        if context is not None:
+            raise OptionError("context is for Hugging Face models; a GGUF file holds its scaling")
+        lm = Model(model, n_ctx=n_ctx, device=device, type_k=type_k, type_v=type_v)
+    else:
+        from pi_gguf.hf_model import HfModel
+
+        if (type_k, type_v) != ("f16", "f16"):
+            raise OptionError(f"type-k and type-v are for GGUF files, {model} is none", "leave them out")
+        checkpoint = load_checkpoint(model)
+        lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.extended(context, method))
+    if n_ctx is not None and n_ctx > lm.window:
+        say(f"note: {model} has a window of {lm.window} tokens and is read to {n_ctx}")
+    try:
+        yield lm
+    finally:
+        lm.close()
+
+
+def is_url(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
+
+
+def identity(model: str | LanguageModel) -> dict[str, Any]:
+    """Return what tells a target from another one, and from itself after a change, without reading all of it."""
+    if isinstance(model, LanguageModel):
+        return {"model": model.name}
+    if is_url(model):
+        return {"model": model}
+    if Path(model).suffix == ".gguf" and Path(model).exists():
+        stat = Path(model).stat()
+        return {"model": model, "bytes": stat.st_size, "written": stat.st_mtime_ns}
+    return {"model": model, "weights": load_checkpoint(model).fingerprint()}
+
+
+def check_targets(models: Sequence[str | LanguageModel]) -> None:
+    """Check that there is a target, and none twice.
+
+    Raises:
+        OptionError: otherwise.
+    """
+    names = [model if isinstance(model, str) else model.name for model in models]
+    if not names:
+        raise OptionError("MODEL is missing", "give a GGUF file, a Hugging Face folder or bundled:tiny")
+    if len(set(names)) < len(names):
+        raise OptionError(f"models must differ, got {', '.join(names)}")
+
+
+def check_windows(windows: Sequence[int]) -> None:
+    """Check window lengths, in tokens.
+
+    Raises:
+        OptionError: none, or one below 2.
+    """
+    if not windows or min(windows) < 2:
+        raise OptionError(f"windows must be token counts above 1, got {list(windows)}")
+
+
+def doublings(original: int, context: int) -> list[int]:
+    """Return the original window and each doubling of it, the last one cut to `context`, in tokens."""
+    windows = [original]
+    while windows[-1] < context:
+        windows.append(min(2 * windows[-1], context))
+    return windows
