@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.checkpoint import load_checkpoint
-from pi_gguf.errors import OptionError
+from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel
 
@@ -81,7 +81,9 @@ def identity(model: str | LanguageModel) -> dict[str, Any]:
         return {"model": model.name}
     if is_url(model):
         return {"model": model}
-    if Path(model).suffix == ".gguf" and Path(model).exists():
+    if Path(model).suffix == ".gguf":
+        if not Path(model).is_file():
+            raise GgufError(f"{model}: no such file")
         stat = Path(model).stat()
         return {"model": model, "bytes": stat.st_size, "written": stat.st_mtime_ns}
     return {"model": model, "weights": load_checkpoint(model).fingerprint()}
