@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pi_gguf.quantizing import quantize as quantize
     from pi_gguf.repairing import repair as repair
     from pi_gguf.runtime import open_model as open
+    from pi_gguf.summaries import evaluate_summaries as evaluate_summaries
 
 _PUBLIC = {
     "card": ("model_card", "card"),
@@ -42,6 +43,7 @@ _PUBLIC = {
     "evaluate_matrix": ("matrix", "evaluate_matrix"),
     "evaluate_passkey": ("evaluate", "evaluate_passkey"),
     "evaluate_perplexity": ("evaluate", "evaluate_perplexity"),
+    "evaluate_summaries": ("summaries", "evaluate_summaries"),
     "extend": ("finetune", "extend"),
     "inspect": ("inspection", "inspect"),
     "open": ("runtime", "open_model"),
@@ -60,6 +62,7 @@ __all__ = [
     "evaluate_matrix",
     "evaluate_passkey",
     "evaluate_perplexity",
+    "evaluate_summaries",
     "extend",
     "inspect",
     "open",

@@ -299,6 +299,15 @@ def _by_model(title: str, models: Sequence[str], found: dict[tuple[str, Any], st
     return text_table(title, ("model", *map(str, columns), *["k_max"][: len(more)]), rows)
 
 
+def _show_summaries(report: Any) -> str:
+    rows = [
+        (r.model, f"{r.rouge1:.1f}", f"{r.rouge2:.1f}", f"{r.rougel:.1f}", str(r.documents), f"{r.tokens:.0f}")
+        for r in report.rows
+    ]
+    header = ("model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "documents", "tokens each")
+    return text_table(f"summaries of {report.source}", header, rows)
+
+
 def _show_kl(report: Any) -> str:
     numbers = ("mean", "median", "p90", "p99", "worst")
     rows = [
@@ -427,6 +436,10 @@ _EVALUATIONS = {
     "passkey": (
         "Passkey retrieval by distance, and k_max.",
         lambda: command("evaluate:evaluate_passkey", _show_passkey, name="passkey"),
+    ),
+    "summarize": (
+        "Summaries of long documents, by ROUGE.",
+        lambda: command("summaries:evaluate_summaries", _show_summaries, name="summarize"),
     ),
     "compare": (
         "Ways to reach a longer window without training, side by side.",

@@ -151,6 +151,45 @@ def _is_on_hub(source: str) -> bool:
     return not local.exists() and bool(_HUB_NAME.fullmatch(source)) and local.suffix not in SUFFIXES + TABLES
 
 
+PAIR_SETS = {"govreport": "ccdv/govreport-summarization:test"}
+"""Documents with summaries, by the name of the Hub."""
+
+PAIR_FIELDS = (("document", "summary"), ("report", "summary"))
+"""What they are called; the second is GovReport's."""
+
+
+def read_pairs(source: str) -> list[tuple[str, str]]:
+    """Read documents with their summaries.
+
+    Args:
+        source: JSONL file with fields `document` and `summary`, `govreport`, or a data set of the Hub as owner/name or
+            owner/name:split.
+
+    Raises:
+        TextError: there is no such file, a row lacks a field, or the data set cannot be read.
+    """
+    rows: Iterator[tuple[str, Mapping[str, Any]]]
+    if _is_on_hub(source) or (source in PAIR_SETS and not Path(source).exists()):
+        name = PAIR_SETS.get(source, source)
+        on_hub = itertools.islice(_hub_rows(name, _hub_revision(name)), HUB_DOCUMENTS)
+        rows = ((f"{name} row {number}", row) for number, row in enumerate(on_hub, 1))
+    else:
+        (path,) = _find_files(source, (".jsonl",))
+        rows = _jsonl_rows(path)
+    found = []
+    for where, row in rows:
+        pair = next((tuple(row[name] for name in names) for names in PAIR_FIELDS if set(names) <= set(row)), ())
+        if len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):
+            raise TextError(
+                f"{where}: must have texts in fields document and summary, its fields are: "
+                f"{', '.join(map(str, row)) or 'none'}"
+            )
+        found.append((pair[0], pair[1]))
+    if not found:
+        raise TextError(f"{source}: no rows")
+    return found
+
+
 def _find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
     """Return a file, or all files in a folder that end in one of `suffixes`, sorted."""
     path = Path(name).expanduser()
@@ -184,6 +223,12 @@ def _file_documents(path: Path) -> Iterator[str]:
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
     """Yield the text of each line that has one."""
+    for where, row in _jsonl_rows(path):
+        yield from _documents([row], where)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the object of each line that is not blank, with its place."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
@@ -199,7 +244,7 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
                 raise TextError(f"{where}: no JSON ({error})", "one object a line, as JSONL has it") from error
             if not isinstance(row, dict):
                 raise TextError(f"{where}: must be an object with a field {FIELD}, got {type(row).__name__}")
-            yield from _documents([row], where)
+            yield where, row
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
@@ -226,15 +271,16 @@ def hub_documents(name: str, revision: str | None) -> Iterator[str]:
         name: owner/name, or a folder that is laid out as a data set; with :split where it is not train.
         revision: commit of the data set; None for a folder.
     """
+    for row in _hub_rows(name, revision):
+        yield from _documents([row], name)
+
+
+def _hub_rows(name: str, revision: str | None) -> Iterator[Mapping[str, Any]]:
     import datasets
 
     repository, _, split = name.partition(":")
     try:
-        rows = datasets.load_dataset(repository, split=split or "train", streaming=True, revision=revision)
-        for row in rows:
-            yield from _documents([row], name)
-    except TextError:
-        raise
+        yield from datasets.load_dataset(repository, split=split or "train", streaming=True, revision=revision)
     except Exception as error:  # datasets raises many kinds: names, splits, configurations, files, the network
         raise TextError(f"{name}: the data set cannot be read ({_one_line(error)})", "check name and split") from error
 

@@ -66,6 +66,22 @@ def novels(split: str) -> dict[str, str]:
     return found
 
 
+def passages_with_leads(passages: int = 4, characters: int = 12_000) -> list[tuple[str, str]]:
+    """Return passages of the held-out novels without their first sentences, and those sentences.
+
+    Args:
+        passages: of each novel, evenly spaced.
+        characters: of each.
+    """
+    found = []
+    for text in novels("heldout").values():
+        for i in range(passages):
+            start = text.find(". ", len(text) * i // passages) + 2
+            end = text.find(". ", start + 150) + 1
+            found.append((text[end : start + characters].strip(), text[start:end].strip()))
+    return found
+
+
 def training_mixture(seed: int, window_tokens: int, far_share: float = 0.6) -> Iterator[str]:
     """Yield documents of the bundled model's training mixture, without end.
 

@@ -1,0 +1,102 @@
+"""Summaries: what is asked, what is cut, and the measures against rouge-score."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+import pi_gguf
+from pi_gguf import bundled
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.errors import OptionError, TextError
+from pi_gguf.hf_model import HfModel
+from pi_gguf.summaries import CUE, rouge
+from pi_gguf.texts import read_pairs
+
+WINDOW = 512
+
+
+@pytest.fixture(scope="module")
+def gguf_path(llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    pi_gguf.convert(str(llama), path, quant="F32", check="none", context=WINDOW, steps=0)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"document": "The cat sat. " * 100, "summary": "A cat sat."}, {"report": "It rained.", "summary": "Rain."}]
+    (tmp_path / "data.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    return tmp_path / "data.jsonl"
+
+
+def test_rouge_is_that_of_rouge_score():
+    written, expected = ["The cats were sitting on a mat", "rain"], ["A cat sat on the mat", "rain fell"]
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    for i, name in enumerate(("rouge1", "rouge2", "rougeL")):
+        scores = [scorer.score(e, w)[name].fmeasure for e, w in zip(expected, written, strict=True)]
+        assert rouge(written, expected)[i] == pytest.approx(100 * sum(scores) / 2)
+    assert rouge(["rain fell"], ["rain fell"]) == [100, 100, 100]
+    assert rouge(["rain"], ["rain fell here today"])[0] == pytest.approx(40), "one of 1, one of 4 words"
+
+
+def test_both_backends_write_the_same_summaries(llama, gguf_path, data):
+    options = {"data": str(data), "max_tokens": 12}
+    report = pi_gguf.evaluate_summaries(str(gguf_path), **options)
+    other = pi_gguf.evaluate_summaries(str(llama), context=WINDOW, **options)
+    assert report.summaries[str(gguf_path)] == other.summaries[str(llama)] != ["", ""]
+    (row,) = report.rows
+    assert row.documents == 2 and 0 < row.tokens < 50
+    assert [row.rouge1, row.rouge2, row.rougel] == rouge(report.summaries[str(gguf_path)], ["A cat sat.", "Rain."])
+
+
+def test_a_document_is_cut_to_what_the_window_leaves_and_the_cue_comes_last(llama, data):
+    checkpoint = load_checkpoint(str(llama))
+    asked = []
+
+    class Watched(HfModel):
+        def generate(self, ids, max_tokens):
+            asked.append(list(ids))
+            return super().generate(ids, max_tokens)
+
+    lm = Watched(checkpoint, rope=checkpoint.extended(WINDOW))
+    pi_gguf.evaluate_summaries(lm, data=str(data), max_tokens=3, documents=1)
+    pi_gguf.evaluate_summaries(lm, data=str(data), max_tokens=3, documents=1, document_tokens=50)
+    cue = lm.tokenize(CUE, add_special=False)
+    document = lm.tokenize("The cat sat. " * 100)
+    assert asked == [document[: WINDOW - 3 - len(cue)] + cue, document[:50] + cue]
+
+
+def test_a_finished_summary_is_kept(gguf_path, data, tmp_path, monkeypatch):
+    options = {"data": str(data), "max_tokens": 5, "keep": str(tmp_path / "kept.jsonl")}
+    first = pi_gguf.evaluate_summaries(str(gguf_path), **options)
+    monkeypatch.setattr("pi_gguf.summaries.summarize", None)  # nothing is written again
+    assert pi_gguf.evaluate_summaries(str(gguf_path), **options).rows == first.rows
+    with pytest.raises(TypeError):
+        pi_gguf.evaluate_summaries(str(gguf_path), **{**options, "max_tokens": 6})
+
+
+def test_the_sample_has_passages_with_their_first_sentences():
+    pairs = bundled.passages_with_leads()
+    assert len(pairs) == 4 * len(bundled.novels("heldout"))
+    whole = "".join(bundled.novels("heldout").values())
+    for document, lead in pairs:
+        assert lead in whole and len(lead) > 150 and lead not in document and len(document) > 5000
+
+
+def test_what_cannot_be_summarized_is_refused(cli, gguf_path, tmp_path):
+    code, _, err = cli("eval", "summarize", gguf_path)
+    assert code == 2 and f"a window of {WINDOW} tokens leaves no room for a document beside 1000" in err
+    with pytest.raises(OptionError, match="documents must be at least 1, got 0"):
+        pi_gguf.evaluate_summaries(str(gguf_path), documents=0)
+    path = tmp_path / "bad.jsonl"
+    for text, says in (
+        ('{"document": "a"}', "bad.jsonl:1: must have texts in fields document and summary, its fields are: document"),
+        ('{"document": "a", "summary": " "}', "bad.jsonl:1: must have texts"),
+        ("", "no rows"),
+    ):
+        path.write_text(text)
+        with pytest.raises(TextError, match=says):
+            read_pairs(str(path))
