@@ -16,7 +16,7 @@ from pi_gguf.progress import progress_bar
 from pi_gguf.provenance import provenance, sha256
 from pi_gguf.results import DivergenceReport, DivergenceRow
 from pi_gguf.scoring import in_step, kl_divergence, position_ranges
-from pi_gguf.targets import opened
+from pi_gguf.targets import check_targets, opened
 from pi_gguf.texts import read_texts
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def evaluate_kl(
         raise OptionError(f"documents must be at least 1, got {documents}")
     if window is not None and window < 2:
         raise OptionError(f"window must be at least 2 tokens, got {window}")
+    check_targets((model,), servers=False)
     check_plot(plot)
     found = read_texts(text) if text else bundled.novels("heldout")
     chosen = sorted(found.items(), key=lambda item: -len(item[1]))[:documents]

@@ -122,7 +122,7 @@ def evaluate_perplexity(
     Example:
         pi-gguf eval perplexity model.gguf --text book.txt --windows 2048,8192,32768
     """
-    check_targets(models)
+    check_targets(models, servers=False)
     check_windows(windows)
     largest = max(windows)
     if not 0 < stride <= min(windows) - 1:

@@ -73,10 +73,7 @@ class RemoteModel(HfTokens):
         return self.generate(ids[:-last], last + 1).strip().startswith(expected)
 
     def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
-        raise OptionError(
-            f"{self.name}: a server gives no log-probabilities of a prompt",
-            "it can be asked for passkey, needle, ruler and summarize",
-        )
+        raise NotImplementedError("a server gives none; `check_targets` lets nobody ask it")
 
     def close(self) -> None:
         """Leave the server to its owner."""

@@ -89,12 +89,18 @@ def identity(model: str | LanguageModel) -> dict[str, Any]:
     return {"model": model, "weights": load_checkpoint(model).fingerprint()}
 
 
-def check_targets(models: Sequence[str | LanguageModel]) -> None:
-    """Check that there is a target, and none twice.
+def check_targets(models: Sequence[str | LanguageModel], *, servers: bool = True) -> None:
+    """Check that there is a target, none twice, and no server where `servers` cannot be asked.
 
     Raises:
         OptionError: otherwise.
     """
+    for model in models:
+        if isinstance(model, str) and is_url(model) and not servers:
+            raise OptionError(
+                f"{model}: a server gives no log-probabilities of a prompt",
+                "it can be asked for passkey, needle, ruler and summarize",
+            )
     names = [model if isinstance(model, str) else model.name for model in models]
     if not names:
         raise OptionError("MODEL is missing", "give a GGUF file, a Hugging Face folder or bundled:tiny")

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import WINDOW
 import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import PasskeyPrompts, k_max, sampled_windows, sliding_windows
 from pi_gguf.hf_model import HfModel
 from pi_gguf.passkey import EVALUATION_FILLER, draw_key, is_evaluation_key
@@ -75,6 +77,128 @@ def test_both_backends_measure_the_same(llama, gguf_path, text_path):
         assert a.tokens == b.tokens == 299
         assert a.standard_error == pytest.approx(b.standard_error, rel=1e-3)
         assert a.perplexity != pytest.approx(c.perplexity, rel=1e-3), "the scaling made no difference"
+
+
+@pytest.fixture(scope="module")
+def two_texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i, novel in enumerate(list(bundled.novels("heldout").values())[:2]):
+        (folder / f"{i}.txt").write_text(novel[3000:4000])
+    return folder
+
+
+def losses_in_torch(llama, ids, window, stride):
+    """Compute the paper's protocol plainly: windows that end every `stride` tokens, each scoring what is new in it."""
+    model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
+    losses = []
+    for end in range(window, len(ids) + stride, stride):
+        end = min(end, len(ids))
+        part = torch.tensor([ids[:1] + ids[end - window + 1 : end]] if end > window else [ids[:window]])
+        with torch.inference_mode():
+            logits = model(part).logits[0, :-1].double()
+        new = window - 1 if end == window else end - before
+        losses.append(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none")[-new:])
+        before = end
+        if end == len(ids):
+            return torch.cat(losses).numpy()
+
+
+def test_perplexity_is_that_of_the_papers_protocol_in_torch(llama, two_texts):
+    report = pi_gguf.evaluate_perplexity(str(llama), text=[str(two_texts)], windows=[48, 64], stride=16)
+    tokenizer = load_checkpoint(str(llama)).load_tokenizer()
+    documents = [tokenizer(path.read_text())["input_ids"] for path in sorted(two_texts.glob("*.txt"))]
+    for row in report.rows:
+        nll = [losses_in_torch(llama, ids, row.window, 16) for ids in documents]
+        mean = np.concatenate(nll).mean()
+        assert row.tokens == sum(map(len, nll)) == sum(len(ids) - 1 for ids in documents)
+        assert row.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
+        deviations = [(x - mean).sum() for x in nll]  # a ratio of sums over documents, as survey statistics has it
+        error = math.sqrt(2 * sum(d**2 for d in deviations)) / row.tokens
+        assert row.standard_error == pytest.approx(row.perplexity * error, rel=1e-3)
+    first = [losses_in_torch(llama, ids, 64, 16)[:63] for ids in documents]
+    (row,) = report.by_position
+    assert (row.begin, row.end, row.tokens) == (0, 64, 126)
+    assert row.perplexity == pytest.approx(math.exp(np.concatenate(first).mean()), rel=1e-4)
+
+
+def test_perplexity_by_position_is_of_one_pass(llama, two_texts, monkeypatch):
+    monkeypatch.setattr("pi_gguf.scoring.FIRST_RANGE", 16)
+    options = {"text": [str(two_texts)], "stride": 8, "max_tokens": 1}
+    whole = pi_gguf.evaluate_perplexity(str(llama), windows=[64], **options)
+    assert [(row.begin, row.end, row.tokens) for row in whole.by_position] == [(0, 16, 30), (16, 32, 32), (32, 64, 64)]
+    start = pi_gguf.evaluate_perplexity(str(llama), windows=[16], **options).rows[0]
+    assert whole.by_position[0].perplexity == pytest.approx(start.perplexity, rel=1e-5)
+    assert pi_gguf.evaluate_perplexity(str(llama), windows=[64], samples=1, **options).by_position == []
+
+
+def test_several_models_make_one_table(cli, llama, gguf_path, text_path):
+    options = ("--windows", "48,64", "--stride", "16", "--text", text_path)
+    code, out, _ = cli("eval", "perplexity", llama, gguf_path, *options, "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0 and [(row["model"], row["window"]) for row in rows] == [
+        (str(model), window) for model in (llama, gguf_path) for window in (48, 64)
+    ]
+    alone = json.loads(cli("eval", "perplexity", gguf_path, *options, "--json")[1])["rows"]
+    assert alone == rows[2:] != rows[:2]
+    out = cli("eval", "perplexity", llama, gguf_path, *options)[1]
+    assert f"{rows[3]['perplexity']:.3f} ± " in out and "k_max" not in out
+    options = ("--windows", "512,1024", "--distances", "2", "--keys", "1")
+    report = json.loads(cli("eval", "passkey", llama, gguf_path, *options, "--json")[1])
+    assert [cell["model"] for cell in report["cells"]] == [str(llama)] * 4 + [str(gguf_path)] * 4
+    assert report["k_max"] == {str(llama): 0, str(gguf_path): 0}
+    out = cli("eval", "passkey", llama, gguf_path, *options)[1]
+    assert out.count("0%") == 4 and "k_max" in out
+    for command in (("passkey", llama, llama), ("perplexity", llama, llama)):
+        code, _, err = cli("eval", *command)
+        assert code == 2 and "models must differ" in err
+    code, _, err = cli("eval", "passkey", llama, gguf_path, "--plot", "a.png")
+    assert code == 2 and "plot is for one model, got 2" in err
+
+
+def test_finished_items_are_not_measured_again(llama, gguf_path, two_texts, tmp_path, monkeypatch):
+    perplexity = {"text": [str(two_texts)], "windows": [32, 64], "stride": 16, "keep": str(tmp_path / "p.jsonl")}
+    passkey = {"windows": (512,), "distances": 2, "keys": 2, "keep": str(tmp_path / "k.jsonl")}
+    models = (str(llama), str(gguf_path))
+    first = pi_gguf.evaluate_perplexity(*models, **perplexity), pi_gguf.evaluate_passkey(*models, **passkey)
+    lines = [len(Path(options["keep"]).read_text().splitlines()) for options in (perplexity, passkey)]
+    assert lines == [2 * 2 * 2, 2 * 2], "models x windows x documents, models x distances"
+    monkeypatch.setattr("pi_gguf.scoring.LanguageModel.score", None)
+    again = pi_gguf.evaluate_perplexity(*models, **perplexity), pi_gguf.evaluate_passkey(*models, **passkey)
+    assert (again[0].rows, again[0].by_position, again[1].cells) == (
+        first[0].rows,
+        first[0].by_position,
+        first[1].cells,
+    )
+    for changed in ({"stride": 8}, {"max_tokens": 70}, {"context": 256}):
+        with pytest.raises(TypeError):
+            pi_gguf.evaluate_perplexity(models[0], **{**perplexity, **changed})
+    for changed in ({"keys": 3}, {"seed": 1}, {"windows": (600,)}, {"context": 1024}):
+        with pytest.raises(TypeError):
+            pi_gguf.evaluate_passkey(models[0], **{**passkey, **changed})
+
+
+def test_quick_asks_for_fewer_keys(llama, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pi_gguf.evaluate.passkey_cells", lambda lm, **options: asked.append(options) or [])
+    for options in ({}, {"quick": True}, {"quick": True, "keys": 5}, {"distances": 3}):
+        pi_gguf.evaluate_passkey(str(llama), **options)
+    assert [(o["distances"], o["keys"]) for o in asked] == [(32, 10), (8, 2), (8, 5), (3, 10)]
+    with pytest.raises(OptionError, match="keys must be at least 1, got -1"):
+        pi_gguf.evaluate_passkey(str(llama), keys=-1)
+
+
+def test_generation_takes_the_most_probable_token_in_both_backends(llama, gguf_path):
+    checkpoint = load_checkpoint(str(llama))
+    model = checkpoint.load_model(dtype=torch.float32, rope=checkpoint.extended(1024))
+    hf = HfModel(checkpoint, rope=checkpoint.extended(1024))
+    ids = hf.tokenize("It was a dark and stormy night. " * 3)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
+    with Model(gguf_path) as lm:
+        assert hf.generate(ids, 8) == lm.generate(ids, 8) == hf.detokenize(expected) != ""
+        assert hf.generate(ids, 3) == hf.detokenize(expected[:3])
+        monkeypatched = type("Ending", (HfModel,), {"is_end": lambda self, token: token == expected[2]})
+        assert monkeypatched(checkpoint, rope=checkpoint.extended(1024)).generate(ids, 8) == hf.detokenize(expected[:2])
+        assert [m.is_end(1) for m in (hf, lm)] == [True, True] and [m.is_end(300) for m in (hf, lm)] == [False, False]
 
 
 @pytest.mark.parametrize("backend", ["gguf", "hf"])

@@ -1,0 +1,102 @@
+"""A server as a target: a real model behind HTTP, asked as its file is."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+import pi_gguf
+from pi_gguf.bundled import TINY
+from pi_gguf.errors import OptionError, ResourceError
+
+
+@contextmanager
+def serving(answer):
+    """Serve `answer(path, body)` on this machine; yields the URL and the bodies that came."""
+    bodies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send(*answer(self.path, None))
+
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self._send(*answer(self.path, bodies[-1]))
+
+        def _send(self, code, value):
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(value).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", bodies
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def gguf_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    pi_gguf.convert(TINY, path, quant="Q8_0", check="none")
+    return path
+
+
+def test_a_server_finds_the_passkeys_that_its_file_finds(gguf_path):
+    options = {"windows": (300, 600), "distances": 2, "keys": 2, "seed": 3}
+    with pi_gguf.open(gguf_path, n_ctx=1024) as model:
+
+        def answer(path, body):
+            if path == "/v1/models":
+                return 200, {"data": [{"id": "tiny"}]}
+            assert (path, body["model"], body["temperature"]) == ("/v1/completions", "tiny", 0)
+            return 200, {"choices": [{"text": "".join(model.complete(body["prompt"], max_tokens=body["max_tokens"]))}]}
+
+        with serving(answer) as (url, bodies):
+            remote = pi_gguf.evaluate_passkey(url, tokenizer=TINY, **options)
+    assert len(bodies) == 8 and all(body["prompt"].endswith("The pass key is") for body in bodies)
+    local = pi_gguf.evaluate_passkey(str(gguf_path), **options)
+    assert [(c.distance, c.found) for c in remote.cells] == [(c.distance, c.found) for c in local.cells]
+    assert remote.k_max == {url: 600}, "the bundled model finds keys inside its window"
+
+
+def test_a_wrong_answer_is_no_key_found():
+    def answer(path, body):
+        return 200, {"data": [{"id": "m"}]} if body is None else {"choices": [{"text": " 1234"}]}
+
+    with serving(answer) as (url, _):
+        report = pi_gguf.evaluate_passkey(url, tokenizer=TINY, windows=(300,), distances=1, keys=2)
+    assert report.cells[0].found == 0 and report.k_max == {url: 0}
+
+
+def test_what_a_server_cannot_do_is_said(cli):
+    options = ("--tokenizer", TINY, "--windows", "300", "--distances", "1", "--keys", "1")
+    for answered, code, says in (
+        ((200, {}), 2, "lists no models"),
+        ((401, {"error": "no key"}), 2, "the server refuses models with 401"),
+    ):
+        with serving(lambda path, body, answered=answered: answered) as (url, _):
+            got, _, err = cli("eval", "passkey", url, *options)
+            assert got == code and says in err and url in err
+    got, _, err = cli("eval", "passkey", url, *options)  # it is gone now
+    assert got == ResourceError.exit_code and "no answer of a server" in err
+    got, _, err = cli("eval", "passkey", url, "--windows", "300")
+    assert got == 2 and "tokenizer must name the MODEL" in err
+    with serving(lambda path, body: (200, {"data": [{"id": "m"}]})) as (url, _):
+        with pytest.raises(OptionError, match="context and cache types are the server's"):
+            pi_gguf.evaluate_passkey(url, tokenizer=TINY, context=4096)
+        with pytest.raises(OptionError, match="an answer without choices"):
+            pi_gguf.evaluate_passkey(url, tokenizer=TINY, windows=(300,), distances=1, keys=1)
+        got, _, err = cli("eval", "perplexity", url)
+        assert got == 2 and "a server gives no log-probabilities" in err
