@@ -90,14 +90,13 @@ def two_texts(tmp_path_factory):
 def losses_in_torch(llama, ids, window, stride):
     """Compute the paper's protocol plainly: windows that end every `stride` tokens, each scoring what is new in it."""
     model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
-    losses = []
+    losses, before = [], 1
     for end in range(window, len(ids) + stride, stride):
         end = min(end, len(ids))
         part = torch.tensor([ids[:1] + ids[end - window + 1 : end]] if end > window else [ids[:window]])
         with torch.inference_mode():
             logits = model(part).logits[0, :-1].double()
-        new = window - 1 if end == window else end - before
-        losses.append(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none")[-new:])
+        losses.append(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none")[before - end :])
         before = end
         if end == len(ids):
             return torch.cat(losses).numpy()
@@ -189,15 +188,17 @@ def test_quick_asks_for_fewer_keys(llama, monkeypatch):
 
 def test_generation_takes_the_most_probable_token_in_both_backends(llama, gguf_path):
     checkpoint = load_checkpoint(str(llama))
-    model = checkpoint.load_model(dtype=torch.float32, rope=checkpoint.extended(1024))
-    hf = HfModel(checkpoint, rope=checkpoint.extended(1024))
+    hf_rope = checkpoint.extended(1024)
+    model = checkpoint.load_model(dtype=torch.float32, rope=hf_rope)
+    hf = HfModel(checkpoint, rope=hf_rope)
     ids = hf.tokenize("It was a dark and stormy night. " * 3)
     expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
     with Model(gguf_path) as lm:
         assert hf.generate(ids, 8) == lm.generate(ids, 8) == hf.detokenize(expected) != ""
         assert hf.generate(ids, 3) == hf.detokenize(expected[:3])
-        monkeypatched = type("Ending", (HfModel,), {"is_end": lambda self, token: token == expected[2]})
-        assert monkeypatched(checkpoint, rope=checkpoint.extended(1024)).generate(ids, 8) == hf.detokenize(expected[:2])
+        last = next(i for i in range(1, 8) if expected[i] not in expected[:i])
+        ending = type("Ending", (HfModel,), {"is_end": lambda self, token: token == expected[last]})
+        assert ending(checkpoint, rope=hf_rope).generate(ids, 8) == hf.detokenize(expected[:last])
         assert [m.is_end(1) for m in (hf, lm)] == [True, True] and [m.is_end(300) for m in (hf, lm)] == [False, False]
 
 
