@@ -25,6 +25,7 @@ from pi_gguf.tables import text_table
 _WINDOWS = {"windows"}
 _REPEATABLE = {
     "data": "SOURCE",
+    "second_text": "PATH",
     "text": "PATH",
     "tensor_type": "PATTERN=TYPE",
     "lora": "ADAPTER",
@@ -62,12 +63,12 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
     summary, helps, example = _parse_docstring(function.__doc__)
     hints = typing.get_type_hints(function)
     params: list[click.Parameter] = []
-    several = ""  # the name of an argument that may be repeated
+    several = False  # whether the last argument may be repeated
     for parameter in inspect.signature(function).parameters.values():
         text = helps[parameter.name]
         if parameter.kind is parameter.VAR_POSITIONAL:
-            several = parameter.name
-            params.append(click.Argument([several], metavar=f"{several.upper()}...", nargs=-1, required=True))
+            several, metavar = True, f"{parameter.name.upper()}..."
+            params.append(click.Argument([parameter.name], metavar=metavar, nargs=-1, required=True))
             continue
         if parameter.kind is not parameter.KEYWORD_ONLY:
             params.append(click.Argument([parameter.name], metavar=parameter.name.upper()))
@@ -77,7 +78,8 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
         params.append(click.Option(["--json", "as_json"], is_flag=True, help="print JSON"))
 
     def run(as_json: bool = False, **values: Any) -> None:
-        result = function(*values.pop(several, ()), **values)
+        given = [values.pop(argument.name) for argument in params if isinstance(argument, click.Argument)]
+        result = function(*given[:-1], *given[-1], **values) if several else function(*given, **values)
         if process_rank() > 0:
             return
         click.echo(json.dumps(result.to_json(), indent=1) if as_json else show(result))

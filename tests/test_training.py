@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from children import Command
@@ -34,7 +35,7 @@ from pi_gguf.planning import (
 )
 from pi_gguf.processes import check_spread
 from pi_gguf.tiles import tiled_mlps
-from pi_gguf.training import check_reports
+from pi_gguf.training import check_reports, flash_attn_fits
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
 KEPT, RECOMPUTED, TILED = _ACTIVATIONS[:3]
@@ -413,6 +414,17 @@ def test_losses_are_reported_where_asked(llama, tmp_path):
     for name in {"tensorboard", "wandb", "mlflow"} - set(installed):
         with pytest.raises(OptionError, match=f"report-to {name}: it is not installed"):
             pi_gguf.extend(str(llama), tmp_path / "out", report_to=name, **OPTIONS)
+
+
+def test_flash_attn_is_left_out_where_it_would_read_skips_as_documents(llama):
+    row = [np.zeros(8, np.int32)]
+    for options, batches, fits in (
+        ({"train_window": 4 * WINDOW}, [[row]], True),
+        ({"train_window": WINDOW}, [[row]], False),
+        ({"train_window": WINDOW, "mix": 0.5}, [[row]], False),
+        ({"train_window": 4 * WINDOW}, [[row], [row, row * 2]], False),
+    ):
+        assert flash_attn_fits(training_plan(llama, **options), batches) == fits, options
 
 
 # More than one process
