@@ -33,12 +33,36 @@ def benchmark_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def methods_table(record: dict[str, Any]) -> str:
+    """Return the ways to spend the same tokens, one row each."""
+    windows = [str(window) for window in next(iter(record["rows"].values()))["perplexity"]]
+    header = [
+        "",
+        *(f"perplexity at {window}" for window in windows),
+        "k_max",
+        "passkeys",
+        "seconds",
+        "peak memory, MiB",
+    ]
+    rows = [
+        [
+            name, *(f"{row['perplexity'][window]:.1f}" for window in windows), str(row["k_max"]),
+            f"{row['passkeys_found']:.0%}", f"{row['seconds']:,.0f}", f"{row['peak_mib']:,}",
+        ]
+        for name, row in record["rows"].items()
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
 def with_tables(text: str) -> str:
     """Return a text with what lies between its marks made anew."""
 
     def table(match: re.Match[str]) -> str:
         record = json.loads((ROOT / match[1]).read_text())
-        made = benchmark_table(record) if "medians" in record else markdown_table(*table_cells(record))
+        if "settings" in record and "original_window" in record["settings"]:
+            made = methods_table(record)
+        else:
+            made = benchmark_table(record) if "medians" in record else markdown_table(*table_cells(record))
         return f"<!-- table {match[1]} -->\n{made}<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

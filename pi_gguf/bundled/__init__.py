@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pi_gguf.passkey import INTRODUCTION, QUESTION, draw_key, key_sentence
 
@@ -80,6 +81,31 @@ def passages_with_leads(passages: int = 4, characters: int = 12_000) -> list[tup
             end = text.find(". ", start + 150) + 1
             found.append((text[end : start + characters].strip(), text[start:end].strip()))
     return found
+
+
+def next_sentences(items: int = 200, choices: int = 4) -> list[dict[str, Any]]:
+    """Return questions of the held-out novels: which of some sentences follows a passage; the others stand elsewhere.
+
+    Returns:
+        `context`, some 600 characters, `choices`, each with a space before it, and `label`, the place of the right one.
+    """
+    rng = random.Random(0)
+    texts = [_split_sentences(text) for text in novels("heldout").values()]
+    found: list[dict[str, Any]] = []
+    while len(found) < items:
+        sentences = texts[len(found) % len(texts)]
+        at = rng.randrange(20, len(sentences))
+        others = [sentences[rng.randrange(len(sentences))] for _ in range(choices - 1)]
+        if not all(40 <= len(sentence) <= 160 for sentence in (sentences[at], *others)):
+            continue
+        label = rng.randrange(choices)
+        shown = [f" {sentence}" for sentence in (*others[:label], sentences[at], *others[label:])]
+        found.append({"context": " ".join(sentences[at - 20 : at])[-600:], "choices": shown, "label": label})
+    return found
+
+
+def _split_sentences(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if part.strip()]
 
 
 def training_mixture(seed: int, window_tokens: int, far_share: float = 0.6) -> Iterator[str]:
