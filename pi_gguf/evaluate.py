@@ -306,6 +306,7 @@ def evaluate_passkey(
     distances: int | None = None,
     keys: int | None = None,
     quick: bool = False,
+    until_decided: bool = False,
     context: int | None = None,
     method: str = "linear",
     tokenizer: str | None = None,
@@ -326,6 +327,8 @@ def evaluate_passkey(
         distances: places of the key in each window; 32 when left out.
         keys: keys tried at each place; 10 when left out.
         quick: 8 places and 2 keys when those are left out.
+        until_decided: ask at each place until it is certain whether at least 20 % are found, for the same k_max in a
+            fifth of the time where most are; the share found is then of those that were asked.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
@@ -350,15 +353,16 @@ def evaluate_passkey(
     names, cells = [], []
     for model in models:
         settings = {
-            **identity(model), "keys": keys, "seed": seed, "context": context, "method": method, "device": device,
-            "tokenizer": tokenizer, "versions": library_versions(),
+            **identity(model), "keys": keys, "until_decided": until_decided, "seed": seed, "context": context,
+            "method": method, "device": device, "tokenizer": tokenizer, "versions": library_versions(),
         }  # fmt: skip
         options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
         with opened(model, n_ctx=max(windows), **options) as lm:
             names.append(lm.name)
             cells += passkey_cells(
-                lm, windows=windows, distances=distances, keys=keys, seed=seed, kept=kept, settings=settings
-            )
+                lm, windows=windows, distances=distances, keys=keys, until_decided=until_decided, seed=seed, kept=kept,
+                settings=settings,
+            )  # fmt: skip
     found = {name: k_max([cell for cell in cells if cell.model == name]) for name in names}
     report = PasskeyReport(names, cells, found, provenance(seed=seed, device=device))
     if plot:
@@ -372,6 +376,7 @@ def passkey_cells(
     windows: Sequence[int],
     distances: int,
     keys: int,
+    until_decided: bool = False,
     seed: int = 0,
     kept: Kept | None = None,
     settings: dict[str, Any] | None = None,
@@ -389,13 +394,16 @@ def passkey_cells(
     with progress_bar("passkey", len(todo) * keys, "keys") as advance:
         for window, distance in todo:
             prompts, rng, found = PasskeyPrompts(lm, window), random.Random(f"{seed} {window} {distance}"), 0
-            for _ in range(keys):
+            for asked in range(1, keys + 1):
                 ids, last, exact = prompts.make(draw_key(rng, for_evaluation=True), distance)
                 found += lm.predicts(ids, last)
                 advance(1, text=f"window {window}")
-            kept.put(items[window, distance], {"exact_distance": exact, "found": found})
+                if until_decided and (found >= FOUND_SHARE * keys or found + keys - asked < FOUND_SHARE * keys):
+                    break
+            advance(keys - asked)
+            kept.put(items[window, distance], {"exact_distance": exact, "found": found, "keys": asked})
     return [
-        PasskeyCell(window=window, distance=distance, keys=keys, model=lm.name, **kept.get(items[window, distance]))
+        PasskeyCell(window=window, distance=distance, model=lm.name, **kept.get(items[window, distance]))
         for window, distance in grid
     ]
 

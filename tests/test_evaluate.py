@@ -176,6 +176,34 @@ def test_finished_items_are_not_measured_again(llama, gguf_path, two_texts, tmp_
             pi_gguf.evaluate_passkey(models[0], **{**passkey, **changed})
 
 
+def test_a_place_is_asked_until_it_is_decided(llama):
+    answers, asked = [], []
+
+    class Answering(HfModel):
+        def predicts(self, ids, last):
+            asked.append(list(ids))
+            return answers[len(asked) - 1]
+
+    lm = Answering(load_checkpoint(str(llama)))
+    for given, expected in (
+        ([False, True, True, True], (2, 3)),  # 2 of 10 are a fifth
+        ([False] * 8 + [True, True], (2, 10)),
+        ([False] * 8 + [True, False], (1, 10)),
+        ([False] * 10, (0, 9)),  # one of the last could not help
+    ):
+        answers[:], asked[:] = given, []
+        options = {"windows": (512,), "distances": 1, "keys": 10}
+        (cell,) = pi_gguf.evaluate_passkey(lm, until_decided=True, **options).cells
+        assert (cell.found, cell.keys) == expected and len(asked) == cell.keys
+        reached = k_max([cell])
+        first = [*asked]
+        answers[:], asked[:] = given + [False] * 10, []
+        whole = pi_gguf.evaluate_passkey(lm, **options)
+        assert asked[: len(first)] == first and len(asked) == 10, "the same keys in the same order"
+        if len(given) == 10:
+            assert whole.k_max[lm.name] == reached
+
+
 def test_quick_asks_for_fewer_keys(llama, monkeypatch):
     asked = []
     monkeypatch.setattr("pi_gguf.evaluate.passkey_cells", lambda lm, **options: asked.append(options) or [])
