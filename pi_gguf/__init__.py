@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from pi_gguf.inspection import inspect as inspect
     from pi_gguf.matrix import evaluate_matrix as evaluate_matrix
     from pi_gguf.model_card import card as card
+    from pi_gguf.needle import evaluate_needle as evaluate_needle
     from pi_gguf.planning import plan as plan
     from pi_gguf.quantizing import quantize as quantize
     from pi_gguf.repairing import repair as repair
+    from pi_gguf.report import evaluate_all as evaluate_all
+    from pi_gguf.ruler import evaluate_ruler as evaluate_ruler
     from pi_gguf.runtime import open_model as open
+    from pi_gguf.short_tasks import evaluate_short as evaluate_short
     from pi_gguf.summaries import evaluate_summaries as evaluate_summaries
 
 _PUBLIC = {
@@ -38,11 +42,15 @@ _PUBLIC = {
     "compare": ("comparison", "compare"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("conversion", "convert"),
+    "evaluate_all": ("report", "evaluate_all"),
     "evaluate_bounds": ("bounds", "evaluate_bounds"),
     "evaluate_kl": ("divergence", "evaluate_kl"),
     "evaluate_matrix": ("matrix", "evaluate_matrix"),
+    "evaluate_needle": ("needle", "evaluate_needle"),
     "evaluate_passkey": ("evaluate", "evaluate_passkey"),
     "evaluate_perplexity": ("evaluate", "evaluate_perplexity"),
+    "evaluate_ruler": ("ruler", "evaluate_ruler"),
+    "evaluate_short": ("short_tasks", "evaluate_short"),
     "evaluate_summaries": ("summaries", "evaluate_summaries"),
     "extend": ("finetune", "extend"),
     "inspect": ("inspection", "inspect"),
@@ -57,11 +65,15 @@ __all__ = [
     "compare",
     "compute_imatrix",
     "convert",
+    "evaluate_all",
     "evaluate_bounds",
     "evaluate_kl",
     "evaluate_matrix",
+    "evaluate_needle",
     "evaluate_passkey",
     "evaluate_perplexity",
+    "evaluate_ruler",
+    "evaluate_short",
     "evaluate_summaries",
     "extend",
     "inspect",

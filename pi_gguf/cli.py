@@ -291,14 +291,64 @@ def _show_perplexity(report: Any) -> str:
     return _by_model(f"{title}, ± standard error", report.models, found)
 
 
-def _by_model(title: str, models: Sequence[str], found: dict[tuple[str, Any], str], *more: dict[str, str]) -> str:
-    """Draw a table of one row a model; `found` by model and column."""
+def _by_model(
+    title: str, models: Sequence[str], found: dict[tuple[str, Any], str], more: dict[str, dict[str, int]] | None = None
+) -> str:
+    """Draw a table of one row a model; `found` by model and column, `more` by column and model."""
+    more = more or {}
     columns = list(dict.fromkeys(column for _, column in found))
     rows = [
-        (model, *(found.get((model, column), "") for column in columns), *(part[model] for part in more))
+        (model, *(found.get((model, column), "") for column in columns), *(str(part[model]) for part in more.values()))
         for model in models
     ]
-    return text_table(title, ("model", *map(str, columns), *["k_max"][: len(more)]), rows)
+    return text_table(title, ("model", *map(str, columns), *more), rows)
+
+
+def _shares(cells: Sequence[Any], of: str) -> dict[tuple[str, Any], str]:
+    """Return the share found by model and window; `of` names the field with how many there were."""
+    found: dict[tuple[str, Any], str] = {}
+    for key in dict.fromkeys((cell.model, cell.window) for cell in cells):
+        here = [cell for cell in cells if (cell.model, cell.window) == key]
+        found[key] = f"{sum(c.found for c in here) / sum(getattr(c, of) for c in here):.0%}"
+    return found
+
+
+def _show_needle(report: Any) -> str:
+    if len(report.models) > 1:
+        return _by_model("needles found, by window", report.models, _shares(report.cells, "needles"))
+    windows, depths = (sorted({getattr(c, key) for c in report.cells}) for key in ("window", "depth"))
+    found = {(c.window, c.depth): f"{c.found / c.needles:.0%}" for c in report.cells}
+    rows = [(f"{depth:.0%}", *(found[window, depth] for window in windows)) for depth in depths]
+    return text_table(f"{report.models[0]}: needles found", ("depth", *map(str, windows)), rows)
+
+
+def _show_ruler(report: Any) -> str:
+    from pi_gguf.ruler import mean_scores
+
+    means = {model: mean_scores([row for row in report.rows if row.model == model]) for model in report.models}
+    title = f"score in percent; effective length: mean of at least {report.threshold:g}"
+    if len(report.models) > 1:
+        found = {(m, window): f"{value:.1f}" for m, by_window in means.items() for window, value in by_window.items()}
+        return _by_model(f"mean {title}", report.models, found, {"effective length": report.effective_length})
+    (model,), windows = report.models, list(means[report.models[0]])
+    scores = {(row.task, row.window): f"{row.score:.1f}" for row in report.rows}
+    rows = [(task, *(scores[task, w] for w in windows)) for task in dict.fromkeys(row.task for row in report.rows)]
+    rows.append(("mean", *(f"{means[model][w]:.1f}" for w in windows)))
+    table = text_table(f"{model}: {title}", ("task", *map(str, windows)), rows)
+    return f"{table}\neffective length: {report.effective_length[model]}"
+
+
+def _show_short(report: Any) -> str:
+    def cell(row: Any) -> str:
+        error = "" if row.standard_error is None else f" ± {row.standard_error:.3f}"
+        difference = "" if row.difference is None else f" ({row.difference:+.3f})"
+        return f"{row.value:.3f}{error}{difference}"
+
+    found = {(row.model, row.task, row.metric): cell(row) for row in report.rows}
+    kinds = list(dict.fromkeys((row.task, row.metric) for row in report.rows))
+    rows = [(" ".join(kind), *(found[model, *kind] for model in report.models)) for kind in kinds]
+    title = "± standard error" + (", difference from the first" if len(report.models) > 1 else "")
+    return text_table(title, ("task", *report.models), rows)
 
 
 def _show_summaries(report: Any) -> str:
@@ -308,6 +358,13 @@ def _show_summaries(report: Any) -> str:
     ]
     header = ("model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "documents", "tokens each")
     return text_table(f"summaries of {report.source}", header, rows)
+
+
+def _show_report(report: Any) -> str:
+    windows = [row.window for row in next(iter(report.perplexity.values()))]
+    found = {(label, row.window): f"{row.perplexity:.2f}" for label, rows in report.perplexity.items() for row in rows}
+    table = _by_model(f"perplexity by window, to {windows[-1]}", list(report.perplexity), found)
+    return f"{table}\nwrote {report.path}"
 
 
 def _show_kl(report: Any) -> str:
@@ -356,13 +413,8 @@ def _show_bounds(report: Any) -> str:
 
 def _show_passkey(report: Any) -> str:
     if len(report.models) > 1:
-        shares: dict[tuple[str, Any], str] = {}
-        for model in report.models:
-            for window in sorted({c.window for c in report.cells}):
-                here = [c for c in report.cells if (c.model, c.window) == (model, window)]
-                shares[model, window] = f"{sum(c.found for c in here) / sum(c.keys for c in here):.0%}"
-        reached = {model: str(k) for model, k in report.k_max.items()}
-        return _by_model("passkeys found, by window; k_max (at least 20 % found)", report.models, shares, reached)
+        title = "passkeys found, by window; k_max (at least 20 % found)"
+        return _by_model(title, report.models, _shares(report.cells, "keys"), {"k_max": report.k_max})
     (name,) = report.models
     windows = sorted({c.window for c in report.cells})
     places = sorted({round(c.distance / c.window, 4) for c in report.cells})
@@ -439,6 +491,18 @@ _EVALUATIONS = {
         "Passkey retrieval by distance, and k_max.",
         lambda: command("evaluate:evaluate_passkey", _show_passkey, name="passkey"),
     ),
+    "needle": (
+        "A needle in a haystack of prose, by window and depth.",
+        lambda: command("needle:evaluate_needle", _show_needle, name="needle"),
+    ),
+    "ruler": (
+        "Needles, variables and counts of words; the effective length.",
+        lambda: command("ruler:evaluate_ruler", _show_ruler, name="ruler"),
+    ),
+    "short": (
+        "Short benchmarks by lm-evaluation-harness, before and after.",
+        lambda: command("short_tasks:evaluate_short", _show_short, name="short"),
+    ),
     "summarize": (
         "Summaries of long documents, by ROUGE.",
         lambda: command("summaries:evaluate_summaries", _show_summaries, name="summarize"),
@@ -450,6 +514,10 @@ _EVALUATIONS = {
     "matrix": (
         "What quantizations and quantized KV caches cost at depth.",
         lambda: command("matrix:evaluate_matrix", _show_matrix, name="matrix"),
+    ),
+    "report": (
+        "The paper's tables and figure 2 on one page, beside your numbers.",
+        lambda: command("report:evaluate_all", _show_report, name="report"),
     ),
     "bounds": (
         "The paper's bounds and attention curves on a model's own weights.",
@@ -496,8 +564,8 @@ _COMMANDS = {
         lambda: command("model_card:card", _show_card),
     ),
     "eval": (
-        "Measure perplexity, passkey retrieval or KL divergence at length.",
-        lambda: Lazy("eval", _EVALUATIONS, help="Measure perplexity, passkey retrieval or KL divergence at length."),
+        "Measure a file or a model at length: the paper's suites and more.",
+        lambda: Lazy("eval", _EVALUATIONS, help="Measure a file or a model at length."),
     ),
     "models": ("List the families of models that are converted.", lambda: models),
     "run": ("Continue a prompt with a GGUF file.", lambda: run),

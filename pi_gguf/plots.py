@@ -63,25 +63,51 @@ def plot_perplexity(curves: Mapping[str, Sequence[Any]], path: str | Path, *, or
 
 def plot_passkeys(report: Any, path: str | Path) -> None:
     """Draw the share of passkeys found, window across and distance up, from red to green."""
+    shares = {(c.window, c.distance * 1000 // c.window / 10): c.found / c.keys for c in report.cells}
+    axis = "distance of the key from the end, share of the window"
+    _heatmap(shares, path, f"passkeys found: {Path(report.models[0]).name}", axis, "lower")
+
+
+def plot_needle(report: Any, path: str | Path) -> None:
+    """Draw the share of needles found, window across and depth down, from red to green."""
+    shares = {(c.window, 100 * c.depth): c.found / c.needles for c in report.cells}
+    _heatmap(shares, path, f"needles found: {Path(report.models[0]).name}", "depth, share of the window", "upper")
+
+
+def _heatmap(shares: Mapping[tuple[int, float], float], path: str | Path, title: str, axis: str, origin: str) -> None:
+    """Draw shares by window and place, in percent; the first place lies at `origin`, lower or upper."""
     import numpy as np
 
-    windows = sorted({c.window for c in report.cells})
-    places = sorted({c.distance * 1000 // c.window for c in report.cells})
+    windows, places = (sorted({key[i] for key in shares}) for i in (0, 1))
     grid = np.full((len(places), len(windows)), np.nan)
-    for cell in report.cells:
-        grid[places.index(cell.distance * 1000 // cell.window), windows.index(cell.window)] = cell.found / cell.keys
+    for (window, place), share in shares.items():
+        grid[places.index(place), windows.index(window)] = share
     with _figure(path) as figure:
         axes = figure.add_subplot()
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="lower")
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin=origin)
         for (y, x), share in np.ndenumerate(grid):
             if len(places) <= 16 and not np.isnan(share):
                 axes.text(x, y, f"{share:.0%}", ha="center", va="center")
         axes.set_xticks(range(len(windows)), [str(w) for w in windows])
         shown = range(0, len(places), -(-len(places) // 16))
-        axes.set_yticks(shown, [f"{places[i] / 10:.0f} %" for i in shown])
-        axes.set(xlabel="window, tokens", ylabel="distance of the key from the end, share of the window")
-        axes.set_title(f"passkeys found: {Path(report.models[0]).name}")
+        axes.set_yticks(shown, [f"{places[i]:.0f} %" for i in shown])
+        axes.set(xlabel="window, tokens", ylabel=axis)
+        axes.set_title(title)
         figure.colorbar(image)
+
+
+def plot_ruler(means: Mapping[str, Mapping[int, float]], threshold: float, path: str | Path) -> None:
+    """Draw the mean score by window, a line a model, and the score that counts as effective."""
+    with _figure(path) as figure:
+        axes = figure.add_subplot()
+        for name, by_window in means.items():
+            axes.plot(list(by_window), list(by_window.values()), marker="o", label=name)
+        axes.axhline(threshold, color="grey", linewidth=0.8)
+        windows = sorted({window for by_window in means.values() for window in by_window})
+        axes.set(xscale="log", ylim=(0, 102), xlabel="window, tokens", ylabel="mean score, percent")
+        axes.set_xticks(windows, [str(window) for window in windows])
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
 
 
 def plot_divergence(report: Any, path: str | Path) -> None:

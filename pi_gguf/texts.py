@@ -285,6 +285,13 @@ def _hub_rows(name: str, revision: str | None) -> Iterator[Mapping[str, Any]]:
         raise TextError(f"{name}: the data set cannot be read ({_one_line(error)})", "check name and split") from error
 
 
+def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows as a data set of `datasets`."""
+    import datasets
+
+    return datasets.Dataset.from_list([dict(row) for row in rows])
+
+
 def _hub_revision(name: str) -> str:
     """Return the commit of a data set of the Hub, so that all of a run reads the same."""
     from huggingface_hub import HfApi

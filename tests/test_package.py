@@ -35,9 +35,11 @@ LAYERS = [
     {"imatrix"},
     {"planning", "targets", "check", "quantizing"},
     {"evaluate"},
-    {"defects", "batches", "validation", "certificate", "divergence", "bounds", "summaries"},
+    {"defects", "batches", "validation", "certificate", "divergence", "bounds", "summaries", "haystack", "short_tasks"},
+    {"needle"},
+    {"ruler"},
     {"training"},
-    {"finetune", "inspection", "repairing", "model_card", "matrix", "comparison"},
+    {"finetune", "inspection", "repairing", "model_card", "matrix", "comparison", "report"},
     {"conversion"},
     {"demo"},
     {"cli"},
@@ -116,8 +118,8 @@ def test_every_command_explains_every_option_and_shows_an_example():
     names = [" ".join(path) for path, _ in commands(main)]
     assert names == [
         "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "certify", "card", "eval perplexity",
-        "eval passkey", "eval summarize", "eval compare", "eval matrix", "eval bounds", "eval kl", "models", "run",
-        "demo",
+        "eval passkey", "eval needle", "eval ruler", "eval short", "eval summarize", "eval compare", "eval matrix",
+        "eval report", "eval bounds", "eval kl", "models", "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):
         text = command.get_help(click.Context(command))

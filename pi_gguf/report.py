@@ -1,0 +1,360 @@
+"""The paper's evaluation as one page: its tables 1 to 5 and its figure 2, in a model's own numbers beside the paper's.
+
+In: a base, and what it was extended to: a Hugging Face folder and GGUF files. Out: a folder with `report.html`, which
+has its pictures inside, `report.json`, and every finished item, so that the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from pi_gguf import bundled
+from pi_gguf.bounds import evaluate_bounds
+from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.divergence import evaluate_kl
+from pi_gguf.errors import OptionError, PiGgufError
+from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity, k_max
+from pi_gguf.files import replace_when_complete, write_json
+from pi_gguf.gguf_file import read_gguf
+from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
+from pi_gguf.progress import say
+from pi_gguf.provenance import provenance
+from pi_gguf.results import (
+    BoundsReport,
+    DivergenceReport,
+    MatrixReport,
+    PasskeyCell,
+    PasskeyReport,
+    PerplexityRow,
+    Report,
+    ShortReport,
+)
+from pi_gguf.short_tasks import evaluate_short
+from pi_gguf.targets import check_targets, doublings, is_url
+
+PAPER_PERPLEXITY = {
+    "LLaMA 7B, no scaling": ("7.20", "> 1000", "> 1000", "> 1000", "> 1000"),
+    "LLaMA 7B, PI to 32768, 1000 steps": ("7.23", "7.04", "6.91", "6.80", "6.77"),
+}
+"""PG19, at 2048 and its doublings to 32768."""
+PAPER_STEPS = {
+    "LLaMA 7B to 8192": {0: "16.10", 200: "7.12", 1000: "6.95"},
+    "LLaMA 7B to 16384": {0: "112.13", 200: "7.05", 1000: "6.83"},
+}
+"""PG19 at the new window, by steps of fine-tuning."""
+PAPER_K_MAX = {"LLaMA 7B, PI to 32768": {200: "32768"}, "LLaMA 7B, no PI, to 8192": {10000: "2560"}}
+PAPER_SHORT = {
+    "BoolQ": ("76.1", "64.7"), "PIQA": ("78.9", "77.2"), "RACE-M": ("55.7", "50.1"), "RACE-H": ("42.2", "39.6"),
+    "WinoGrande": ("69.6", "66.9"),
+}  # fmt: skip
+"""Percent correct of LLaMA 7B, before and after PI to 32768."""
+
+
+@dataclass(frozen=True)
+class PageReport(Report):
+    """Everything that stands on the page.
+
+    Args:
+        path: of the page.
+        perplexity: table 1, by label of the model; `second_perplexity` is table 2.
+        steps: tables 3 and 4: what each Hugging Face folder recorded while it was fine-tuned.
+        passkeys: cells, by label.
+        short: table 5; None where it was not measured, and `missing` says why.
+    """
+
+    path: str
+    base: str
+    context: int
+    perplexity: dict[str, list[PerplexityRow]]
+    second_perplexity: dict[str, list[PerplexityRow]]
+    passkeys: dict[str, list[PasskeyCell]]
+    steps: dict[str, list[dict[str, Any]]]
+    short: ShortReport | None
+    divergences: list[DivergenceReport]
+    bounds: BoundsReport
+    missing: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate_all(
+    base: str,
+    *models: str,
+    out: str = "report",
+    text: Sequence[str] = (),
+    second_text: Sequence[str] = (),
+    samples: int = 2,
+    distances: int = 4,
+    keys: int = 2,
+    tasks: str = "next_sentence",
+    limit: int = 200,
+    seed: int = 0,
+    device: str = "auto",
+) -> PageReport:
+    """Measure a base and what it was extended to, and write one page: the paper's tables beside your numbers.
+
+    Args:
+        base: Hugging Face folder, Hub id or bundled:tiny, as it was before it was extended.
+        models: what it became: a Hugging Face folder and GGUF files, all of one window.
+        out: folder to write to; the same command goes on with what is there.
+        text: text of table 1 (the paper's is PG19), as for eval perplexity; a held-out novel of the bundled sample when
+            left out. Repeatable.
+        second_text: text of table 2 (the paper's is Proof-pile); a training novel of the bundled sample when left out.
+            Repeatable.
+        samples: stretches to score in each document.
+        distances: places of the passkey in each window.
+        keys: passkeys tried at each place.
+        tasks: of table 5, as for eval short, e.g. boolq,piqa,race,winogrande; without the Hub next_sentence.
+        limit: items of each task.
+        seed: of the keys and pairs drawn.
+        device: auto, cpu or cuda.
+
+    Example:
+        pi-gguf eval report bundled:tiny tiny-32k-hf tiny-32k-Q8_0.gguf tiny-32k-Q4_K_M.gguf --out report
+    """
+    check_targets((base, *models), servers=False)
+    if not models:
+        raise OptionError("MODELS is missing", "give what the base became, such as a GGUF file")
+    original = load_checkpoint(base).rope.max_position_embeddings
+    reached = {model: _window(model) for model in models}
+    context = max(reached.values())
+    if min(reached.values()) < context or context <= original:
+        told = ", ".join(f"{model} {window}" for model, window in reached.items())
+        raise OptionError(f"models must have one window above the base's {original} tokens, got {told}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = _labels(base, models)
+    common: dict[str, Any] = {"keep": str(folder / "kept.jsonl"), "seed": seed, "device": device}
+    asked = [(label, name, context if "untrained" in label else None) for label, name in labels.items()]
+    windows = doublings(original, context)
+    missing = []
+
+    def perplexity(texts: Sequence[str]) -> dict[str, list[PerplexityRow]]:
+        found = {}
+        for label, name, scaled_to in asked:
+            say(f"perplexity: {label}")
+            measured = evaluate_perplexity(
+                name, text=texts, windows=windows, stride=min(256, original - 1), samples=samples, context=scaled_to,
+                **common,
+            )  # fmt: skip
+            found[label] = [replace(row, model=label) for row in measured.rows]
+        return found
+
+    with _texts(text, "heldout", "text") as texts:
+        first = perplexity(texts)
+    with _texts(second_text, "train", "second-text") as texts:
+        second = perplexity(texts)
+    passkeys = {}
+    for label, name, scaled_to in asked:
+        say(f"passkeys: {label}")
+        cells = evaluate_passkey(
+            name, windows=windows, distances=distances, keys=keys, context=scaled_to, **common
+        ).cells
+        passkeys[label] = [replace(cell, model=label) for cell in cells]
+    steps = {label: _validations(name) for label, name, _ in asked if name != base and not _is_gguf(name)}
+    short = None
+    try:
+        say(f"tasks: {tasks}")
+        short = evaluate_short(base, *models, tasks=tasks, limit=limit, **common)
+    except PiGgufError as error:
+        missing.append(f"Table 5 was not measured: {error}")
+        say(f"note: {missing[-1]}")
+    report = PageReport(
+        str(folder / "report.html"), base, context, first, second, passkeys, steps, short,
+        _divergences(models, device, seed), evaluate_bounds(base, context=context, seed=seed), missing,
+        provenance(seed=seed, device=device),
+    )  # fmt: skip
+    _draw(report, folder, original)
+    write_json(folder / "report.json", report.to_json())
+    with replace_when_complete(Path(report.path)) as partial:
+        partial.write_text(_page(report, folder, original), encoding="utf-8")
+    return report
+
+
+def _window(model: str) -> int:
+    rope = read_gguf(Path(model)).rope if _is_gguf(model) else load_checkpoint(model).rope
+    return rope.max_position_embeddings
+
+
+def _is_gguf(model: str) -> bool:
+    return not is_url(model) and Path(model).suffix == ".gguf"
+
+
+def _labels(base: str, models: Sequence[str]) -> dict[str, str]:
+    """Return the names of the rows and what each is of."""
+    short = [Path(model).name for model in models]
+    shown = short if len(set(short)) == len(short) else list(models)
+    rows = {"base, no scaling": base, "base, PI, untrained": base}
+    return {**rows, **dict(zip(shown, models, strict=True))}
+
+
+@contextmanager
+def _texts(given: Sequence[str], split: str, option: str) -> Iterator[Sequence[str]]:
+    """Yield the texts of a table; where none are given, the longest novel of a split of the sample as a file."""
+    import tempfile
+
+    if given:
+        yield given
+        return
+    name, body = max(bundled.novels(split).items(), key=lambda item: len(item[1]))
+    say(f"no --{option}: {name} of the bundled sample ({split}) is read")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, name).write_text(body, encoding="utf-8")
+        yield [str(Path(folder, name))]
+
+
+def _validations(folder: str) -> list[dict[str, Any]]:
+    found = load_checkpoint(folder).provenance.get("validations")
+    return found if isinstance(found, list) else []
+
+
+def _divergences(models: Sequence[str], device: str, seed: int) -> list[DivergenceReport]:
+    """Hold every file against the Hugging Face folder, or the first file where there is none."""
+    reference = next((model for model in models if not _is_gguf(model)), models[0])
+    found = []
+    for model in models:
+        if model != reference and _is_gguf(model):
+            say(f"KL divergence: {model}")
+            found.append(evaluate_kl(model, against=reference, device=device, seed=seed))
+    return found
+
+
+def _draw(report: PageReport, folder: Path, original: int) -> None:
+    plot_perplexity(report.perplexity, folder / "perplexity.png", original=original)
+    for i, (label, cells) in enumerate(report.passkeys.items()):
+        plot_passkeys(PasskeyReport([label], cells, {label: k_max(cells)}), folder / f"passkeys-{i}.png")
+    if report.divergences:
+        plot_matrix(MatrixReport(report.divergences[0].against, report.divergences), folder / "divergence.png")
+    plot_bounds(report.bounds, folder / "figure-2.png")
+
+
+# The page
+
+
+def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"
+
+    return f"<table>\n{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>\n"
+
+
+def _picture(folder: Path, name: str) -> str:
+    data = base64.b64encode((folder / name).read_bytes()).decode()
+    return f'<img alt="{name}" src="data:image/png;base64,{data}">\n'
+
+
+def _perplexity_table(rows: dict[str, list[PerplexityRow]]) -> str:
+    windows = [row.window for row in next(iter(rows.values()))]
+    body = [[label, *(f"{row.perplexity:.2f}" for row in found)] for label, found in rows.items()]
+    return _table(["", *windows], body)
+
+
+def _by_steps(ours: dict[str, dict[int, str]], paper: dict[str, dict[int, str]]) -> str:
+    together = {**ours, **paper}
+    steps = sorted({step for found in together.values() for step in found})
+    body = [[label, *(found.get(step, "") for step in steps)] for label, found in together.items()]
+    return _table(["steps", *steps], body)
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
+
+
+def _page(report: PageReport, folder: Path, original: int) -> str:
+    windows, base = [row.window for row in next(iter(report.perplexity.values()))], escape(report.base)
+    untrained = report.perplexity["base, PI, untrained"][-1].perplexity
+    at_window: dict[str, dict[int, str]] = {}
+    reached: dict[str, dict[int, str]] = {}
+    for label, entries in report.steps.items():
+        name = f"eval_perplexity_{report.context}"
+        # Of the same model on another text: a validation reads one, table 1 several.
+        at_window[label] = {0: f"{untrained:.2f} (on table 1's text)"} if entries else {}
+        at_window[label] |= {entry["step"]: f"{entry[name]:.2f}" for entry in entries if name in entry}
+        reached[label] = {e["step"]: f"{e['eval_k_max']:.0f}" for e in entries if "eval_k_max" in e}
+    now = {label: f"{k_max(cells)}" for label, cells in report.passkeys.items()}
+    shares = {
+        label: [
+            f"{sum(c.found for c in cells if c.window == w) / sum(c.keys for c in cells if c.window == w):.0%}"
+            for w in windows
+        ]
+        for label, cells in report.passkeys.items()
+    }
+    parts = [
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{base} to {report.context}</title>",
+        f"<style>{_STYLE}</style><h1>{base}: from {original} to {report.context} tokens</h1>",
+        "<p>The base was trained on texts of the first length. <b>Position Interpolation</b> (PI, arXiv 2306.15595) "
+        "divides its positions, so that a longer text stays inside the range it knows, and fine-tunes it for a while. "
+        "Every figure below was measured on the very files named, beside the paper's for LLaMA 7B.</p>",
+        *(f"<p><b>{escape(text)}</b></p>" for text in report.missing),
+        "<h2>Table 1: perplexity by window</h2><p>How surprised the model is by the next token, when it may look back "
+        "as many tokens as the column says: lower is better, and a window that works never makes it worse.</p>",
+        _perplexity_table(report.perplexity), _picture(folder, "perplexity.png"),
+        "<p>The paper, on PG19:</p>",
+        _table(["", *(2048 * 2**i for i in range(5))], [[name, *row] for name, row in PAPER_PERPLEXITY.items()]),
+        "<h2>Table 2: the same on a second text</h2><p>The paper's second text is Proof-pile; what was read here says "
+        "the command that is recorded in report.json.</p>",
+        _perplexity_table(report.second_perplexity),
+        f"<h2>Table 3: perplexity at {report.context} tokens, by steps of fine-tuning</h2>",
+        _recorded(at_window), _by_steps({k: v for k, v in at_window.items() if v}, PAPER_STEPS),
+        "<h2>Table 4: how far back a key is found (k_max), by steps</h2><p>A five-digit key is hidden in filler text "
+        "and asked for at the end. k_max is the largest distance, in tokens, at which at least a fifth of the keys are "
+        "found.</p>",
+        _recorded(reached), _by_steps({k: v for k, v in reached.items() if v}, PAPER_K_MAX),
+        "<p>Measured on each file now, and the share of keys found by window:</p>",
+        _table(["", "k_max", *windows], [[label, now[label], *shares[label]] for label in now]),
+        *(_picture(folder, f"passkeys-{i}.png") for i in range(len(report.passkeys))),
+        "<h2>Table 5: short tasks, before and after</h2><p>What the longer window costs on questions that never needed "
+        "it, in percent correct.</p>",
+        _short_table(report.short), "<p>The paper, before and after PI to 32768:</p>",
+        _table(["", "before", "after"], [[name, *row] for name, row in PAPER_SHORT.items()]),
+        "<h2>What quantization costs, by position</h2><p>KL divergence from the unquantized model, in nats: how far "
+        "the predicted probabilities moved. Files that are worse only at depth show here.</p>",
+        *([_divergence_table(report.divergences), _picture(folder, "divergence.png")] if report.divergences else []),
+        "<h2>Figure 2: why it works</h2><p>An attention score as a function of distance, of this model's own queries "
+        "and keys. Left: inside the window it was trained on. Middle: beyond it, where nothing keeps it small. Right: "
+        "between trained distances, where interpolated positions lie, it is smooth.</p>",
+        _picture(folder, "figure-2.png"), _bounds_table(report.bounds),
+        f"<p><small>pi-gguf {escape(str(report.provenance.get('pi_gguf')))}, commit "
+        f"{escape(str(report.provenance.get('commit')))}, seed {report.provenance.get('seed')}; everything is in "
+        "report.json.</small></p></html>\n",
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _recorded(found: dict[str, dict[int, str]]) -> str:
+    if any(found.values()):
+        return ""
+    return "<p>Not recorded for this model: <code>pi-gguf extend ... --eval-steps 100</code> records it.</p>"
+
+
+def _short_table(short: ShortReport | None) -> str:
+    if short is None:
+        return "<p>Not measured.</p>"
+    kinds = list(dict.fromkeys((row.task, row.metric) for row in short.rows))
+    found = {(row.model, row.task, row.metric): row for row in short.rows}
+    body = [[Path(model).name, *(f"{100 * found[model, *kind].value:.1f}" for kind in kinds)] for model in short.models]
+    return _table(["", *(" ".join(kind) for kind in kinds)], body)
+
+
+def _divergence_table(reports: Sequence[DivergenceReport]) -> str:
+    ranges = [f"{row.begin}-{row.end - 1}" for row in reports[0].rows]
+    body = [[Path(r.model).name, *(f"{row.mean:.2g}" for row in r.rows), f"{r.rows[-1].top1:.1%}"] for r in reports]
+    return _table(["mean by position", *ranges, "same first choice"], body)
+
+
+def _bounds_table(bounds: BoundsReport) -> str:
+    chosen = asdict(bounds)
+    rows = [
+        ("largest score beyond the window, by the largest inside: worst pair", chosen["extrapolated_worst"], ""),
+        ("the same with interpolated positions", chosen["interpolated"], ""),
+        ("bound of extrapolation by that of interpolation: median", chosen["bound_ratio"], "about 600"),
+    ]
+    return _table(["", "this model", "the paper"], [[name, f"{value:.4g}", paper] for name, value, paper in rows])

@@ -1,0 +1,101 @@
+"""The page: its figures are those of the suites, its tables are all there, and it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import make_llama
+
+import pi_gguf
+from pi_gguf.bundled import novels
+
+BASE, CONTEXT = 512, 1024
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base, the folder it became, with validations, and a file."""
+    folder = tmp_path_factory.mktemp("report")
+    base = make_llama(folder / "base", max_position_embeddings=BASE)
+    (folder / "train.txt").write_text(next(iter(novels("train").values()))[:12_000])
+    extended = pi_gguf.extend(
+        str(base), folder / "extended", context=CONTEXT, data=[str(folder / "train.txt")], steps=4, batch_tokens=1024,
+        eval_steps=2, device="cpu", report_to="none",
+    )  # fmt: skip
+    pi_gguf.convert(str(extended), folder / "model.gguf", quant="F16", check="none", certify=False)
+    return str(base), str(extended), str(folder / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "novel.txt"
+    path.write_text(next(iter(novels("heldout").values()))[:4000])
+    return str(path)
+
+
+def options(out, text):
+    few = {"samples": 1, "distances": 2, "keys": 1, "limit": 5}
+    return {"out": str(out), "text": [text], "second_text": [text], **few}
+
+
+@pytest.fixture(scope="module")
+def report(made, text, tmp_path_factory):
+    return pi_gguf.evaluate_all(*made, **options(tmp_path_factory.mktemp("page") / "report", text))
+
+
+def test_the_page_has_the_papers_tables_and_figure(report, made):
+    page = Path(report.path).read_text()
+    titles = re.findall(r"<h2>([^:<]+)", page)
+    assert titles == [*(f"Table {i}" for i in range(1, 6)), "What quantization costs, by position", "Figure 2"]
+    assert page.count("data:image/png;base64,") == 1 + 4 + 1 + 1, "perplexity, passkeys of 4 rows, divergence, figure 2"
+    assert "Not recorded" not in page and "Not measured" not in page
+    for paper in ("7.23", "6.77", "112.13", "2560", "76.1", "about 600"):
+        assert f"<td>{paper}</td>" in page
+    labels = ["base, no scaling", "base, PI, untrained", "extended", "model.gguf"]
+    assert list(report.perplexity) == list(report.passkeys) == labels
+    for label in labels:
+        cells = "".join(f"<td>{row.perplexity:.2f}</td>" for row in report.perplexity[label])
+        assert f"<td>{label}</td>{cells}" in page
+
+
+def test_its_figures_are_those_of_the_suites(report, made, text):
+    base, extended, file = made
+    measured = {"text": [text], "windows": [BASE, CONTEXT], "samples": 1}
+    for label, model, scaled_to in (
+        ("base, no scaling", base, None), ("base, PI, untrained", base, CONTEXT), ("extended", extended, None),
+        ("model.gguf", file, None),
+    ):  # fmt: skip
+        rows = pi_gguf.evaluate_perplexity(model, context=scaled_to, **measured).rows
+        assert [r.perplexity for r in report.perplexity[label]] == [r.perplexity for r in rows]
+    assert report.perplexity["base, no scaling"] != report.perplexity["base, PI, untrained"]
+    recorded = json.loads(Path(extended, "pi_gguf.json").read_text())["validations"]
+    assert report.steps == {"extended": recorded} and [entry["step"] for entry in recorded] == [2, 4]
+    kl = pi_gguf.evaluate_kl(file, against=extended)
+    assert [r.mean for r in report.divergences[0].rows] == [r.mean for r in kl.rows]
+    assert json.loads(Path(report.path).with_suffix(".json").read_text())["context"] == CONTEXT
+
+
+def test_it_goes_on_where_it_stopped(report, made, text, monkeypatch):
+    monkeypatch.setattr("pi_gguf.scoring.LanguageModel.score", None)
+    again = pi_gguf.evaluate_all(*made, **options(Path(report.path).parent, text))
+    assert (again.perplexity, again.passkeys) == (report.perplexity, report.passkeys)
+    assert again.short.rows == report.short.rows
+
+
+def test_what_makes_no_page_is_refused(made, cli, tmp_path):
+    base, extended, _ = made
+    code, _, err = cli("eval", "report", base, base, "--out", tmp_path / "out")
+    assert code == 2 and "models must differ" in err
+    code, _, err = cli("eval", "report", extended, base, "--out", tmp_path / "out")
+    assert code == 2 and "models must have one window above the base's 1024 tokens" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = cli("eval", "report", base)
+    assert code == 2
+
+
+def test_a_table_that_cannot_be_measured_is_named(report, made, text):
+    again = pi_gguf.evaluate_all(*made, **options(Path(report.path).parent, text), tasks=",")
+    assert again.short is None and "Table 5 was not measured: tasks must be names" in Path(again.path).read_text()
