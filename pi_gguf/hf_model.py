@@ -35,7 +35,7 @@ class HfTokens(LanguageModel):
         return text
 
     def is_end(self, token: int) -> bool:
-        return token == self._tokenizer.eos_token_id
+        return bool(token == self._tokenizer.eos_token_id)
 
 
 class HfModel(HfTokens):

@@ -87,8 +87,8 @@ def evaluate_summaries(
                 advance(1)
             tokens = sum(len(lm.tokenize(text, add_special=False)) for text in written) / len(written)
         summaries[lm.name] = written
-        scores = rouge(written, [summary for _, summary in pairs])
-        rows.append(SummaryRow(*scores, documents=len(pairs), tokens=tokens, model=lm.name))
+        first, second, longest = rouge(written, [summary for _, summary in pairs])
+        rows.append(SummaryRow(first, second, longest, len(pairs), tokens, lm.name))
     source = data or "bundled passages"
     return SummariesReport(names, source, rows, summaries, provenance(seed=seed, device=device))
 
