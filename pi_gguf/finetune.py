@@ -51,7 +51,7 @@ def extend(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
-    mix: float = 0.0,
+    mix: float | None = None,
     packing: str | None = None,
     longest_first: bool = False,
     train: str = "full",
@@ -87,7 +87,7 @@ def extend(
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
-            train-window with PoSE; 0 for none.
+            train-window with PoSE; when left out, a quarter where whole sequences fit the GPU, none elsewhere.
         packing: isolate (documents that share a row do not see each other) or join (a row is one sequence); when left
             out, isolate, but join for the bundled model's own training mixture.
         longest_first: fill rows with the longest documents first, and train on those alone if there are enough.

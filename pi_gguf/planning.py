@@ -33,6 +33,10 @@ _CPU_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.35
 
 _MICRO_BATCH_TOKENS = 8192
 
+DEFAULT_MIX = 0.25
+"""Share of the tokens in whole windows, where these fit a GPU: in `benchmarks/methods.json` such a mix finds most
+passkeys of all ways to interpolate, whole windows alone none at as many tokens."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -209,7 +213,7 @@ def plan_training(
     schedule: str,
     factor_warmup: int,
     device: str,
-    mix: float = 0.0,
+    mix: float | None = None,
     train: str = "full",
     lora_rank: int = 16,
     lora_alpha: int | None = None,
@@ -232,7 +236,7 @@ def plan_training(
         raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
     if batch_tokens is not None and batch_tokens < 1:
         raise OptionError(f"batch-tokens must be at least 1, got {batch_tokens}")
-    if not 0 <= mix < 1:
+    if mix is not None and not 0 <= mix < 1:
         raise OptionError(
             f"mix must be from 0 to below 1, got {mix}",
             f"--train-window {context} without --mix trains on sequences of the whole window only",
@@ -244,17 +248,21 @@ def plan_training(
         longest = max(context if mix else 0, *(window for window, _ in parse_windows(train_window or original, steps)))
         tokens = max(longest, min(_MICRO_BATCH_TOKENS, batch_tokens or _MICRO_BATCH_TOKENS))
         train, train_reason = _way_that_fits(checkpoint, tokens, lora_rank, device)
-    reason = "as given by --train-window"
+    reason, by_default = "as given by --train-window", False
     if train_window is None:
         whole = _memory(checkpoint, context, activations=_least(device), train=train, rank=lora_rank, device=device)
+        train_window = original
         if mix:
-            train_window, reason = original, f"the shorter sequences of --mix stay at the original {original} tokens"
+            reason = f"the shorter sequences of --mix stay at the original {original} tokens"
         elif device != "cuda":
-            train_window, reason = original, f"without a GPU sequences stay at the original {original} tokens"
+            reason = f"without a GPU sequences stay at the original {original} tokens"
         elif whole < 0.8 * free_memory(device):
-            train_window, reason = context, "sequences of the whole new window fit the GPU"
+            reason = "sequences of the whole new window fit the GPU"
+            if mix is None and not factor_warmup and context > original:
+                mix, by_default = DEFAULT_MIX, True
         else:
-            train_window, reason = original, f"{human_bytes(whole)} for whole windows do not fit the GPU"
+            reason = f"{human_bytes(whole)} for whole windows do not fit the GPU"
+    mix = mix or 0.0
     windows = parse_windows(train_window, steps)
     for window, _ in windows:
         if not 2 <= window <= context:
@@ -283,6 +291,7 @@ def plan_training(
     accumulation = -(-accumulation // readers) * readers
     stages = [Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows]
     full_micro_batch = max(1, batch_tokens // accumulation // context) if mix else 0
+    pose_reason = reason
     if mix:
         sequences += " and full length"
         reason += f"; {mix:.1%} of the tokens in sequences of {context}"
@@ -305,6 +314,8 @@ def plan_training(
         lora_alpha=0 if train == "full" else lora_alpha,
     )
     training = replace(training, full_micro_batches=sum(training.full_length))
+    if by_default and not training.full_micro_batches:  # a few steps, too few for one
+        return replace(training, mix=0.0, full_window=0, full_micro_batch=0, sequences="PoSE", reason=pose_reason)
     if mix and not training.full_micro_batches:
         raise OptionError(
             f"mix {mix:g} of the run's {training.tokens:,} tokens is not one micro-batch of {context} tokens",
@@ -379,7 +390,7 @@ def plan(
     batch_tokens: int | None = None,
     schedule: str = "constant",
     factor_warmup: int = 0,
-    mix: float = 0.0,
+    mix: float | None = None,
     train: str = "full",
     lora_rank: int = 16,
     lora_alpha: int | None = None,
@@ -401,7 +412,7 @@ def plan(
         schedule: constant (the paper's) or decay (to a tenth over the last third).
         factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
         mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
-            train-window with PoSE; 0 for none.
+            train-window with PoSE; when left out, a quarter where whole sequences fit the GPU, none elsewhere.
         train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
             on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
         lora_rank: rank of the adapters, of lora and qlora.

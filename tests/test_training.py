@@ -280,6 +280,23 @@ def test_auto_on_a_gpu_ends_with_4_bits(llama, monkeypatch):
     assert plan.train == "qlora" and "qlora takes about" in plan.train_reason
 
 
+def test_whole_windows_that_fit_a_gpu_are_mixed_in(llama, monkeypatch):
+    monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 1e12)
+    plan = training_plan(llama, device="cuda", batch_tokens=256)
+    assert (plan.sequences, plan.mix, plan.full_window) == ("PoSE and full length", 0.25, 4 * WINDOW)
+    assert [stage.window for stage in plan.stages] == [WINDOW] and "fit the GPU" in plan.reason
+    assert plan.tokens_by_window()[4 * WINDOW] == pytest.approx(0.25 * plan.tokens, rel=0.05)
+    for options, sequences in (
+        ({"mix": 0.0}, "PoSE"), ({"train_window": 4 * WINDOW}, "full length"), ({"factor_warmup": 5}, "PoSE"),
+        ({"device": "cpu"}, "PoSE"), ({"steps": 1, "batch_tokens": 64}, "PoSE"),
+    ):  # fmt: skip
+        plan = training_plan(llama, **{"device": "cuda", "batch_tokens": 256, **options})
+        assert (plan.sequences, plan.mix, plan.full_micro_batches) == (sequences, 0.0, 0), options
+        assert "of the tokens in" not in plan.reason
+    monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 0)
+    assert training_plan(llama, device="cuda").sequences == "PoSE"
+
+
 def test_auto_runs_what_it_planned(llama, tmp_path, text, monkeypatch):
     free = estimate_training_memory(
         load_checkpoint(str(llama)), training_plan(llama, batch_tokens=256), "cpu", RECOMPUTED
