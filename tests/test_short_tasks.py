@@ -68,6 +68,7 @@ def likeliest_word(model, context):
 
 def test_log_likelihoods_are_those_of_the_harness_for_transformers(ours, theirs, gguf):
     long = " ".join(WORDS[:200])
+    context, word = likeliest_word(gguf, "It was a")
     asked = requests(
         "loglikelihood",
         ("Question: is it?\nAnswer:", " yes"),
@@ -78,13 +79,14 @@ def test_log_likelihoods_are_those_of_the_harness_for_transformers(ours, theirs,
         ("<s>It was a", " dark night"),  # the begin token stands there already
         (long, " and more of it"),  # cut from the left
         (long[:300], " " + long[300:400]),
-        likeliest_word(gguf, "It was a"),
+        (context, word),
+        (context, word + " perhaps"),  # only its beginning is the likeliest
     )
     expected = theirs.loglikelihood(asked, disable_tqdm=True)
     found = ours.loglikelihood(asked, disable_tqdm=True)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert {greedy for _, greedy in found} == {True, False}
+    assert [greedy for _, greedy in found[-2:]] == [True, False]
 
 
 def test_the_log_likelihood_of_a_text_longer_than_the_window_is_the_harnesss(ours, theirs):
@@ -112,7 +114,6 @@ dataset_path: json
 dataset_kwargs: {data_files: {validation: DATA}}
 output_type: multiple_choice
 validation_split: validation
-num_fewshot: 2
 doc_to_text: "{{passage}}\\nQuestion: {{question}}?\\nAnswer:"
 doc_to_target: label
 doc_to_choice: ["no", "yes"]
@@ -127,6 +128,7 @@ validation_split: validation
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: label
 doc_to_choice: "{{[passage, question]}}"
+num_fewshot: 1
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
@@ -176,7 +178,7 @@ def test_whole_tasks_give_what_they_give_with_the_harnesss_own_class(gguf, their
     out, err = capfd.readouterr()
     assert out == err == "", "bars and logs of the harness"
     loaded = TaskManager(include_path=str(task_dir), include_defaults=False).load(TASKS.split(","))
-    loaded["tasks"]["local_boolq"].set_config("num_fewshot", 0)
+    loaded["tasks"]["local_piqa"].set_config("num_fewshot", 0)
     expected = lm_eval.evaluate(lm=theirs, task_dict=loaded)["results"]
     assert [(row.task, row.metric) for row in report.rows] == [
         ("local_boolq", "acc"), ("local_piqa", "acc"), ("local_piqa", "acc_norm"), ("local_text", "byte_perplexity"),
@@ -290,6 +292,7 @@ def test_data_of_the_hub_that_cannot_be_reached_end_in_one_line(gguf):
         ("unsafe_code: true", "evil.yaml: would run code .key unsafe_code"),
         ("metric_list: [{metric: acc, hf_evaluate: true}]", "evil.yaml: would run code .key hf_evaluate"),
         ("metric_list: [{metric: ./evil}]", "evil.yaml: metric ./evil is none"),
+        ("doc_to_image: passage", "task local_boolq: .* needs more than text"),
         ("include: ../base", "base: would run code .*!function"),
         ("include: [nowhere]", "nowhere: no readable YAML"),
         ("a: [", "evil.yaml: no readable YAML"),
