@@ -61,8 +61,10 @@ class RemoteModel(HfTokens):
         except (OSError, ValueError) as error:
             raise ResourceError(f"{self.name}: no answer of a server ({error})", "is it running there?") from error
 
-    def generate(self, ids: Sequence[int], max_tokens: int) -> str:
+    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str] = ()) -> str:
         body = {"model": self._model, "prompt": self.detokenize(ids), "max_tokens": max_tokens, "temperature": 0}
+        if stop:
+            body["stop"] = list(stop)
         try:
             return str(self._ask("completions", body)["choices"][0]["text"])
         except (KeyError, IndexError, TypeError) as error:

@@ -79,12 +79,13 @@ class LanguageModel(ABC):
     def is_end(self, token: int) -> bool:
         """Tell whether generation ends at a token."""
 
-    def generate(self, ids: Sequence[int], max_tokens: int) -> str:
+    def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str] = ()) -> str:
         """Continue ids with the most probable token each time, and return the text of what was added.
 
         Args:
             ids: the prompt; with `max_tokens` it must fit the window.
             max_tokens: at most; an end token ends it before.
+            stop: strings that end it too; they are part of the text.
         """
         written: list[int] = []
         while len(written) < max_tokens:
@@ -93,6 +94,8 @@ class LanguageModel(ABC):
             if self.is_end(token):
                 break
             written.append(token)
+            if stop and any(string in self.detokenize(written) for string in stop):
+                break
         return self.detokenize(written)
 
     @abstractmethod

@@ -343,8 +343,9 @@ def harness_model(lm: LanguageModel, task: str) -> Any:
                         raise OptionError(
                             f"task {task}: max_gen_toks must be below the window of {lm.window}, got {limit}"
                         )
-                    found[i] = lm.generate(prompts[i][limit - lm.window :], limit)
-                    for stop in filter(None, settings["until"]):
+                    stops = [stop for stop in settings["until"] if stop]
+                    found[i] = lm.generate(prompts[i][limit - lm.window :], limit, stops)
+                    for stop in stops:
                         found[i] = found[i].split(stop)[0]
                     advance(1)
             return found

@@ -224,6 +224,9 @@ def test_generation_takes_the_most_probable_token_in_both_backends(llama, gguf_p
     with Model(gguf_path) as lm:
         assert hf.generate(ids, 8) == lm.generate(ids, 8) == hf.detokenize(expected) != ""
         assert hf.generate(ids, 3) == hf.detokenize(expected[:3])
+        whole = hf.detokenize(expected)
+        stopped = hf.generate(ids, 8, [whole[3]])
+        assert whole.startswith(stopped) and whole[3] in stopped and len(stopped) < len(whole)
         last = next(i for i in range(1, 8) if expected[i] not in expected[:i])
         ending = type("Ending", (HfModel,), {"is_end": lambda self, token: token == expected[last]})
         assert ending(checkpoint, rope=hf_rope).generate(ids, 8) == hf.detokenize(expected[:last])

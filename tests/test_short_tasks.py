@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import WINDOW, make_llama
 
@@ -328,3 +329,22 @@ def test_an_answer_of_no_token_or_more_than_the_window_is_refused(gguf, answer):
 def test_texts_that_cannot_be_written_are_refused(gguf, settings, message):
     with pytest.raises(OptionError, match=message):
         harness_model(gguf, "a").generate_until(requests("generate_until", ("It was", settings)))
+
+
+def test_the_task_of_the_bundled_sample_asks_for_the_sentence_that_follows(tmp_path):
+    model = str(make_llama(tmp_path / "model", max_position_embeddings=512))
+    items = bundled.next_sentences()
+    prose = " ".join(" ".join(bundled.novels("heldout").values()).split())
+    for item in items[:40]:
+        follows = [item["context"] + choice in prose for choice in item["choices"]]
+        assert follows == [i == item["label"] for i in range(4)]
+    assert {item["label"] for item in items} == {0, 1, 2, 3}
+    report = evaluate_short(model, tasks="next_sentence", limit=10)
+    (acc,) = [row for row in report.rows if row.metric == "acc"]
+    lm, right = HfModel(load_checkpoint(model), device="cpu"), 0
+    for item in items[:10]:
+        ids = lm.tokenize(item["context"])
+        parts = [lm.tokenize(item["context"] + choice)[len(ids) :] for choice in item["choices"]]
+        scores = [float(lm.score((ids + part)[-513:], len(part))[0].sum()) for part in parts]
+        right += int(np.argmax(scores)) == item["label"]
+    assert (acc.items, acc.value) == (10, pytest.approx(right / 10))
