@@ -100,7 +100,11 @@ def main() -> None:
     original = load_checkpoint(args.model, config_only=True).rope.max_position_embeddings
     windows = doublings(original, args.context)
     args.short = args.short or original
-    chosen = {**vars(args), "out": None, "only": None, "original_window": original}
+    named = {
+        "model": Path(args.model).name,
+        **{key: [Path(p).name for p in vars(args)[key]] for key in ("data", "text")},
+    }
+    chosen = {**vars(args), **named, "out": None, "only": None, "original_window": original}
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     if record.get("settings", chosen) != chosen:
         parser.error(f"{args.out} holds other settings: give another --out")
