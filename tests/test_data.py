@@ -23,7 +23,7 @@ from pi_gguf.data import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
 from pi_gguf.planning import Stage, estimate_training_memory, plan_training
-from pi_gguf.texts import hub_documents, open_texts
+from pi_gguf.texts import HUB_DOCUMENTS, hub_documents, open_texts, read_texts
 
 DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", "The captain went on board. " * 9]
 
@@ -285,6 +285,24 @@ def test_texts_too_short_for_the_window_are_counted_by_length(llama):
     assert describe_lengths([1024, 1025, 1500, 700, 9000], 1500) == (
         "<=1024: 2 documents, 1,724 tokens; <=1500: 2 documents, 2,525 tokens; >1500: 1 document, 9,000 tokens"
     )
+
+
+def test_the_papers_texts_are_read_by_name(tmp_path, monkeypatch):
+    """From a folder laid out as the data set of the Hub that the name stands for; only its commit is not asked for."""
+    texts = ["too short", *(f"{i} " + "word " * 100 for i in range(HUB_DOCUMENTS + 3))]
+    (tmp_path / "emozilla" / "pg19").mkdir(parents=True)
+    write_jsonl(tmp_path / "emozilla" / "pg19" / "test.jsonl", [{"text": text} for text in texts])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pi_gguf.texts._hub_revision", lambda name: None)
+    found = read_texts(["pg19"], characters=400)
+    assert list(found.values()) == texts[1 : HUB_DOCUMENTS + 1] and next(iter(found)) == "pg19 1"
+    with pytest.raises(TextError, match="pg19: no document has 4000 characters"):
+        read_texts(["pg19"], characters=4000)
+
+
+def test_rows_of_tables_are_documents_to_evaluate_on(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert read_texts([str(tmp_path / "a.jsonl")]) == {f"{tmp_path}/a.jsonl:1": "one", f"{tmp_path}/a.jsonl:2": "two"}
 
 
 def test_a_mix_needs_a_document_of_the_whole_window(llama):

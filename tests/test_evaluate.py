@@ -176,6 +176,15 @@ def test_finished_items_are_not_measured_again(llama, gguf_path, two_texts, tmp_
             pi_gguf.evaluate_passkey(models[0], **{**passkey, **changed})
 
 
+def test_a_file_that_was_written_anew_is_measured_anew(llama, two_texts, tmp_path):
+    path, rows = tmp_path / "model.gguf", []
+    for context in (512, 1024):
+        pi_gguf.convert(str(llama), path, quant="F32", check="none", context=context, steps=0, overwrite=True)
+        options = {"text": [str(two_texts)], "windows": [128], "stride": 64, "keep": str(tmp_path / "kept.jsonl")}
+        rows.append(pi_gguf.evaluate_perplexity(str(path), **options).rows)
+    assert rows[0] != rows[1]
+
+
 def test_a_place_is_asked_until_it_is_decided(llama):
     answers, asked = [], []
 

@@ -73,6 +73,7 @@ def test_its_figures_are_those_of_the_suites(report, made, text):
     assert report.perplexity["base, no scaling"] != report.perplexity["base, PI, untrained"]
     recorded = json.loads(Path(extended, "pi_gguf.json").read_text())["validations"]
     assert report.steps == {"extended": recorded} and [entry["step"] for entry in recorded] == [2, 4]
+    assert report.short.models == list(made) and {row.difference for row in report.short.rows[:2]} == {None}
     kl = pi_gguf.evaluate_kl(file, against=extended)
     assert [r.mean for r in report.divergences[0].rows] == [r.mean for r in kl.rows]
     assert json.loads(Path(report.path).with_suffix(".json").read_text())["context"] == CONTEXT
