@@ -147,8 +147,8 @@ def test_several_models_make_one_table(cli, llama, gguf_path, text_path):
     assert report["k_max"] == {str(llama): 0, str(gguf_path): 0}
     out = cli("eval", "passkey", llama, gguf_path, *options)[1]
     assert out.count("0%") == 4 and "k_max" in out
-    for command in (("passkey", llama, llama), ("perplexity", llama, llama)):
-        code, _, err = cli("eval", *command)
+    for suite in ("passkey", "perplexity"):
+        code, _, err = cli("eval", suite, llama, llama, "--windows", "300")
         assert code == 2 and "models must differ" in err
     code, _, err = cli("eval", "passkey", llama, gguf_path, "--plot", "a.png")
     assert code == 2 and "plot is for one model, got 2" in err

@@ -15,8 +15,9 @@ from pi_gguf.errors import OptionError, ResourceError
 
 
 @contextmanager
-def serving(answer):
-    """Serve `answer(path, body)` on this machine; yields the URL and the bodies that came."""
+def serving(answer, keys=None):
+    """Serve `answer(path, body)` on this machine; yields the URL and the bodies that came. Fills `keys` with what was
+    sent to be let in."""
     bodies = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -28,6 +29,8 @@ def serving(answer):
             self._send(*answer(self.path, bodies[-1]))
 
         def _send(self, code, value):
+            if keys is not None:
+                keys.append(self.headers["Authorization"])
             self.send_response(code)
             self.end_headers()
             self.wfile.write(json.dumps(value).encode())
@@ -100,3 +103,15 @@ def test_what_a_server_cannot_do_is_said(cli):
             pi_gguf.evaluate_passkey(url, tokenizer=TINY, windows=(300,), distances=1, keys=1)
         got, _, err = cli("eval", "perplexity", url)
         assert got == 2 and "a server gives no log-probabilities" in err
+
+
+def test_the_key_of_the_environment_is_sent(monkeypatch):
+    seen = []
+
+    def answer(path, body):
+        return 200, {"data": [{"id": "m"}]} if body is None else {"choices": [{"text": ""}]}
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with serving(answer, seen) as (url, _):
+        pi_gguf.evaluate_passkey(url, tokenizer=TINY, windows=(300,), distances=1, keys=1)
+    assert seen == ["Bearer secret"] * 2
