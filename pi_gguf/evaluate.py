@@ -213,7 +213,8 @@ def measure_documents(
             else sampled_windows(ids, window, largest, stride, samples, lm.bos)
             for name, ids in tokenized.items()
         }
-        items = {name: {**(settings or {}), "window": window, "document": name} for name in jobs}
+        # By number, not name: the settings have a hash of all texts, and may lie in another folder the next time.
+        items = {name: {**(settings or {}), "window": window, "document": i} for i, name in enumerate(jobs)}
         todo = sum(len(jobs[name]) for name, item in items.items() if kept.get(item) is None)
         losses, tokens = 0.0, 0
         with progress_bar(f"perplexity at {window}", todo, "windows") as advance:

@@ -86,6 +86,13 @@ def test_it_goes_on_where_it_stopped(report, made, text, monkeypatch):
     assert again.short.rows == report.short.rows
 
 
+def test_it_goes_on_with_the_texts_of_the_sample_too(made, tmp_path, monkeypatch):
+    sample = {**options(tmp_path / "out", ""), "text": (), "second_text": ()}
+    first = pi_gguf.evaluate_all(*made, **sample)
+    monkeypatch.setattr("pi_gguf.scoring.LanguageModel.score", None)
+    assert pi_gguf.evaluate_all(*made, **sample).perplexity == first.perplexity
+
+
 def test_what_makes_no_page_is_refused(made, cli, tmp_path):
     base, extended, _ = made
     code, _, err = cli("eval", "report", base, base, "--out", tmp_path / "out")
