@@ -2,7 +2,8 @@
 
 In: a GGUF file. Out: `benchmarks/evaluation.json`: for us and for llama.cpp, alternating in one run, seconds to read
 the windows of the paper's protocol, each from its start. Of each we score 256 tokens, llama.cpp computes the last one's
-logits. Peak memory of a process that scores a whole window, beside the weights and the KV cache. With --passkey, the seconds of 32 x 10 passkeys at the largest window, each place until it is decided.
+logits. Peak memory of a process that scores a whole window, beside the weights and the KV cache. With --passkey, the
+seconds of 32 x 10 passkeys at the largest window, each place until it is decided.
 
 Example (ten minutes for the demo's file; --windows 512,1024 is a trial):
     python benchmarks/evaluation.py out/demo/tiny-32k-F16.gguf --passkey
