@@ -14,8 +14,8 @@ from pi_gguf.tables import markdown_table
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    curriculum = {"steps": 25, "train_window": 1024, "batch_tokens": 4096, "factor_warmup": 0}
-    return demo(out=str(out), context=4096, **curriculum, documents=1, stride=1024, distances=2, keys=1)
+    curriculum = {"steps": 18, "train_window": 1024, "batch_tokens": 4096, "factor_warmup": 0}
+    return demo(out=str(out), context=4096, **curriculum, documents=1, stride=1024, distances=1, keys=1)
 
 
 def rows(report):

@@ -263,7 +263,7 @@ def test_what_is_written_is_read_again_and_is_llama_cpps_format(tmp_path):
     ("model", "quant"),
     [
         *(("dense", quant) for quant in (
-            "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "Q2_K_S", "Q4_K_M",
+            "IQ1_M", "IQ2_XXS", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "Q2_K_S", "Q4_K_M",
         )),
         *(("experts", quant) for quant in ("IQ2_XXS", "Q2_K_S", "Q4_K_M")),
     ],

@@ -56,6 +56,7 @@ def test_the_recipe_for_a_cpu_runs(run, tmp_path):
         "64",
         "--factor-warmup",
         "0",
+        "--no-certify",
         "--batch-tokens",
         "64",
     )

@@ -86,7 +86,8 @@ def test_it_goes_on_where_it_stopped(report, made, text, monkeypatch):
     assert again.short.rows == report.short.rows
 
 
-def test_it_goes_on_with_the_texts_of_the_sample_too(made, tmp_path, monkeypatch):
+def test_it_goes_on_with_the_texts_of_the_sample_too(made, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("pi_gguf.bundled.novels", lambda split: {f"{split}.txt": Path(text).read_text()})
     sample = {**options(tmp_path / "out", ""), "text": (), "second_text": ()}
     first = pi_gguf.evaluate_all(*made, **sample)
     monkeypatch.setattr("pi_gguf.scoring.LanguageModel.score", None)
