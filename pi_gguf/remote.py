@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import Checkpoint
-from pi_gguf.errors import OptionError, ResourceError
+from pi_gguf.errors import OptionError
 from pi_gguf.hf_model import HfTokens
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class RemoteModel(HfTokens):
         n_ctx: tokens that the server's model reads.
 
     Raises:
-        ResourceError: nothing answers there.
-        OptionError: what answers is no such server.
+        OptionError: nothing answers there, or what answers is no such server.
     """
 
     def __init__(self, url: str, checkpoint: Checkpoint, n_ctx: int | None) -> None:
@@ -59,7 +58,7 @@ class RemoteModel(HfTokens):
             said = " ".join(error.read(300).decode(errors="replace").split())
             raise OptionError(f"{self.name}: the server refuses {path} with {error.code} ({said})") from error
         except (OSError, ValueError) as error:
-            raise ResourceError(f"{self.name}: no answer of a server ({error})", "is it running there?") from error
+            raise OptionError(f"{self.name}: no answer of a server ({error})", "is it running there?") from error
 
     def generate(self, ids: Sequence[int], max_tokens: int, stop: Sequence[str] = ()) -> str:
         body = {"model": self._model, "prompt": self.detokenize(ids), "max_tokens": max_tokens, "temperature": 0}
