@@ -63,7 +63,8 @@ def evaluate_kl(
         raise OptionError(f"documents must be at least 1, got {documents}")
     if window is not None and window < 2:
         raise OptionError(f"window must be at least 2 tokens, got {window}")
-    check_targets((model,), servers=False)
+    for target in (model, against):
+        check_targets((target,), servers=False)
     check_plot(plot)
     found = read_texts(text) if text else bundled.novels("heldout")
     chosen = sorted(found.items(), key=lambda item: -len(item[1]))[:documents]

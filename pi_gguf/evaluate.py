@@ -22,7 +22,7 @@ from pi_gguf.kept import Kept
 from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
 from pi_gguf.plots import check_plot, plot_passkeys, plot_perplexity
 from pi_gguf.progress import progress_bar, say
-from pi_gguf.provenance import library_versions, provenance, sha256
+from pi_gguf.provenance import provenance, sha256
 from pi_gguf.results import PasskeyCell, PasskeyReport, PerplexityReport, PerplexityRow, PositionRow
 from pi_gguf.scoring import LanguageModel, position_ranges
 from pi_gguf.targets import check_targets, check_windows, identity, opened
@@ -135,11 +135,12 @@ def evaluate_perplexity(
     hashed = sha256(list(documents.values()))
     names, rows, by_position = [], [], []
     for model in models:
+        options: dict[str, Any] = {"context": context, "method": method, "device": device}
         settings = {
-            **identity(model), "texts": hashed, "stride": stride, "samples": samples, "max_tokens": max_tokens,
-            "largest": largest, "context": context, "method": method, "device": device, "versions": library_versions(),
+            **identity(model, **options), "texts": hashed, "stride": stride, "samples": samples,
+            "max_tokens": max_tokens, "largest": largest,
         }  # fmt: skip
-        with opened(model, n_ctx=largest, context=context, method=method, device=device) as lm:
+        with opened(model, n_ctx=largest, **options) as lm:
             names.append(lm.name)
             found = measure_documents(
                 lm, documents, windows=windows, stride=stride, samples=samples, max_tokens=max_tokens, kept=kept,
@@ -343,21 +344,17 @@ def evaluate_passkey(
     """
     check_targets(models)
     check_windows(windows)
-    distances, keys = distances or (8 if quick else 32), keys or (2 if quick else 10)
+    distances = (8 if quick else 32) if distances is None else distances
+    keys = (2 if quick else 10) if keys is None else keys
     for name, value in (("distances", distances), ("keys", keys)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
-    check_plot(plot)
-    if plot and len(models) > 1:
-        raise OptionError(f"plot is for one model, got {len(models)}", "eval report draws several")
+    check_plot(plot, of_one=models)
     kept = Kept(keep)
     names, cells = [], []
     for model in models:
-        settings = {
-            **identity(model), "keys": keys, "until_decided": until_decided, "seed": seed, "context": context,
-            "method": method, "device": device, "tokenizer": tokenizer, "versions": library_versions(),
-        }  # fmt: skip
         options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
+        settings = {**identity(model, **options), "keys": keys, "until_decided": until_decided, "seed": seed}
         with opened(model, n_ctx=max(windows), **options) as lm:
             names.append(lm.name)
             cells += passkey_cells(

@@ -15,7 +15,7 @@ from pi_gguf.gguf_file import read_gguf
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_matrix
 from pi_gguf.progress import say
-from pi_gguf.provenance import library_versions, sha256
+from pi_gguf.provenance import sha256
 from pi_gguf.results import DivergenceReport, DivergenceRow, MatrixReport
 from pi_gguf.runtime import CACHE_TYPES
 from pi_gguf.targets import identity
@@ -62,13 +62,12 @@ def evaluate_matrix(
     infos = {model: read_gguf(Path(model)) for model in models}
     window = window or infos[models[0]].rope.max_position_embeddings
     texts = sha256(list(read_texts(text).values())) if text else "bundled"
-    version = library_versions()
     cells = []
     for model in infos:
         for kind in kinds:
             item = {
-                **identity(model), "cache": kind, "against": against, "window": window, "texts": texts,
-                "documents": documents, "device": device, "versions": version,
+                **identity(model, device=device), "cache": kind, "against": against, "window": window, "texts": texts,
+                "documents": documents,
             }  # fmt: skip
             if (found := kept.get(item)) is None:
                 say(f"{model}, {kind} cache")

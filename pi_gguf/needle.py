@@ -19,7 +19,7 @@ from pi_gguf.haystack import Item, ask, fit, hide, sentences
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_needle
 from pi_gguf.progress import progress_bar
-from pi_gguf.provenance import library_versions, provenance, sha256
+from pi_gguf.provenance import provenance, sha256
 from pi_gguf.results import NeedleCell, NeedleReport
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.targets import check_targets, check_windows, identity, opened
@@ -71,20 +71,15 @@ def evaluate_needle(
     for name, value in (("depths", depths), ("needles", needles)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
-    check_plot(plot)
-    if plot and len(models) > 1:
-        raise OptionError(f"plot is for one model, got {len(models)}", "eval report draws several")
+    check_plot(plot, of_one=models)
     documents = read_texts(text) if text else bundled.novels("heldout")
     prose, hashed = sentences(documents.values()), sha256(list(documents.values()))
     places = [round(i / max(1, depths - 1), 4) for i in range(depths)]
     kept = Kept(keep)
     names, cells = [], []
     for model in models:
-        settings = {
-            **identity(model), "texts": hashed, "needles": needles, "seed": seed, "context": context, "method": method,
-            "device": device, "tokenizer": tokenizer, "versions": library_versions(),
-        }  # fmt: skip
         options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
+        settings = {**identity(model, **options), "texts": hashed, "needles": needles, "seed": seed}
         with opened(model, n_ctx=max(windows), **options) as lm:
             for window in sorted({min(windows), max(windows)}):  # what cannot work is said before long work
                 fit(lm, needle_item(random.Random(seed), prose, [0.0]), window)

@@ -18,14 +18,19 @@ _LEAST = 1e-12
 """Nats; what is below is rounding, and zero has no place on a logarithmic axis."""
 
 
-def check_plot(path: str | None) -> None:
+def check_plot(path: str | None, *, of_one: Sequence[Any] = ()) -> None:
     """Check before long work that a plot can be written.
 
+    Args:
+        of_one: models, of which the plot can show one only.
+
     Raises:
-        OptionError: no format that matplotlib writes, or no such folder.
+        OptionError: no format that matplotlib writes, no such folder, or several models.
     """
     if path is None:
         return
+    if len(of_one) > 1:
+        raise OptionError(f"plot is for one model, got {len(of_one)}", "eval report draws several")
     from matplotlib.figure import Figure
 
     kinds = Figure().canvas.get_supported_filetypes()

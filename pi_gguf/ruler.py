@@ -26,7 +26,7 @@ from pi_gguf.needle import needle_item
 from pi_gguf.passkey import EVALUATION_FILLER
 from pi_gguf.plots import check_plot, plot_ruler
 from pi_gguf.progress import progress_bar
-from pi_gguf.provenance import library_versions, provenance
+from pi_gguf.provenance import provenance
 from pi_gguf.results import RulerReport, RulerRow
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.targets import check_targets, check_windows, identity, opened
@@ -99,11 +99,8 @@ def evaluate_ruler(
     kept = Kept(keep)
     names, rows = [], []
     for model in models:
-        settings = {
-            **identity(model), "items": items, "seed": seed, "context": context, "method": method, "device": device,
-            "tokenizer": tokenizer, "versions": library_versions(),
-        }  # fmt: skip
         options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
+        settings = {**identity(model, **options), "items": items, "seed": seed}
         with opened(model, n_ctx=max(windows), **options) as lm:
             for task in chosen:
                 for window in sorted({min(windows), max(windows)}):  # what cannot work is said before long work

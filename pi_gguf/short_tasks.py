@@ -26,7 +26,7 @@ from pi_gguf.provenance import library_versions, package_version, provenance, sh
 from pi_gguf.results import ShortReport, TaskRow
 from pi_gguf.runtime import Model
 from pi_gguf.scoring import LanguageModel
-from pi_gguf.targets import check_targets, identity, is_url, opened
+from pi_gguf.targets import check_targets, identity, opened
 from pi_gguf.texts import as_dataset
 
 _FOLDERS = ("super_glue/boolq", "piqa", "race", "winogrande")
@@ -78,10 +78,7 @@ def evaluate_short(
     Example:
         pi-gguf eval short my-llama my-llama-32k-hf my-llama-32k-Q4_K_M.gguf --limit 200
     """
-    check_targets(models)
-    for model in models:
-        if isinstance(model, str) and is_url(model):
-            raise OptionError(f"{model}: a server gives no log-probabilities of a text", "give the file that it serves")
+    check_targets(models, servers=False)
     if limit is not None and limit < 1:
         raise OptionError(f"limit must be at least 1, got {limit}")
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -90,7 +87,8 @@ def evaluate_short(
     _import_harness()
     if task_dir is not None:
         _check_task_files(task_dir)
-    identities = [identity(model) for model in models]
+    options: dict[str, Any] = {"context": context, "method": method, "device": device}
+    identities = [identity(model, **options) for model in models]
     loaded = _load_tasks(wanted, task_dir, seed)
     asked = {
         name: sha256([str(task.dump_config()), *map(str, itertools.islice(task.eval_docs, limit))])
@@ -102,8 +100,8 @@ def evaluate_short(
     rows: list[TaskRow] = []
     first: dict[tuple[str, str], float] = {}
     for model, target in zip(models, identities, strict=True):
-        settings = {**target, "context": context, "method": method, "device": device, "versions": versions}
-        with opened(model, n_ctx=None, context=context, method=method, device=device) as lm:
+        settings = {**target, "versions": versions}
+        with opened(model, n_ctx=None, **options) as lm:
             names.append(lm.name)
             for name, task in loaded.items():
                 item = {**settings, "task": name, "asked": asked[name]}

@@ -15,7 +15,7 @@ from pi_gguf import bundled
 from pi_gguf.errors import OptionError
 from pi_gguf.kept import Kept
 from pi_gguf.progress import progress_bar, say
-from pi_gguf.provenance import library_versions, provenance, sha256
+from pi_gguf.provenance import provenance, sha256
 from pi_gguf.results import SummariesReport, SummaryRow
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.targets import check_targets, identity, opened
@@ -70,11 +70,8 @@ def evaluate_summaries(
     rows: list[SummaryRow] = []
     summaries: dict[str, list[str]] = {}
     for model in models:
-        settings = {
-            **identity(model), "document_tokens": document_tokens, "max_tokens": max_tokens, "context": context,
-            "method": method, "tokenizer": tokenizer, "device": device, "versions": library_versions(),
-        }  # fmt: skip
         options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
+        settings = {**identity(model, **options), "document_tokens": document_tokens, "max_tokens": max_tokens}
         with opened(model, n_ctx=None, **options) as lm, progress_bar("summarize", len(pairs), "documents") as advance:
             names.append(lm.name)
             written: list[str] = []

@@ -14,6 +14,7 @@ from typing import Any
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.progress import say
+from pi_gguf.provenance import library_versions
 from pi_gguf.scoring import LanguageModel
 
 
@@ -75,8 +76,16 @@ def is_url(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
-def identity(model: str | LanguageModel) -> dict[str, Any]:
-    """Return what tells a target from another one, and from itself after a change, without reading all of it."""
+def identity(model: str | LanguageModel, **options: Any) -> dict[str, Any]:
+    """Return what tells a target from another one, and from itself after a change, without reading all of it.
+
+    Args:
+        options: as it is opened with; they and the versions of the libraries are part of it.
+    """
+    return {**_what(model), **options, "versions": library_versions()}
+
+
+def _what(model: str | LanguageModel) -> dict[str, Any]:
     if isinstance(model, LanguageModel):
         return {"model": model.name}
     if is_url(model):

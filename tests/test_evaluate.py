@@ -219,8 +219,10 @@ def test_quick_asks_for_fewer_keys(llama, monkeypatch):
     for options in ({}, {"quick": True}, {"quick": True, "keys": 5}, {"distances": 3}):
         pi_gguf.evaluate_passkey(str(llama), **options)
     assert [(o["distances"], o["keys"]) for o in asked] == [(32, 10), (8, 2), (8, 5), (3, 10)]
-    with pytest.raises(OptionError, match="keys must be at least 1, got -1"):
-        pi_gguf.evaluate_passkey(str(llama), keys=-1)
+    for wrong in ({"keys": -1}, {"keys": 0}, {"distances": 0}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(OptionError, match=f"{name} must be at least 1, got {value}"):
+            pi_gguf.evaluate_passkey(str(llama), **wrong)
 
 
 def test_generation_takes_the_most_probable_token_in_both_backends(llama, gguf_path):

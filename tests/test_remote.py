@@ -103,6 +103,9 @@ def test_what_a_server_cannot_do_is_said(cli):
             pi_gguf.evaluate_passkey(url, tokenizer=TINY, windows=(300,), distances=1, keys=1)
         got, _, err = cli("eval", "perplexity", url)
         assert got == 2 and "a server gives no log-probabilities" in err
+        for against in (("kl", TINY, "--against", url), ("short", TINY, url)):
+            got, _, err = cli("eval", *against)
+            assert got == 2 and f"{url}: a server gives no log-probabilities" in err
 
 
 def test_the_key_of_the_environment_is_sent(monkeypatch):
