@@ -342,7 +342,7 @@ def evaluate_passkey(
     Example:
         pi-gguf eval passkey model.gguf --windows 2048,8192,32768
     """
-    check_targets(models)
+    check_targets(models, tokenizer=tokenizer)
     check_windows(windows)
     distances = (8 if quick else 32) if distances is None else distances
     keys = (2 if quick else 10) if keys is None else keys

@@ -66,7 +66,7 @@ def evaluate_needle(
     Example:
         pi-gguf eval needle model.gguf --plot needle.png
     """
-    check_targets(models)
+    check_targets(models, tokenizer=tokenizer)
     check_windows(windows)
     for name, value in (("depths", depths), ("needles", needles)):
         if value < 1:

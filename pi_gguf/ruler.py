@@ -86,7 +86,7 @@ def evaluate_ruler(
     Example:
         pi-gguf eval ruler model.gguf --windows 4096,8192
     """
-    check_targets(models)
+    check_targets(models, tokenizer=tokenizer)
     check_windows(windows)
     chosen = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if not set(chosen) <= set(TASKS):

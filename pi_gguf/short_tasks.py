@@ -124,7 +124,7 @@ def _import_harness() -> None:
     try:
         import lm_eval.utils
     except ModuleNotFoundError as error:
-        raise OptionError("lm-evaluation-harness is not installed", 'pip install "pi-gguf[short]"') from error
+        raise OptionError("lm-evaluation-harness is not installed", "pip install lm-eval") from error
     from jinja2.sandbox import SandboxedEnvironment
 
     plain = lm_eval.utils.env

@@ -58,7 +58,7 @@ def evaluate_summaries(
     Example:
         pi-gguf eval summarize model.gguf --data govreport --documents 50
     """
-    check_targets(models)
+    check_targets(models, tokenizer=tokenizer)
     for name, value in (("documents", documents), ("document-tokens", document_tokens), ("max-tokens", max_tokens)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")

@@ -98,8 +98,8 @@ def _what(model: str | LanguageModel) -> dict[str, Any]:
     return {"model": model, "weights": load_checkpoint(model).fingerprint()}
 
 
-def check_targets(models: Sequence[str | LanguageModel], *, servers: bool = True) -> None:
-    """Check that there is a target, none twice, and no server where `servers` cannot be asked.
+def check_targets(models: Sequence[str | LanguageModel], *, servers: bool = True, tokenizer: str | None = None) -> None:
+    """Check that there is a target, none twice, no server that cannot be asked, and no tokenizer without a server.
 
     Raises:
         OptionError: otherwise.
@@ -113,6 +113,10 @@ def check_targets(models: Sequence[str | LanguageModel], *, servers: bool = True
     names = [model if isinstance(model, str) else model.name for model in models]
     if not names:
         raise OptionError("MODEL is missing", "give a GGUF file, a Hugging Face folder or bundled:tiny")
+    if tokenizer is not None and not any(map(is_url, names)):
+        raise OptionError(
+            f"tokenizer is for URLs, got {', '.join(names)}", "leave it out: files and folders have their own"
+        )
     if len(set(names)) < len(names):
         raise OptionError(f"models must differ, got {', '.join(names)}")
 

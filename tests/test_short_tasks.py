@@ -270,7 +270,7 @@ def test_without_the_harness_one_is_told_how_to_install_it(gguf, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
     with pytest.raises(OptionError, match="lm-evaluation-harness is not installed") as raised:
         evaluate_short(gguf)
-    assert raised.value.hint == 'pip install "pi-gguf[short]"'
+    assert raised.value.hint == "pip install lm-eval"
 
 
 def test_an_unknown_task_gets_a_hint(gguf):
