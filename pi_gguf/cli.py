@@ -412,6 +412,12 @@ def _show_bounds(report: Any) -> str:
 
 
 def _show_passkey(report: Any) -> str:
+    if report.growing:
+        shares = {(c.distance, c.model): f"{c.found / c.keys:.0%}" for c in report.cells}
+        distances = list(dict.fromkeys(distance for distance, _ in shares))
+        rows = [(str(distance), *(shares[distance, name] for name in report.models)) for distance in distances]
+        rows.append(("k_max", *(str(report.k_max[name]) for name in report.models)))
+        return text_table("passkeys found", ("distance", *(Path(name).name for name in report.models)), rows)
     if len(report.models) > 1:
         title = "passkeys found, by window; k_max (at least 20 % found)"
         return _by_model(title, report.models, _shares(report.cells, "keys"), {"k_max": report.k_max})

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -308,7 +309,7 @@ def evaluate_passkey(
     distances: int | None = None,
     keys: int | None = None,
     quick: bool = False,
-    until_decided: bool = False,
+    growing: bool = False,
     context: int | None = None,
     method: str = "linear",
     tokenizer: str | None = None,
@@ -320,7 +321,9 @@ def evaluate_passkey(
     """Measure passkey retrieval: a five-digit key hidden in filler text, asked for at the end.
 
     Prompts fill each window; the key lies at evenly spaced distances from the end, up to the whole window. k_max is
-    the largest distance at which at least 20 % of the keys are found.
+    the largest distance at which at least 20 % of the keys are found. With --growing prompts are as long as the
+    distance, the key at their start: each key is then read once for all its distances, where filling the window takes
+    a reading of what is behind the key for each of them.
 
     Args:
         models: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or URL of an OpenAI-compatible server; several
@@ -329,8 +332,8 @@ def evaluate_passkey(
         distances: places of the key in each window; 32 when left out.
         keys: keys tried at each place; 10 when left out.
         quick: 8 places and 2 keys when those are left out.
-        until_decided: ask at each place until it is certain whether at least 20 % are found, for the same k_max in a
-            fifth of the time where most are; the share found is then of those that were asked.
+        growing: put the key first and ask after each distance, up to the largest window, instead of filling windows;
+            about twenty times as fast with 32 distances, and without filler before the key.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
@@ -354,15 +357,15 @@ def evaluate_passkey(
     names, cells = [], []
     for model in models:
         options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
-        settings = {**identity(model, **options), "keys": keys, "until_decided": until_decided, "seed": seed}
+        settings = {**identity(model, **options), "growing": growing, "seed": seed}
         with opened(model, n_ctx=max(windows), **options) as lm:
             names.append(lm.name)
             cells += passkey_cells(
-                lm, windows=windows, distances=distances, keys=keys, until_decided=until_decided, seed=seed, kept=kept,
+                lm, windows=windows, distances=distances, keys=keys, growing=growing, seed=seed, kept=kept,
                 settings=settings,
             )  # fmt: skip
     found = {name: k_max([cell for cell in cells if cell.model == name]) for name in names}
-    report = PasskeyReport(names, cells, found, provenance(seed=seed, device=device))
+    report = PasskeyReport(names, cells, found, growing, provenance(seed=seed, device=device))
     if plot:
         plot_passkeys(report, plot)
     return report
@@ -374,7 +377,7 @@ def passkey_cells(
     windows: Sequence[int],
     distances: int,
     keys: int,
-    until_decided: bool = False,
+    growing: bool = False,
     seed: int = 0,
     kept: Kept | None = None,
     settings: dict[str, Any] | None = None,
@@ -384,26 +387,33 @@ def passkey_cells(
     Raises:
         OptionError: a window is too small for the task.
     """
-    kept = kept or Kept(None)
-    grid = [(window, window * i // distances) for window in windows for i in range(1, distances + 1)]
-    items = {cell: {**(settings or {}), "window": cell[0], "distance": cell[1]} for cell in grid}
-    todo = [cell for cell in grid if kept.get(items[cell]) is None]
-    # Within a window the key moves from the end to the start: what two prompts share lies before both keys.
-    with progress_bar("passkey", len(todo) * keys, "keys") as advance:
-        for window, distance in todo:
-            prompts, rng, found = PasskeyPrompts(lm, window), random.Random(f"{seed} {window} {distance}"), 0
-            for asked in range(1, keys + 1):
-                ids, last, exact = prompts.make(draw_key(rng, for_evaluation=True), distance)
-                found += lm.predicts(ids, last)
-                advance(1, text=f"window {window}")
-                if until_decided and (found >= FOUND_SHARE * keys or found + keys - asked < FOUND_SHARE * keys):
-                    break
-            advance(keys - asked)
-            kept.put(items[window, distance], {"exact_distance": exact, "found": found, "keys": asked})
-    return [
-        PasskeyCell(window=window, distance=distance, model=lm.name, **kept.get(items[window, distance]))
-        for window, distance in grid
-    ]
+    kept, largest = kept or Kept(None), max(windows)
+    places = [(w, w * i // distances) for w in ((largest,) if growing else windows) for i in range(1, distances + 1)]
+    # In an order in which each prompt shares much of its start with the one before: all of the same key's
+    # shorter prompt, or what lies before a key that moves from the end to the start.
+    order = [(place, n) for n in range(keys) for place in places] if growing else list(product(places, range(keys)))
+    items = {(place, n): {**(settings or {}), "window": place[0], "distance": place[1], "key": n} for place, n in order}
+    drawn = {place: _keys(f"{seed} growing" if growing else f"{seed} {place[0]} {place[1]}", keys) for place in places}
+    prompts = {window: PasskeyPrompts(lm, window) for window in dict.fromkeys(w for w, _ in places)}
+    todo = [question for question in order if kept.get(items[question]) is None]
+    with progress_bar("passkey", len(todo), "keys") as advance:
+        for place, n in todo:
+            window, distance = place
+            ids, last, exact = prompts[window].make(drawn[place][n], distance, fill=not growing)
+            kept.put(items[place, n], {"exact_distance": exact, "found": lm.predicts(ids, last)})
+            advance(1, text=f"distance {distance} of {window}")
+    cells = []
+    for window, distance in places:
+        answers = [kept.get(items[(window, distance), n]) for n in range(keys)]
+        found = sum(answer["found"] for answer in answers)
+        exact = answers[0]["exact_distance"]
+        cells.append(PasskeyCell(distance if growing else window, distance, exact, found, keys, lm.name))
+    return cells
+
+
+def _keys(seed: str, keys: int) -> list[str]:
+    rng = random.Random(seed)
+    return [draw_key(rng, for_evaluation=True) for _ in range(keys)]
 
 
 def k_max(cells: Sequence[PasskeyCell]) -> int:
@@ -425,12 +435,13 @@ class PasskeyPrompts:
         self._filler = lm.tokenize(EVALUATION_FILLER, add_special=False)
         self._question = lm.tokenize(QUESTION, add_special=False)
 
-    def make(self, key: str, distance: int) -> tuple[list[int], int, int]:
+    def make(self, key: str, distance: int, *, fill: bool = True) -> tuple[list[int], int, int]:
         """Return the ids of a prompt with its answer, the number of answer tokens at its end, and the exact distance.
 
         Args:
             key: the passkey.
             distance: tokens from the key's sentence to the end; as near as filler lines allow.
+            fill: put filler before the key until the window is full; else the key comes first.
 
         Raises:
             OptionError: the window is too small for the task.
@@ -444,7 +455,8 @@ class PasskeyPrompts:
             raise OptionError(f"windows must be at least {self._window - lines * len(self._filler)} tokens here")
         after = (distance - len(sentence) - len(asked)) / len(self._filler)
         after_lines = min(lines, max(0, round(after)))
-        ids = self._start + self._filler * (lines - after_lines) + sentence + self._filler * after_lines + asked
+        before = self._filler * (lines - after_lines) if fill else []
+        ids = self._start + before + sentence + self._filler * after_lines + asked
         exact = len(sentence) + len(self._filler) * after_lines + len(asked)
         return ids, len(asked) - len(self._question), exact
 

@@ -69,7 +69,8 @@ class PasskeyCell:
     """How many of `keys` were found in a prompt of `window` tokens, `distance` tokens before its end.
 
     `exact_distance` is from the key's sentence to the end as built: whole filler lines, and never before the
-    introduction, so that a distance of the whole window is some 60 tokens less.
+    introduction, so that a distance of the whole window is some 60 tokens less. Of prompts that grow with the
+    distance, `window` is the distance.
     """
 
     window: int
@@ -82,11 +83,13 @@ class PasskeyCell:
 
 @dataclass(frozen=True)
 class PasskeyReport(Report):
-    """All cells; `k_max` by model is the largest distance at which at least 20 % were found, 0 if none."""
+    """All cells; `k_max` by model is the largest distance at which at least 20 % were found, 0 if none. `growing`: the
+    key came first and prompts were as long as the distance."""
 
     models: list[str]
     cells: list[PasskeyCell]
     k_max: dict[str, int]
+    growing: bool = False
     provenance: dict[str, Any] = field(default_factory=dict)
 
 

@@ -257,15 +257,21 @@ class Model(LanguageModel):
             known = 0
             llama_cpp.llama_memory_clear(memory, True)
         self._evaluated = list(ids[:known])
-        batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        size = min(_BATCH, len(ids) - known)
+        batch = llama_cpp.llama_batch_init(size, 0, 1)
+        token, pos, n_seq_id, logits_wanted = (
+            np.ctypeslib.as_array(field, (size,)) for field in (batch.token, batch.pos, batch.n_seq_id, batch.logits)
+        )
+        n_seq_id[:] = 1
+        for i in range(size):
+            batch.seq_id[i][0] = 0
         try:
-            for start in range(known, len(ids), _BATCH):
-                part = ids[start : start + _BATCH]
+            for start in range(known, len(ids), size):
+                part = ids[start : start + size]
                 batch.n_tokens = len(part)
-                for i, token in enumerate(part):
-                    batch.token[i], batch.pos[i] = token, start + i
-                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                    batch.logits[i] = start + i >= first
+                token[: len(part)] = part
+                pos[: len(part)] = np.arange(start, start + len(part))
+                logits_wanted[:] = np.arange(start, start + size) >= first
                 outputs = min(len(part), max(0, start + len(part) - first))
                 if llama_cpp.llama_decode(self._llama.ctx, batch) != 0:
                     raise ResourceError(f"{self.path}: llama.cpp could not read a batch ({last_error()})")

@@ -19,9 +19,10 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import PasskeyPrompts, k_max, sampled_windows, sliding_windows
 from pi_gguf.hf_model import HfModel
-from pi_gguf.passkey import EVALUATION_FILLER, draw_key, is_evaluation_key
+from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, draw_key, is_evaluation_key
 from pi_gguf.results import PasskeyCell
 from pi_gguf.runtime import Model
+from pi_gguf.scoring import common_prefix
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_finished_items_are_not_measured_again(llama, gguf_path, two_texts, tmp_
     models = (str(llama), str(gguf_path))
     first = pi_gguf.evaluate_perplexity(*models, **perplexity), pi_gguf.evaluate_passkey(*models, **passkey)
     lines = [len(Path(options["keep"]).read_text().splitlines()) for options in (perplexity, passkey)]
-    assert lines == [2 * 2 * 2, 2 * 2], "models x windows x documents, models x distances"
+    assert lines == [2 * 2 * 2, 2 * 2 * 2], "models x windows x documents, models x distances x keys"
     monkeypatch.setattr("pi_gguf.scoring.LanguageModel.score", None)
     again = pi_gguf.evaluate_perplexity(*models, **perplexity), pi_gguf.evaluate_passkey(*models, **passkey)
     assert (again[0].rows, again[0].by_position, again[1].cells) == (
@@ -185,32 +186,63 @@ def test_a_file_that_was_written_anew_is_measured_anew(llama, two_texts, tmp_pat
     assert rows[0] != rows[1]
 
 
-def test_a_place_is_asked_until_it_is_decided(llama):
-    answers, asked = [], []
+@pytest.mark.parametrize("backend", ["hf", "gguf"])
+def test_growing_prompts_ask_after_each_distance_and_read_each_key_once(llama, gguf_path, backend, monkeypatch):
+    kind = HfModel if backend == "hf" else Model
+    asked, read = [], []
+    predicts, chunks = kind.predicts, kind.logits_chunks
 
-    class Answering(HfModel):
-        def predicts(self, ids, last):
-            asked.append(list(ids))
-            return answers[len(asked) - 1]
+    def watched_predicts(self, ids, last):
+        asked.append((list(ids), last, predicts(self, ids, last)))
+        return asked[-1][2]
 
-    lm = Answering(load_checkpoint(str(llama)))
-    for given, expected in (
-        ([False, True, True, True], (2, 3)),  # 2 of 10 are a fifth
-        ([False] * 8 + [True, True], (2, 10)),
-        ([False] * 8 + [True, False], (1, 10)),
-        ([False] * 10, (0, 9)),  # one of the last could not help
-    ):
-        answers[:], asked[:] = given, []
-        options = {"windows": (512,), "distances": 1, "keys": 10}
-        (cell,) = pi_gguf.evaluate_passkey(lm, until_decided=True, **options).cells
-        assert (cell.found, cell.keys) == expected and len(asked) == cell.keys
-        reached = k_max([cell])
-        first = [*asked]
-        answers[:], asked[:] = given + [False] * 10, []
-        whole = pi_gguf.evaluate_passkey(lm, **options)
-        assert asked[: len(first)] == first and len(asked) == 10, "the same keys in the same order"
-        if len(given) == 10:
-            assert whole.k_max[lm.name] == reached
+    def watched_chunks(self, ids, last):
+        before = list(self._evaluated)
+        yield from chunks(self, ids, last)
+        read.append(len(ids) - common_prefix(before, ids))
+
+    monkeypatch.setattr(kind, "predicts", watched_predicts)
+    monkeypatch.setattr(kind, "logits_chunks", watched_chunks)
+    target = llama if backend == "hf" else gguf_path
+    report = pi_gguf.evaluate_passkey(str(target), windows=(256, 1000), distances=4, keys=2, growing=True)
+    assert report.growing and [(c.window, c.distance, c.keys) for c in report.cells] == [
+        (distance, distance, 2) for distance in (250, 500, 750, 1000)
+    ]
+    lm = HfModel(load_checkpoint(str(llama)))
+    line = len(lm.tokenize(EVALUATION_FILLER, add_special=False))
+    texts = [lm.detokenize(ids) for ids, _, _ in asked]
+    keys = [text.rpartition(" ")[2] for text in texts]
+    assert len(set(keys)) == 2 and keys == [keys[0]] * 4 + [keys[4]] * 4
+    assert all(text.split("Here we go")[0].count(key) == 2 for text, key in zip(texts, keys, strict=True)), "key first"
+    for (ids, _, _), cell in zip(asked, report.cells * 2, strict=True):
+        assert len(ids) <= 1000 and abs(cell.exact_distance - cell.distance) <= line + len(lm.tokenize(INTRODUCTION))
+        assert len(ids) - cell.exact_distance == len(lm.tokenize(INTRODUCTION))
+    assert sum(read) < 2 * (1000 + 4 * 2 * line), "about what two readings take"
+    monkeypatch.undo()
+    fresh = [HfModel(load_checkpoint(str(llama))) if backend == "hf" else Model(gguf_path) for _ in asked]
+    assert [m.predicts(ids, last) for m, (ids, last, _) in zip(fresh, asked, strict=True)] == [a[2] for a in asked]
+
+
+def test_growing_prompts_count_what_is_found(llama, tmp_path, cli, monkeypatch):
+    """A reader that finds each key up to 600 tokens away, and one key of five everywhere."""
+
+    def reads(self, ids, last):
+        number = keys.index(tuple(ids[-last:])) if tuple(ids[-last:]) in keys else len(keys)
+        keys.append(tuple(ids[-last:]))
+        return len(ids) < 600 or number == 0
+
+    keys = []
+    monkeypatch.setattr(HfModel, "predicts", reads)
+    plot = tmp_path / "growing.png"
+    where = ("--windows", "1000", "--distances", "4", "--keys", "5", "--growing", "--keep", tmp_path / "kept")
+    code, out, _ = cli("eval", "passkey", llama, *where, "--plot", plot)
+    assert code == 0 and plot.read_bytes()[:4] == b"\x89PNG"
+    rows = dict(re.findall(r"│ (\w+) +│ +(\S+) │", out))
+    assert rows == {"250": "100%", "500": "100%", "750": "20%", "1000": "20%", "k_max": "1000"}
+    monkeypatch.setattr(HfModel, "predicts", lambda *_: 1 / 0)
+    assert cli("eval", "passkey", llama, *where)[1] == out, "kept"
+    with pytest.raises(ZeroDivisionError):
+        pi_gguf.evaluate_passkey(str(llama), windows=(1000,), distances=4, keys=5, keep=str(tmp_path / "kept"))
 
 
 def test_quick_asks_for_fewer_keys(llama, monkeypatch):
