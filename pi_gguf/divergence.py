@@ -63,12 +63,12 @@ def evaluate_kl(
         raise OptionError(f"documents must be at least 1, got {documents}")
     if window is not None and window < 2:
         raise OptionError(f"window must be at least 2 tokens, got {window}")
-    for target in (model, against):
-        check_targets((target,), servers=False)
+    options: dict[str, Any] = {"context": context, "method": method, "device": device}
+    check_targets((model,), servers=False, type_k=type_k, type_v=type_v, **options)
+    check_targets((against,), servers=False, **options)
     check_plot(plot)
     found = read_texts(text) if text else bundled.novels("heldout")
     chosen = sorted(found.items(), key=lambda item: -len(item[1]))[:documents]
-    options: dict[str, Any] = {"context": context, "method": method, "device": device}
     with (
         opened(model, n_ctx=window, type_k=type_k, type_v=type_v, **options) as lm,
         opened(against, n_ctx=window or lm.window, **options) as reference,

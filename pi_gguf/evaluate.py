@@ -95,6 +95,8 @@ def evaluate_perplexity(
     max_tokens: int = 32768,
     context: int | None = None,
     method: str = "linear",
+    type_k: str = "f16",
+    type_v: str = "f16",
     keep: str | None = None,
     plot: str | None = None,
     seed: int = 0,
@@ -115,6 +117,8 @@ def evaluate_perplexity(
         max_tokens: documents are cut here, in tokens; not with --samples.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
+        type_v: V cache of GGUF files.
         keep: file that keeps each finished document, in JSON lines; the same command goes on from it.
         plot: file to draw perplexity by window to, e.g. perplexity.png.
         seed: recorded; nothing is random here.
@@ -123,7 +127,10 @@ def evaluate_perplexity(
     Example:
         pi-gguf eval perplexity model.gguf --text book.txt --windows 2048,8192,32768
     """
-    check_targets(models, servers=False)
+    options: dict[str, Any] = {
+        "context": context, "method": method, "type_k": type_k, "type_v": type_v, "device": device
+    }  # fmt: skip
+    check_targets(models, servers=False, **options)
     check_windows(windows)
     largest = max(windows)
     if not 0 < stride <= min(windows) - 1:
@@ -136,7 +143,6 @@ def evaluate_perplexity(
     hashed = sha256(list(documents.values()))
     names, rows, by_position = [], [], []
     for model in models:
-        options: dict[str, Any] = {"context": context, "method": method, "device": device}
         settings = {
             **identity(model, **options), "texts": hashed, "stride": stride, "samples": samples,
             "max_tokens": max_tokens, "largest": largest,
@@ -149,7 +155,7 @@ def evaluate_perplexity(
             )  # fmt: skip
         rows += [_row(lm.name, window, [part["scored"] for part in parts]) for window, parts in found.items()]
         by_position += _position_rows(lm.name, largest, [part["first_pass"] for part in found[largest]])
-    record = provenance(seed=seed, device=device, text_sha256=hashed)
+    record = provenance(seed=seed, device=device, type_k=type_k, type_v=type_v, text_sha256=hashed)
     report = PerplexityReport(names, list(documents), stride, samples, rows, by_position, record)
     if plot:
         plot_perplexity({Path(name).name: [row for row in rows if row.model == name] for name in names}, plot)
@@ -312,6 +318,8 @@ def evaluate_passkey(
     growing: bool = False,
     context: int | None = None,
     method: str = "linear",
+    type_k: str = "f16",
+    type_v: str = "f16",
     tokenizer: str | None = None,
     keep: str | None = None,
     plot: str | None = None,
@@ -336,6 +344,8 @@ def evaluate_passkey(
             about twenty times as fast with 32 distances, and without filler before the key.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
+        type_v: V cache of GGUF files.
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
         keep: file that keeps each finished place, in JSON lines; the same command goes on from it.
         plot: file to draw the share found, by window and distance, to, e.g. passkey.png; of one model.
@@ -345,7 +355,11 @@ def evaluate_passkey(
     Example:
         pi-gguf eval passkey model.gguf --windows 2048,8192,32768
     """
-    check_targets(models, tokenizer=tokenizer)
+    options: dict[str, Any] = {
+        "context": context, "method": method, "tokenizer": tokenizer, "type_k": type_k, "type_v": type_v,
+        "device": device,
+    }  # fmt: skip
+    check_targets(models, **options)
     check_windows(windows)
     distances = (8 if quick else 32) if distances is None else distances
     keys = (2 if quick else 10) if keys is None else keys
@@ -356,7 +370,6 @@ def evaluate_passkey(
     kept = Kept(keep)
     names, cells = [], []
     for model in models:
-        options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
         settings = {**identity(model, **options), "growing": growing, "seed": seed}
         with opened(model, n_ctx=max(windows), **options) as lm:
             names.append(lm.name)
@@ -365,7 +378,9 @@ def evaluate_passkey(
                 settings=settings,
             )  # fmt: skip
     found = {name: k_max([cell for cell in cells if cell.model == name]) for name in names}
-    report = PasskeyReport(names, cells, found, growing, provenance(seed=seed, device=device))
+    report = PasskeyReport(
+        names, cells, found, growing, provenance(seed=seed, device=device, type_k=type_k, type_v=type_v)
+    )
     if plot:
         plot_passkeys(report, plot)
     return report

@@ -36,6 +36,8 @@ def evaluate_needle(
     text: Sequence[str] = (),
     context: int | None = None,
     method: str = "linear",
+    type_k: str = "f16",
+    type_v: str = "f16",
     tokenizer: str | None = None,
     keep: str | None = None,
     plot: str | None = None,
@@ -57,6 +59,8 @@ def evaluate_needle(
             held-out novels of the bundled sample when left out. Repeatable.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
+        type_v: V cache of GGUF files.
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
         keep: file that keeps each finished place, in JSON lines; the same command goes on from it.
         plot: file to draw the share found, by window and depth, to, e.g. needle.png; of one model.
@@ -66,7 +70,11 @@ def evaluate_needle(
     Example:
         pi-gguf eval needle model.gguf --plot needle.png
     """
-    check_targets(models, tokenizer=tokenizer)
+    options: dict[str, Any] = {
+        "context": context, "method": method, "tokenizer": tokenizer, "type_k": type_k, "type_v": type_v,
+        "device": device,
+    }  # fmt: skip
+    check_targets(models, **options)
     check_windows(windows)
     for name, value in (("depths", depths), ("needles", needles)):
         if value < 1:
@@ -78,7 +86,6 @@ def evaluate_needle(
     kept = Kept(keep)
     names, cells = [], []
     for model in models:
-        options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
         settings = {**identity(model, **options), "texts": hashed, "needles": needles, "seed": seed}
         with opened(model, n_ctx=max(windows), **options) as lm:
             for window in sorted({min(windows), max(windows)}):  # what cannot work is said before long work
@@ -95,7 +102,12 @@ def evaluate_needle(
                         advance(1, text=f"window {window}")
                     kept.put(grid[window, depth], found)
             cells += [NeedleCell(w, d, kept.get(item), needles, lm.name) for (w, d), item in grid.items()]
-    report = NeedleReport(names, list(documents), cells, provenance(seed=seed, device=device, text_sha256=hashed))
+    report = NeedleReport(
+        names,
+        list(documents),
+        cells,
+        provenance(seed=seed, device=device, type_k=type_k, type_v=type_v, text_sha256=hashed),
+    )
     if plot:
         plot_needle(report, plot)
     return report

@@ -25,9 +25,13 @@ def library_versions() -> dict[str, str]:
     return {name: package_version(name) for name in _PACKAGES}
 
 
-def provenance(*, seed: int, device: str, text_sha256: str | None = None) -> dict[str, Any]:
-    """Return the record that goes into a JSON result."""
-    record: dict[str, Any] = {
+def provenance(*, seed: int, device: str, **more: Any) -> dict[str, Any]:
+    """Return the record that goes into a JSON result.
+
+    Args:
+        more: what else the figures depend on, such as `text_sha256`.
+    """
+    return {
         "pi_gguf": package_version(),
         "commit": _commit(),
         "libraries": library_versions(),
@@ -37,10 +41,8 @@ def provenance(*, seed: int, device: str, text_sha256: str | None = None) -> dic
         "device": device,
         "elapsed_seconds": round(time.time() - _STARTED, 1),
         "peak_memory_bytes": peak_memory(),
+        **more,
     }
-    if text_sha256:
-        record["text_sha256"] = text_sha256
-    return record
 
 
 def peak_memory(device: str = "cpu") -> int | None:

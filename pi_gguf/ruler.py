@@ -55,6 +55,8 @@ def evaluate_ruler(
     threshold: float = THRESHOLD,
     context: int | None = None,
     method: str = "linear",
+    type_k: str = "f16",
+    type_v: str = "f16",
     tokenizer: str | None = None,
     keep: str | None = None,
     plot: str | None = None,
@@ -77,6 +79,8 @@ def evaluate_ruler(
         threshold: mean score, in percent, that a window must reach to count as effective; the paper's when left out.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
+        type_v: V cache of GGUF files.
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
         keep: file that keeps each finished task and window, in JSON lines; the same command goes on from it.
         plot: file to draw the mean score by window to, e.g. ruler.png.
@@ -86,7 +90,11 @@ def evaluate_ruler(
     Example:
         pi-gguf eval ruler model.gguf --windows 4096,8192
     """
-    check_targets(models, tokenizer=tokenizer)
+    options: dict[str, Any] = {
+        "context": context, "method": method, "tokenizer": tokenizer, "type_k": type_k, "type_v": type_v,
+        "device": device,
+    }  # fmt: skip
+    check_targets(models, **options)
     check_windows(windows)
     chosen = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if not set(chosen) <= set(TASKS):
@@ -99,7 +107,6 @@ def evaluate_ruler(
     kept = Kept(keep)
     names, rows = [], []
     for model in models:
-        options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
         settings = {**identity(model, **options), "items": items, "seed": seed}
         with opened(model, n_ctx=max(windows), **options) as lm:
             for task in chosen:
@@ -118,7 +125,9 @@ def evaluate_ruler(
             rows += [RulerRow(t, w, kept.get(item), items, lm.name) for (t, w), item in grid.items()]
     means = {name: mean_scores([row for row in rows if row.model == name]) for name in names}
     reached = {name: effective_length(means[name], threshold) for name in names}
-    report = RulerReport(names, rows, threshold, reached, provenance(seed=seed, device=device))
+    report = RulerReport(
+        names, rows, threshold, reached, provenance(seed=seed, device=device, type_k=type_k, type_v=type_v)
+    )
     if plot:
         plot_ruler({Path(name).name: means[name] for name in names}, threshold, plot)
     return report

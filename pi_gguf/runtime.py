@@ -336,7 +336,7 @@ def _check_memory(info: GgufInfo, cache_bytes: int, n_ctx: int) -> None:
         f"{human_bytes(free)} of memory free"
     )
     if cache_bytes > free:
-        raise ResourceError(sizes, "open a smaller --n-ctx, or --type-k q8_0 --type-v q8_0")
+        raise ResourceError(sizes, "open a smaller window, or --type-k q8_0 --type-v q8_0")
     if weights + cache_bytes > free:  # the weights are mapped from disk: slow, not impossible
         say(f"note: {sizes}; weights will be read from disk again and again")
 

@@ -50,9 +50,12 @@ def evaluate_short(
     *models: str | LanguageModel,
     tasks: str = "boolq,piqa,race,winogrande",
     limit: int | None = None,
+    max_length: int | None = None,
     task_dir: str | None = None,
     context: int | None = None,
     method: str = "linear",
+    type_k: str = "f16",
+    type_v: str = "f16",
     keep: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -67,10 +70,14 @@ def evaluate_short(
         tasks: of lm-evaluation-harness, race_middle, or next_sentence (of the bundled sample, without the Hub),
             separated by commas.
         limit: documents of each task, from the start; all when left out.
+        max_length: most tokens of a request, the rest being cut off at its start, as the harness does; less than the
+            window takes less memory. Each model's own window when left out.
         task_dir: folder of task files of your own, as the harness reads them but for what would run code; with data on
             disk they need no network.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
+        type_v: V cache of GGUF files.
         keep: file that keeps each finished task of a model, in JSON lines; the same command goes on from it.
         seed: recorded; nothing is random here.
         device: auto, cpu or cuda.
@@ -78,16 +85,20 @@ def evaluate_short(
     Example:
         pi-gguf eval short my-llama my-llama-32k-hf my-llama-32k-Q4_K_M.gguf --limit 200
     """
-    check_targets(models, servers=False)
+    options: dict[str, Any] = {
+        "context": context, "method": method, "type_k": type_k, "type_v": type_v, "device": device
+    }  # fmt: skip
+    check_targets(models, servers=False, **options)
     if limit is not None and limit < 1:
         raise OptionError(f"limit must be at least 1, got {limit}")
+    if max_length is not None and max_length < 2:
+        raise OptionError(f"max-length must be at least 2 tokens, got {max_length}")
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     if not wanted:
         raise OptionError(f"tasks must be names separated by commas, got {tasks!r}", "leave it out for the paper's")
     _import_harness()
     if task_dir is not None:
         _check_task_files(task_dir)
-    options: dict[str, Any] = {"context": context, "method": method, "device": device}
     identities = [identity(model, **options) for model in models]
     loaded = _load_tasks(wanted, task_dir, seed)
     asked = {
@@ -100,18 +111,20 @@ def evaluate_short(
     rows: list[TaskRow] = []
     first: dict[tuple[str, str], float] = {}
     for model, target in zip(models, identities, strict=True):
-        settings = {**target, "versions": versions}
-        with opened(model, n_ctx=None, **options) as lm:
+        settings = {**target, "max_length": max_length, "versions": versions}
+        with opened(model, n_ctx=None, at_most=max_length, **options) as lm:
             names.append(lm.name)
             for name, task in loaded.items():
                 item = {**settings, "task": name, "asked": asked[name]}
                 if kept.get(item) is None:
-                    kept.put(item, _measure(lm, name, task, limit))
+                    kept.put(item, _measure(lm, name, task, limit, max_length))
                 for metric, value, error, items in kept.get(item):
                     before = first.setdefault((name, metric), value)
                     difference = value - before if len(names) > 1 else None
                     rows.append(TaskRow(name, metric, value, error, items, difference, lm.name))
-    record = provenance(seed=seed, device=device, text_sha256=sha256(list(asked.values())))
+    record = provenance(
+        seed=seed, device=device, type_k=type_k, type_v=type_v, text_sha256=sha256(list(asked.values()))
+    )
     return ShortReport(names, rows, {**record, "libraries": versions})
 
 
@@ -245,7 +258,7 @@ _OURS = {"next_sentence": _next_sentence, "race_middle": _race_middle}
 """Tasks that are not the harness's own."""
 
 
-def _measure(lm: LanguageModel, name: str, task: Any, limit: int | None) -> list[list[Any]]:
+def _measure(lm: LanguageModel, name: str, task: Any, limit: int | None, max_length: int | None) -> list[list[Any]]:
     """Return [metric, value, standard error, documents] of each metric of a task.
 
     Raises:
@@ -255,7 +268,7 @@ def _measure(lm: LanguageModel, name: str, task: Any, limit: int | None) -> list
     import lm_eval
     from jinja2 import TemplateError
 
-    model = harness_model(lm, name)
+    model = harness_model(lm, name, max_length)
     try:
         with _silence():
             report = lm_eval.evaluate(lm=model, task_dict={"tasks": {name: task}}, limit=limit, log_samples=False)
@@ -275,18 +288,20 @@ def _measure(lm: LanguageModel, name: str, task: Any, limit: int | None) -> list
 # The model
 
 
-def harness_model(lm: LanguageModel, task: str) -> Any:
+def harness_model(lm: LanguageModel, task: str, max_length: int | None = None) -> Any:
     """Return an open model as the harness takes one, equal to its own class for transformers.
 
     Args:
-        lm: the model; its window is the most that it is asked.
+        lm: the model.
         task: for messages.
+        max_length: most tokens that it is asked at once; its window when None, or when that is less.
     """
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     bos, prefix, terminal = lm.bos, _prefix_token(lm), sys.stderr
+    window = min(lm.window, max_length or lm.window)
 
     @contextmanager
     def bar(total: int) -> Iterator[Advance]:
@@ -307,12 +322,12 @@ def harness_model(lm: LanguageModel, task: str) -> Any:
             with bar(len(requests)) as advance:
                 for i in sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2]):
                     _, before, scored = requests[i]
-                    if not (before and 0 < len(scored) <= lm.window):
+                    if not (before and 0 < len(scored) <= window):
                         raise TextError(
-                            f"task {task}: must score from 1 to {lm.window} tokens after at least one, got "
+                            f"task {task}: must score from 1 to {window} tokens after at least one, got "
                             f"{len(scored)} after {len(before)}"
                         )
-                    logprobs, chosen = lm.score((before + scored)[-(lm.window + 1) :], len(scored))
+                    logprobs, chosen = lm.score((before + scored)[-(window + 1) :], len(scored))
                     found[i] = float(logprobs.sum()), bool(chosen.all())
                     advance(1)
             return found
@@ -320,8 +335,8 @@ def harness_model(lm: LanguageModel, task: str) -> Any:
         def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
             windows = [
                 [
-                    (None, *make_disjoint_window(window))
-                    for window in get_rolling_token_windows(self.tok_encode(request.args[0]), prefix, lm.window, 1)
+                    (None, *make_disjoint_window(part))
+                    for part in get_rolling_token_windows(self.tok_encode(request.args[0]), prefix, window, 1)
                 ]
                 for request in requests
             ]
@@ -337,12 +352,10 @@ def harness_model(lm: LanguageModel, task: str) -> Any:
                     limit = settings["max_gen_toks"]
                     if settings["do_sample"]:
                         raise OptionError(f"task {task}: draws its tokens; only the most probable ones are taken here")
-                    if limit >= lm.window:
-                        raise OptionError(
-                            f"task {task}: max_gen_toks must be below the window of {lm.window}, got {limit}"
-                        )
+                    if limit >= window:
+                        raise OptionError(f"task {task}: max_gen_toks must be below {window} tokens, got {limit}")
                     stops = [stop for stop in settings["until"] if stop]
-                    found[i] = lm.generate(prompts[i][limit - lm.window :], limit, stops)
+                    found[i] = lm.generate(prompts[i][limit - window :], limit, stops)
                     for stop in stops:
                         found[i] = found[i].split(stop)[0]
                     advance(1)

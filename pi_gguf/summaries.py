@@ -33,6 +33,8 @@ def evaluate_summaries(
     max_tokens: int = 1000,
     context: int | None = None,
     method: str = "linear",
+    type_k: str = "f16",
+    type_v: str = "f16",
     tokenizer: str | None = None,
     keep: str | None = None,
     seed: int = 0,
@@ -50,6 +52,8 @@ def evaluate_summaries(
         max_tokens: of a summary.
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
+        type_v: V cache of GGUF files.
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
         keep: file that keeps each finished summary, in JSON lines; the same command goes on from it.
         seed: recorded; nothing is random here.
@@ -58,7 +62,11 @@ def evaluate_summaries(
     Example:
         pi-gguf eval summarize model.gguf --data govreport --documents 50
     """
-    check_targets(models, tokenizer=tokenizer)
+    options: dict[str, Any] = {
+        "context": context, "method": method, "tokenizer": tokenizer, "type_k": type_k, "type_v": type_v,
+        "device": device,
+    }  # fmt: skip
+    check_targets(models, **options)
     for name, value in (("documents", documents), ("document-tokens", document_tokens), ("max-tokens", max_tokens)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
@@ -66,13 +74,16 @@ def evaluate_summaries(
         say("no --data: passages of the bundled sample, whose first sentences stand in for a summary")
     pairs = (read_pairs(data) if data else bundled.passages_with_leads())[:documents]
     kept = Kept(keep)
+    needed = document_tokens + max_tokens + len(CUE)  # no token is less than a character
     names: list[str] = []
     rows: list[SummaryRow] = []
     summaries: dict[str, list[str]] = {}
     for model in models:
-        options: dict[str, Any] = {"context": context, "method": method, "tokenizer": tokenizer, "device": device}
         settings = {**identity(model, **options), "document_tokens": document_tokens, "max_tokens": max_tokens}
-        with opened(model, n_ctx=None, **options) as lm, progress_bar("summarize", len(pairs), "documents") as advance:
+        with (
+            opened(model, n_ctx=None, at_most=needed, **options) as lm,
+            progress_bar("summarize", len(pairs), "documents") as advance,
+        ):
             names.append(lm.name)
             written: list[str] = []
             for document, _ in pairs:
@@ -87,7 +98,9 @@ def evaluate_summaries(
         first, second, longest = rouge(written, [summary for _, summary in pairs])
         rows.append(SummaryRow(first, second, longest, len(pairs), tokens, lm.name))
     source = data or "bundled passages"
-    return SummariesReport(names, source, rows, summaries, provenance(seed=seed, device=device))
+    return SummariesReport(
+        names, source, rows, summaries, provenance(seed=seed, device=device, type_k=type_k, type_v=type_v)
+    )
 
 
 def summarize(lm: LanguageModel, document: str, document_tokens: int, max_tokens: int) -> str:

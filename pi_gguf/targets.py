@@ -13,6 +13,7 @@ from typing import Any
 
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError
+from pi_gguf.gguf_file import read_gguf
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions
 from pi_gguf.scoring import LanguageModel
@@ -23,6 +24,7 @@ def opened(
     model: str | LanguageModel,
     *,
     n_ctx: int | None,
+    at_most: int | None = None,
     context: int | None = None,
     method: str = "linear",
     tokenizer: str | None = None,
@@ -30,14 +32,13 @@ def opened(
     type_k: str = "f16",
     type_v: str = "f16",
 ) -> Iterator[LanguageModel]:
-    """Open a target for `n_ctx` tokens, its own window when None, and close it; an open model passes through.
+    """Open a target that `check_targets` has seen, and close it; an open model passes through.
 
     Args:
         model: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or the URL of an OpenAI-compatible server.
-        tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
-
-    Raises:
-        OptionError: an option that is not for this kind of target.
+        n_ctx: tokens to open it for; its own window when None.
+        at_most: less than its own window, where that is enough.
+        tokenizer: MODEL whose tokenizer a server's model has.
     """
     if isinstance(model, LanguageModel):
         yield model
@@ -46,22 +47,16 @@ def opened(
     if is_url(model):
         from pi_gguf.remote import RemoteModel
 
-        if context is not None or (type_k, type_v) != ("f16", "f16"):
-            raise OptionError(f"context and cache types are the server's to choose, {model} is a URL")
-        if tokenizer is None:
-            raise OptionError(f"{model}: tokenizer must name the MODEL whose tokenizer the server's model has")
-        lm = RemoteModel(model, load_checkpoint(tokenizer, weights=False), n_ctx)
+        lm = RemoteModel(model, load_checkpoint(str(tokenizer), weights=False), n_ctx)
     elif Path(model).suffix == ".gguf":
         from pi_gguf.runtime import Model
 
-        if context is not None:
-            raise OptionError("context is for Hugging Face models; a GGUF file holds its scaling")
+        if at_most is not None:
+            n_ctx = min(at_most, read_gguf(Path(model)).rope.max_position_embeddings)
         lm = Model(model, n_ctx=n_ctx, device=device, type_k=type_k, type_v=type_v)
     else:
         from pi_gguf.hf_model import HfModel
 
-        if (type_k, type_v) != ("f16", "f16"):
-            raise OptionError(f"type-k and type-v are for GGUF files, {model} is none", "leave them out")
         checkpoint = load_checkpoint(model)
         lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.extended(context, method))
     if n_ctx is not None and n_ctx > lm.window:
@@ -98,27 +93,49 @@ def _what(model: str | LanguageModel) -> dict[str, Any]:
     return {"model": model, "weights": load_checkpoint(model).fingerprint()}
 
 
-def check_targets(models: Sequence[str | LanguageModel], *, servers: bool = True, tokenizer: str | None = None) -> None:
-    """Check that there is a target, none twice, no server that cannot be asked, and no tokenizer without a server.
+def check_targets(
+    models: Sequence[str | LanguageModel],
+    *,
+    servers: bool = True,
+    context: int | None = None,
+    tokenizer: str | None = None,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    **_: Any,
+) -> None:
+    """Check before long work that there is a target, none twice, and that each can be asked with these options.
 
     Raises:
         OptionError: otherwise.
     """
-    for model in models:
-        if isinstance(model, str) and is_url(model) and not servers:
-            raise OptionError(
-                f"{model}: a server gives no log-probabilities of a prompt",
-                "it can be asked for passkey, needle, ruler and summarize",
-            )
     names = [model if isinstance(model, str) else model.name for model in models]
     if not names:
         raise OptionError("MODEL is missing", "give a GGUF file, a Hugging Face folder or bundled:tiny")
+    if len(set(names)) < len(names):
+        raise OptionError(f"models must differ, got {', '.join(names)}")
     if tokenizer is not None and not any(map(is_url, names)):
         raise OptionError(
             f"tokenizer is for URLs, got {', '.join(names)}", "leave it out: files and folders have their own"
         )
-    if len(set(names)) < len(names):
-        raise OptionError(f"models must differ, got {', '.join(names)}")
+    of_files = (type_k, type_v) != ("f16", "f16")
+    for model in models:
+        if not isinstance(model, str):
+            continue
+        if is_url(model):
+            if not servers:
+                raise OptionError(
+                    f"{model}: a server gives no log-probabilities of a prompt",
+                    "it can be asked for passkey, needle, ruler and summarize",
+                )
+            if context is not None or of_files:
+                raise OptionError(f"context and cache types are the server's to choose, {model} is a URL")
+            if tokenizer is None:
+                raise OptionError(f"{model}: tokenizer must name the MODEL whose tokenizer the server's model has")
+        elif Path(model).suffix == ".gguf":
+            if context is not None:
+                raise OptionError(f"context is for Hugging Face models; {model} holds its scaling")
+        elif of_files:
+            raise OptionError(f"type-k and type-v are for GGUF files, {model} is none", "leave them out")
 
 
 def check_windows(windows: Sequence[int]) -> None:

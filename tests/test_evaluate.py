@@ -155,6 +155,35 @@ def test_several_models_make_one_table(cli, llama, gguf_path, text_path):
     assert code == 2 and "plot is for one model, got 2" in err
 
 
+def test_a_quantized_cache_is_measured_and_recorded(cli, llama, gguf_path, two_texts, monkeypatch):
+    options = {"text": [str(two_texts)], "windows": (64,), "stride": 16, "max_tokens": 128}
+    exact, cut = (
+        pi_gguf.evaluate_perplexity(str(gguf_path), **options, type_k=kind, type_v=kind) for kind in ("f16", "q4_0")
+    )
+    with Model(gguf_path, type_k="q4_0", type_v="q4_0", n_ctx=64) as lm:
+        assert pi_gguf.evaluate_perplexity(lm, **options).rows == cut.rows
+    assert exact.rows != cut.rows and cut.provenance["type_k"] == cut.provenance["type_v"] == "q4_0"
+    opened = []
+    monkeypatch.setattr("pi_gguf.runtime.Model.__init__", lambda self, *_, **options: opened.append(options) or 1 / 0)
+    short = {"tasks": "next_sentence", "max_length": 20}
+    for suite, more in (("passkey", {}), ("needle", {}), ("ruler", {}), ("summaries", {}), ("short", short)):
+        with pytest.raises(ZeroDivisionError):
+            getattr(pi_gguf, f"evaluate_{suite}")(str(gguf_path), **more, type_k="q8_0", type_v="q4_0")
+    assert [(o["type_k"], o["type_v"]) for o in opened] == [("q8_0", "q4_0")] * 5
+    assert [o["n_ctx"] for o in opened] == [32768, 32768, 32768, 1024, 20], "no more than is needed"
+
+
+def test_what_one_of_several_targets_cannot_do_is_refused_before_the_first_is_measured(
+    cli, llama, gguf_path, text_path
+):
+    for suite in ("perplexity", "passkey", "needle", "ruler", "summarize", "short"):
+        where = ("--text", text_path) if suite == "perplexity" else ()
+        code, _, err = cli("eval", suite, gguf_path, llama, "--type-k", "q8_0", *where)
+        assert code == 2 and err.startswith(f"error: type-k and type-v are for GGUF files, {llama} is none"), err
+        code, _, err = cli("eval", suite, llama, gguf_path, "--context", "1024", *where)
+        assert code == 2 and err.startswith("error: context is for Hugging Face models;"), err
+
+
 def test_finished_items_are_not_measured_again(llama, gguf_path, two_texts, tmp_path, monkeypatch):
     perplexity = {"text": [str(two_texts)], "windows": [32, 64], "stride": 16, "keep": str(tmp_path / "p.jsonl")}
     passkey = {"windows": (512,), "distances": 2, "keys": 2, "keep": str(tmp_path / "k.jsonl")}

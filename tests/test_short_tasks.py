@@ -36,16 +36,22 @@ def gguf(gguf_path):
         yield model
 
 
+@pytest.fixture(scope="module", params=[None, 60])
+def max_length(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=["gguf", "hf"])
-def ours(request, llama, gguf):
-    return harness_model(gguf if request.param == "gguf" else HfModel(load_checkpoint(str(llama)), device="cpu"), "a")
+def ours(request, llama, gguf, max_length):
+    lm = gguf if request.param == "gguf" else HfModel(load_checkpoint(str(llama)), device="cpu")
+    return harness_model(lm, "a", max_length)
 
 
 @pytest.fixture(scope="module")
-def theirs(llama):
+def theirs(llama, max_length):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(llama), dtype="float32", device="cpu", batch_size=1)
+    return HFLM(pretrained=str(llama), dtype="float32", device="cpu", batch_size=1, max_length=max_length)
 
 
 def requests(kind, *arguments):
@@ -322,7 +328,7 @@ def test_an_answer_of_no_token_or_more_than_the_window_is_refused(gguf, answer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_gen_toks": WINDOW}, "max_gen_toks must be below the window of 64, got 64"),
+        ({"max_gen_toks": WINDOW}, "max_gen_toks must be below 64 tokens, got 64"),
         ({"do_sample": True, "temperature": 1.0}, "only the most probable ones"),
     ],
 )
