@@ -102,6 +102,8 @@ def test_what_a_server_cannot_do_is_said(cli):
     with serving(lambda path, body: (200, {"data": [{"id": "m"}]})) as (url, _):
         with pytest.raises(OptionError, match="context and cache types are the server's"):
             pi_gguf.evaluate_passkey(url, tokenizer=TINY, context=4096)
+        with pytest.raises(OptionError, match="context and cache types are the server's"):
+            pi_gguf.evaluate_passkey(url, tokenizer=TINY, type_v="q8_0")
         with pytest.raises(OptionError, match="an answer without choices"):
             pi_gguf.evaluate_passkey(url, tokenizer=TINY, windows=(300,), distances=1, keys=1)
         got, _, err = cli("eval", "perplexity", url)

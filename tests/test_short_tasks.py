@@ -219,7 +219,8 @@ def test_finished_tasks_are_kept_until_what_is_asked_changes(gguf, task_dir, tmp
     record["value"][0][1] = 42.0
     keep.write_text(json.dumps(record) + "\n")
     assert [row.value for row in evaluate_short(gguf, limit=3, **options).rows] == [42.0, first.rows[1].value]
-    assert evaluate_short(gguf, limit=4, **options).rows[0].value != 42.0
+    for changed in ({"limit": 4}, {"limit": 3, "max_length": 50}):
+        assert evaluate_short(gguf, **changed, **options).rows[0].value != 42.0
     path = task_dir / "piqa.yaml"
     text = path.read_text()
     try:
@@ -322,7 +323,7 @@ def test_task_files_that_run_code_or_cannot_be_asked_are_refused(gguf, task_dir,
 @pytest.mark.parametrize("answer", ["", " ".join(WORDS[:100])])
 def test_an_answer_of_no_token_or_more_than_the_window_is_refused(gguf, answer):
     with pytest.raises(TextError, match="task a: must score from 1 to 64 tokens after at least one, got"):
-        harness_model(gguf, "a").loglikelihood(requests("loglikelihood", ("It was", answer)), disable_tqdm=True)
+        harness_model(gguf, "a", 1000).loglikelihood(requests("loglikelihood", ("It was", answer)), disable_tqdm=True)
 
 
 @pytest.mark.parametrize(

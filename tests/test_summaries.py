@@ -12,6 +12,7 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.hf_model import HfModel
+from pi_gguf.runtime import Model
 from pi_gguf.summaries import CUE, rouge
 from pi_gguf.texts import read_pairs
 
@@ -67,6 +68,19 @@ def test_a_document_is_cut_to_what_the_window_leaves_and_the_cue_comes_last(llam
     cue = lm.tokenize(CUE, add_special=False)
     document = lm.tokenize("The cat sat. " * 100)
     assert asked == [document[: WINDOW - 3 - len(cue)] + cue, document[:50] + cue]
+
+
+def test_a_file_is_opened_for_what_is_read_and_written(gguf_path, data, monkeypatch):
+    sizes, generate = [], Model.generate
+
+    def watched(self, ids, max_tokens):
+        sizes.append((self.n_ctx, len(ids)))
+        return generate(self, ids, max_tokens)
+
+    monkeypatch.setattr(Model, "generate", watched)
+    pi_gguf.evaluate_summaries(str(gguf_path), data=str(data), max_tokens=3, document_tokens=50, documents=1)
+    ((n_ctx, read),) = sizes
+    assert read > 50 + 3 and read + 3 <= n_ctx < 2 * read < WINDOW
 
 
 def test_a_finished_summary_is_kept(gguf_path, data, tmp_path, monkeypatch):
