@@ -7,6 +7,7 @@ for, so that a vocabulary of any size opens at once.
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 import re
@@ -278,6 +279,23 @@ def write_changed(header: Header, target: Path) -> None:
                 raise GgufError(f"{header.path}: became shorter while it was read", "run the same command again")
             done += count
             advance(count, text=f"{human_bytes(done / max(1e-9, time.monotonic() - started))}/s")
+
+
+def tensors_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's tensors, their names, shapes and types included; other metadata are not.
+
+    Raises:
+        GgufError: as `read_header`.
+    """
+    header = read_header(path)
+    digest = hashlib.sha256(header.tensor_infos)
+    total = path.stat().st_size - header.data_offset
+    with path.open("rb") as file, progress_bar(f"hash {path.name}", total, "bytes") as advance:
+        file.seek(header.data_offset)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
 
 
 def _copy(reader: BinaryIO, writer: BinaryIO, at: int, to: int, count: int) -> int:

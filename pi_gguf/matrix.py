@@ -16,7 +16,7 @@ from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_matrix
 from pi_gguf.progress import say
 from pi_gguf.provenance import sha256
-from pi_gguf.results import DivergenceReport, DivergenceRow, MatrixReport
+from pi_gguf.results import DivergenceReport, MatrixReport
 from pi_gguf.runtime import CACHE_TYPES
 from pi_gguf.targets import identity
 from pi_gguf.texts import read_texts
@@ -77,8 +77,7 @@ def evaluate_matrix(
                 )  # fmt: skip
                 found = report.to_json()
                 kept.put(item, found)
-            rows = [DivergenceRow(**row) for row in found["rows"]]
-            cells.append(DivergenceReport(**{**found, "rows": rows}))
+            cells.append(DivergenceReport.from_json(found))
     report_of_all = MatrixReport(against, cells)
     if plot:
         plot_matrix(report_of_all, plot)

@@ -1,19 +1,34 @@
 """A model card for a GGUF file, as Hugging Face reads it: what the file states, and what was measured on it.
 
-In: a file. Out: Markdown. Nothing is said that does not stand in the file.
+In: a file, and the report of an evaluation if there is one. Out: Markdown, with pictures beside it. Nothing is said
+that does not stand in them.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pi_gguf.certificate import Certificate
+from pi_gguf.errors import OptionError
 from pi_gguf.files import check_writable, human_bytes, replace_when_complete
 from pi_gguf.gguf_file import read_gguf
-from pi_gguf.gguf_header import read_header
+from pi_gguf.gguf_header import read_header, tensors_sha256
+from pi_gguf.report import (
+    divergence_table,
+    draw_divergences,
+    draw_passkeys,
+    draw_perplexity,
+    passkey_table,
+    perplexity_table,
+    short_table,
+)
+from pi_gguf.results import PageReport
 from pi_gguf.rope import RopeScaling
 from pi_gguf.tables import markdown_table
 
@@ -30,29 +45,111 @@ class Card:
 
 
 def card(
-    file: str | Path, *, out: str | None = None, overwrite: bool = False, seed: int = 0, device: str = "cpu"
+    file: str | Path,
+    *,
+    report: str | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Card:
-    """Write a Hugging Face model card for a GGUF file, with the figures of its certificate.
+    """Write a Hugging Face model card for a GGUF file: the figures of its certificate, tables and plots of a report.
 
     Args:
         file: GGUF file; certified, or the card says that it is not.
-        out: file to write, such as README.md; printed when left out.
-        overwrite: replace the file that is there.
+        report: folder that eval report wrote, with this file among its models.
+        out: file to write, such as README.md, with the report's plots beside it; printed when left out.
+        overwrite: replace files that are there.
         seed: taken like everywhere; nothing is random here.
-        device: taken like everywhere; only metadata are read.
+        device: taken like everywhere; nothing is computed here.
 
     Example:
-        pi-gguf card my-llama-32k.gguf --out README.md
+        pi-gguf card my-llama-32k.gguf --report report --out README.md
     """
     path = Path(file)
-    if out is not None:
-        check_writable(Path(out), overwrite)
     info, header = read_gguf(path), read_header(path)
-    text = _text(path, info.metadata, info.rope, info.arch, info.quantization, Certificate.read(header))
+    plots: dict[str, Callable[[Path], None]] = {}
+    tables: list[str] = []
+    if report is not None:
+        measured = _read_report(Path(report))
+        plots = _plots(measured, _label(measured, path), path.stem)
+        tables = _tables(measured, [*plots])
     if out is not None:
+        for name in (Path(out).name, *plots):
+            check_writable(Path(out).with_name(name), overwrite)
+    text = _text(path, info.metadata, info.rope, info.arch, info.quantization, Certificate.read(header), tables)
+    if out is not None:
+        for name, draw in plots.items():
+            draw(Path(out).with_name(name))
         with replace_when_complete(Path(out)) as partial:
             partial.write_text(text, encoding="utf-8")
     return Card(text, out)
+
+
+def _read_report(folder: Path) -> PageReport:
+    """Read what eval report measured.
+
+    Raises:
+        OptionError: there is none.
+    """
+    path = folder / "report.json"
+    try:
+        return PageReport.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise OptionError(f"{path}: no report of an evaluation ({said})", "pi-gguf eval report writes one") from error
+
+
+def _label(report: PageReport, file: Path) -> str:
+    """Return what a report calls a file, by its tensors, whatever its name is now.
+
+    Raises:
+        OptionError: it is not in the report.
+    """
+    digest = tensors_sha256(file)
+    for label, known in report.files.items():
+        if known == digest:
+            return label
+    told = ", ".join(report.files) or "no GGUF file"
+    raise OptionError(
+        f"{file}: is not what was measured in {Path(report.path).parent} ({told})", "pi-gguf eval report measures it"
+    )
+
+
+def _plots(report: PageReport, label: str, stem: str) -> dict[str, Callable[[Path], None]]:
+    """Return the names of the plots, and what draws each to a path."""
+    found: dict[str, Callable[[Path], None]] = {
+        f"{stem}-perplexity.png": lambda path: draw_perplexity(report, path),
+        f"{stem}-passkeys.png": lambda path: draw_passkeys(report, label, path),
+    }
+    if report.divergences:
+        found[f"{stem}-divergence.png"] = lambda path: draw_divergences(report, path)
+    return found
+
+
+def _tables(report: PageReport, plots: list[str]) -> list[str]:
+    """Return what stands under the report's heading, in Markdown."""
+    sections = [
+        ("Perplexity by window, in tokens", perplexity_table(report.perplexity)),
+        ("Passkeys: the largest distance at which a fifth is found (k_max), and the share found by window",
+         passkey_table(report)),
+    ]  # fmt: skip
+    if report.divergences:
+        against = Path(report.divergences[0].against).name
+        sections.append((f"KL divergence from {against} in nats, by position", divergence_table(report.divergences)))
+    lines = ["## Measured beside its base", ""]
+    for (title, (header, *rows)), plot in zip(sections, plots, strict=True):
+        cells = [[_escaped(cell) for cell in row] for row in rows]
+        lines += [f"{title}:", "", markdown_table(header, cells), f"![{title}]({quote(plot)})", ""]
+    if report.short:
+        header, *rows = short_table(report.short)
+        lines += [
+            "Short tasks, percent:",
+            "",
+            markdown_table(header, [[_escaped(cell) for cell in row] for row in rows]),
+        ]
+    made = report.provenance
+    return [*lines, f"By pi-gguf {made.get('pi_gguf')} (`pi-gguf eval report`, seed {made.get('seed')}).", ""]
 
 
 def _text(
@@ -62,6 +159,7 @@ def _text(
     arch: str,
     quantization: str,
     certificate: Certificate | None,
+    tables: list[str],
 ) -> str:
     source = str(metadata.get("general.source.repository", ""))
     name = metadata.get("general.name", path.stem)
@@ -83,10 +181,8 @@ def _text(
         lines.append(f"license: {metadata['general.license']}")
     lines += ["---", "", f"# {_escaped(name)}, {quantization}, {window:,} tokens", ""]
     lines += [markdown_table(["", ""], [[what, _escaped(value)] for what, value in facts])]
-    lines += ["## Measured on this file", ""]
-    if certificate is None:
-        lines += [f"Nothing: it has no certificate (`pi-gguf certify {path.name}`).", ""]
-    else:
+    if certificate is not None:
+        lines += ["## Measured on this file", ""]
         lines += [markdown_table(["", ""], [[what, _escaped(value)] for what, value in certificate.rows()])]
         lines += [
             "Perplexity is on the same stretches of the text at each window. ppl_ratio is perplexity at the window by "
@@ -94,7 +190,9 @@ def _text(
             "hidden passkeys are found. The figures stand in the file's header: `pi-gguf inspect`.",
             "",
         ]
-    lines += ["## Run", "", "```", f"pi-gguf run {path.name} < long-document.txt", "```", ""]
+    elif not tables:
+        lines += ["## Not measured", "", f"It has no certificate: `pi-gguf certify {path.name}` measures it.", ""]
+    lines += [*tables, "## Run", "", "```", f"pi-gguf run {path.name} < long-document.txt", "```", ""]
     lines += [f"Or in llama.cpp, with the whole window: `llama-cli -m {path.name} -c {window}`.", ""]
     return "\n".join(lines)
 

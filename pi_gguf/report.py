@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pi_gguf.errors import OptionError, PiGgufError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity, k_max
 from pi_gguf.files import replace_when_complete, write_json
 from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf_header import tensors_sha256
 from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
 from pi_gguf.provenance import provenance
@@ -29,10 +30,10 @@ from pi_gguf.results import (
     BoundsReport,
     DivergenceReport,
     MatrixReport,
+    PageReport,
     PasskeyCell,
     PasskeyReport,
     PerplexityRow,
-    Report,
     ShortReport,
 )
 from pi_gguf.short_tasks import evaluate_short
@@ -54,32 +55,6 @@ PAPER_SHORT = {
     "WinoGrande": ("69.6", "66.9"),
 }  # fmt: skip
 """Percent correct of LLaMA 7B, before and after PI to 32768."""
-
-
-@dataclass(frozen=True)
-class PageReport(Report):
-    """Everything that stands on the page.
-
-    Args:
-        path: of the page.
-        perplexity: table 1, by label of the model; `second_perplexity` is table 2.
-        steps: tables 3 and 4: what each Hugging Face folder recorded while it was fine-tuned.
-        passkeys: cells, by label.
-        short: table 5; None where it was not measured, and `missing` says why.
-    """
-
-    path: str
-    base: str
-    context: int
-    perplexity: dict[str, list[PerplexityRow]]
-    second_perplexity: dict[str, list[PerplexityRow]]
-    passkeys: dict[str, list[PasskeyCell]]
-    steps: dict[str, list[dict[str, Any]]]
-    short: ShortReport | None
-    divergences: list[DivergenceReport]
-    bounds: BoundsReport
-    missing: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate_all(
@@ -156,6 +131,7 @@ def evaluate_all(
             name, windows=windows, distances=distances, keys=keys, context=scaled_to, **common
         ).cells
         passkeys[label] = [replace(cell, model=label) for cell in cells]
+    files = {label: tensors_sha256(Path(name)) for label, name in labels.items() if _is_gguf(name)}
     steps = {label: _validations(name) for label, name, _ in asked if name != base and not _is_gguf(name)}
     short = None
     try:
@@ -165,14 +141,14 @@ def evaluate_all(
         missing.append(f"Table 5 was not measured: {error}")
         say(f"note: {missing[-1]}")
     report = PageReport(
-        str(folder / "report.html"), base, context, first, second, passkeys, steps, short,
+        str(folder / "report.html"), base, context, files, first, second, passkeys, steps, short,
         _divergences(models, device, seed), evaluate_bounds(base, context=context, seed=seed), missing,
         provenance(seed=seed, device=device),
     )  # fmt: skip
-    _draw(report, folder, original)
+    _draw(report, folder)
     write_json(folder / "report.json", report.to_json())
     with replace_when_complete(Path(report.path)) as partial:
-        partial.write_text(_page(report, folder, original), encoding="utf-8")
+        partial.write_text(_page(report, folder), encoding="utf-8")
     return report
 
 
@@ -224,22 +200,76 @@ def _divergences(models: Sequence[str], device: str, seed: int) -> list[Divergen
     return found
 
 
-def _draw(report: PageReport, folder: Path, original: int) -> None:
-    plot_perplexity(report.perplexity, folder / "perplexity.png", original=original)
-    for i, (label, cells) in enumerate(report.passkeys.items()):
-        plot_passkeys(PasskeyReport([label], cells, {label: k_max(cells)}), folder / f"passkeys-{i}.png")
+def _draw(report: PageReport, folder: Path) -> None:
+    draw_perplexity(report, folder / "perplexity.png")
+    for i, label in enumerate(report.passkeys):
+        draw_passkeys(report, label, folder / f"passkeys-{i}.png")
     if report.divergences:
-        plot_matrix(MatrixReport(report.divergences[0].against, report.divergences), folder / "divergence.png")
+        draw_divergences(report, folder / "divergence.png")
     plot_bounds(report.bounds, folder / "figure-2.png")
+
+
+# Its tables and pictures; a model card shows them too
+
+
+def draw_perplexity(report: PageReport, path: Path) -> None:
+    plot_perplexity(report.perplexity, path, original=_windows(report)[0])
+
+
+def draw_passkeys(report: PageReport, label: str, path: Path) -> None:
+    cells = report.passkeys[label]
+    plot_passkeys(PasskeyReport([label], cells, {label: k_max(cells)}), path)
+
+
+def draw_divergences(report: PageReport, path: Path) -> None:
+    plot_matrix(MatrixReport(report.divergences[0].against, report.divergences), path)
+
+
+def _windows(report: PageReport) -> list[int]:
+    return [row.window for row in next(iter(report.perplexity.values()))]
+
+
+def perplexity_table(rows: dict[str, list[PerplexityRow]]) -> list[list[str]]:
+    """Return the header and the rows of a table: perplexity by window."""
+    windows = [str(row.window) for row in next(iter(rows.values()))]
+    return [["", *windows], *([label, *(f"{row.perplexity:.2f}" for row in found)] for label, found in rows.items())]
+
+
+def passkey_table(report: PageReport) -> list[list[str]]:
+    """Return the header and the rows of a table: k_max, and the share of keys found by window."""
+
+    def share(cells: list[PasskeyCell], window: int) -> str:
+        found = [cell for cell in cells if cell.window == window]
+        return f"{sum(cell.found for cell in found) / sum(cell.keys for cell in found):.0%}"
+
+    windows = _windows(report)
+    rows = [[label, str(k_max(c)), *(share(c, window) for window in windows)] for label, c in report.passkeys.items()]
+    return [["", "k_max", *map(str, windows)], *rows]
+
+
+def short_table(short: ShortReport) -> list[list[str]]:
+    """Return the header and the rows of a table: percent correct by task."""
+    kinds = list(dict.fromkeys((row.task, row.metric) for row in short.rows))
+    found = {(row.model, row.task, row.metric): row for row in short.rows}
+    rows = [[Path(model).name, *(f"{100 * found[model, *kind].value:.1f}" for kind in kinds)] for model in short.models]
+    return [["", *(" ".join(kind) for kind in kinds)], *rows]
+
+
+def divergence_table(reports: Sequence[DivergenceReport]) -> list[list[str]]:
+    """Return the header and the rows of a table: mean KL divergence by position, and top-1 agreement."""
+    ranges = [f"{row.begin}-{row.end - 1}" for row in reports[0].rows]
+    rows = [[Path(r.model).name, *(f"{row.mean:.2g}" for row in r.rows), f"{r.rows[-1].top1:.1%}"] for r in reports]
+    return [["mean by position", *ranges, "same first choice"], *rows]
 
 
 # The page
 
 
-def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+def _table(lines: Sequence[Sequence[Any]]) -> str:
     def line(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"
 
+    header, *rows = lines
     return f"<table>\n{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>\n"
 
 
@@ -248,17 +278,11 @@ def _picture(folder: Path, name: str) -> str:
     return f'<img alt="{name}" src="data:image/png;base64,{data}">\n'
 
 
-def _perplexity_table(rows: dict[str, list[PerplexityRow]]) -> str:
-    windows = [row.window for row in next(iter(rows.values()))]
-    body = [[label, *(f"{row.perplexity:.2f}" for row in found)] for label, found in rows.items()]
-    return _table(["", *windows], body)
-
-
 def _by_steps(ours: dict[str, dict[int, str]], paper: dict[str, dict[int, str]]) -> str:
     together = {**ours, **paper}
     steps = sorted({step for found in together.values() for step in found})
     body = [[label, *(found.get(step, "") for step in steps)] for label, found in together.items()]
-    return _table(["steps", *steps], body)
+    return _table([["steps", *steps], *body])
 
 
 _STYLE = (
@@ -268,8 +292,8 @@ _STYLE = (
 )
 
 
-def _page(report: PageReport, folder: Path, original: int) -> str:
-    windows, base = [row.window for row in next(iter(report.perplexity.values()))], escape(report.base)
+def _page(report: PageReport, folder: Path) -> str:
+    original, base = _windows(report)[0], escape(report.base)
     untrained = report.perplexity["base, PI, untrained"][-1].perplexity
     at_window: dict[str, dict[int, str]] = {}
     reached: dict[str, dict[int, str]] = {}
@@ -279,14 +303,9 @@ def _page(report: PageReport, folder: Path, original: int) -> str:
         at_window[label] = {0: f"{untrained:.2f} (on table 1's text)"} if entries else {}
         at_window[label] |= {entry["step"]: f"{entry[name]:.2f}" for entry in entries if name in entry}
         reached[label] = {e["step"]: f"{e['eval_k_max']:.0f}" for e in entries if "eval_k_max" in e}
-    now = {label: f"{k_max(cells)}" for label, cells in report.passkeys.items()}
-    shares = {
-        label: [
-            f"{sum(c.found for c in cells if c.window == w) / sum(c.keys for c in cells if c.window == w):.0%}"
-            for w in windows
-        ]
-        for label, cells in report.passkeys.items()
-    }
+    divergence = []
+    if report.divergences:
+        divergence = [_table(divergence_table(report.divergences)), _picture(folder, "divergence.png")]
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{base} to {report.context}</title>",
         f"<style>{_STYLE}</style><h1>{base}: from {original} to {report.context} tokens</h1>",
@@ -296,12 +315,12 @@ def _page(report: PageReport, folder: Path, original: int) -> str:
         *(f"<p><b>{escape(text)}</b></p>" for text in report.missing),
         "<h2>Table 1: perplexity by window</h2><p>How surprised the model is by the next token, when it may look back "
         "as many tokens as the column says: lower is better, and a window that works never makes it worse.</p>",
-        _perplexity_table(report.perplexity), _picture(folder, "perplexity.png"),
+        _table(perplexity_table(report.perplexity)), _picture(folder, "perplexity.png"),
         "<p>The paper, on PG19:</p>",
-        _table(["", *(2048 * 2**i for i in range(5))], [[name, *row] for name, row in PAPER_PERPLEXITY.items()]),
+        _table([["", *(2048 * 2**i for i in range(5))], *([name, *row] for name, row in PAPER_PERPLEXITY.items())]),
         "<h2>Table 2: the same on a second text</h2><p>The paper's second text is Proof-pile; what was read here says "
         "the command that is recorded in report.json.</p>",
-        _perplexity_table(report.second_perplexity),
+        _table(perplexity_table(report.second_perplexity)),
         f"<h2>Table 3: perplexity at {report.context} tokens, by steps of fine-tuning</h2>",
         _recorded(at_window), _by_steps({k: v for k, v in at_window.items() if v}, PAPER_STEPS),
         "<h2>Table 4: how far back a key is found (k_max), by steps</h2><p>A five-digit key is hidden in filler text "
@@ -309,15 +328,16 @@ def _page(report: PageReport, folder: Path, original: int) -> str:
         "found.</p>",
         _recorded(reached), _by_steps({k: v for k, v in reached.items() if v}, PAPER_K_MAX),
         "<p>Measured on each file now, and the share of keys found by window:</p>",
-        _table(["", "k_max", *windows], [[label, now[label], *shares[label]] for label in now]),
+        _table(passkey_table(report)),
         *(_picture(folder, f"passkeys-{i}.png") for i in range(len(report.passkeys))),
         "<h2>Table 5: short tasks, before and after</h2><p>What the longer window costs on questions that never needed "
         "it, in percent correct.</p>",
-        _short_table(report.short), "<p>The paper, before and after PI to 32768:</p>",
-        _table(["", "before", "after"], [[name, *row] for name, row in PAPER_SHORT.items()]),
+        _table(short_table(report.short)) if report.short else "<p>Not measured.</p>",
+        "<p>The paper, before and after PI to 32768:</p>",
+        _table([["", "before", "after"], *([name, *row] for name, row in PAPER_SHORT.items())]),
         "<h2>What quantization costs, by position</h2><p>KL divergence from the unquantized model, in nats: how far "
         "the predicted probabilities moved. Files that are worse only at depth show here.</p>",
-        *([_divergence_table(report.divergences), _picture(folder, "divergence.png")] if report.divergences else []),
+        *divergence,
         "<h2>Figure 2: why it works</h2><p>An attention score as a function of distance, of this model's own queries "
         "and keys. Left: inside the window it was trained on. Middle: beyond it, where nothing keeps it small. Right: "
         "between trained distances, where interpolated positions lie, it is smooth.</p>",
@@ -335,21 +355,6 @@ def _recorded(found: dict[str, dict[int, str]]) -> str:
     return "<p>Not recorded for this model: <code>pi-gguf extend ... --eval-steps 100</code> records it.</p>"
 
 
-def _short_table(short: ShortReport | None) -> str:
-    if short is None:
-        return "<p>Not measured.</p>"
-    kinds = list(dict.fromkeys((row.task, row.metric) for row in short.rows))
-    found = {(row.model, row.task, row.metric): row for row in short.rows}
-    body = [[Path(model).name, *(f"{100 * found[model, *kind].value:.1f}" for kind in kinds)] for model in short.models]
-    return _table(["", *(" ".join(kind) for kind in kinds)], body)
-
-
-def _divergence_table(reports: Sequence[DivergenceReport]) -> str:
-    ranges = [f"{row.begin}-{row.end - 1}" for row in reports[0].rows]
-    body = [[Path(r.model).name, *(f"{row.mean:.2g}" for row in r.rows), f"{r.rows[-1].top1:.1%}"] for r in reports]
-    return _table(["mean by position", *ranges, "same first choice"], body)
-
-
 def _bounds_table(bounds: BoundsReport) -> str:
     chosen = asdict(bounds)
     rows = [
@@ -357,4 +362,4 @@ def _bounds_table(bounds: BoundsReport) -> str:
         ("the same with interpolated positions", chosen["interpolated"], ""),
         ("bound of extrapolation by that of interpolation: median", chosen["bound_ratio"], "about 600"),
     ]
-    return _table(["", "this model", "the paper"], [[name, f"{value:.4g}", paper] for name, value, paper in rows])
+    return _table([["", "this model", "the paper"], *([name, f"{value:.4g}", paper] for name, value, paper in rows)])

@@ -6,8 +6,9 @@ A report is a frozen dataclass; what it measured lies in lists of flat rows, eac
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, is_dataclass
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 
 class Report:
@@ -15,6 +16,34 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Return the report that `to_json` gave.
+
+        Raises:
+            ValueError: it is of another type.
+        """
+        try:
+            found: Self = _decoded(cls, value)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"no {cls.__name__} ({error})") from error
+        return found
+
+
+def _decoded(kind: Any, value: Any) -> Any:
+    """Turn plain values into the dataclasses that a type names."""
+    inner = get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{name: _decoded(kinds[name], part) for name, part in value.items()})
+    if get_origin(kind) is list:
+        return [_decoded(inner[0], part) for part in value]
+    if get_origin(kind) is dict:
+        return {key: _decoded(inner[1], part) for key, part in value.items()}
+    if get_origin(kind) is UnionType:
+        return None if value is None else _decoded(inner[0], value)
+    return value
 
 
 # Perplexity
@@ -299,4 +328,35 @@ class ComparisonReport(Report):
     model: str
     context: int
     rows: list[ComparisonRow]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+# All of them
+
+
+@dataclass(frozen=True)
+class PageReport(Report):
+    """Everything that stands on the page.
+
+    Args:
+        path: of the page.
+        files: SHA-256 of the tensors of each GGUF file, by label.
+        perplexity: table 1, by label of the model; `second_perplexity` is table 2.
+        steps: tables 3 and 4: what each Hugging Face folder recorded while it was fine-tuned.
+        passkeys: cells, by label.
+        short: table 5; None where it was not measured, and `missing` says why.
+    """
+
+    path: str
+    base: str
+    context: int
+    files: dict[str, str]
+    perplexity: dict[str, list[PerplexityRow]]
+    second_perplexity: dict[str, list[PerplexityRow]]
+    passkeys: dict[str, list[PasskeyCell]]
+    steps: dict[str, list[dict[str, Any]]]
+    short: ShortReport | None
+    divergences: list[DivergenceReport]
+    bounds: BoundsReport
+    missing: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from conftest import make_llama
 
 import pi_gguf
 from pi_gguf.bundled import novels
+from pi_gguf.gguf_header import Entry, read_header, write_changed
+from pi_gguf.results import PageReport, ShortReport
 
 BASE, CONTEXT = 512, 1024
 
@@ -105,6 +108,60 @@ def test_what_makes_no_page_is_refused(made, cli, tmp_path):
     assert code == 2
 
 
-def test_a_table_that_cannot_be_measured_is_named(report, made, text):
-    again = pi_gguf.evaluate_all(*made, **options(Path(report.path).parent, text), tasks=",")
+def test_a_table_that_cannot_be_measured_is_named(report, made, text, tmp_path):
+    shutil.copytree(Path(report.path).parent, tmp_path / "out")
+    again = pi_gguf.evaluate_all(*made, **options(tmp_path / "out", text), tasks=",")
     assert again.short is None and "Table 5 was not measured: tasks must be names" in Path(again.path).read_text()
+
+
+def test_a_model_card_shows_its_tables_and_plots(report, made, cli, tmp_path):
+    _, _, file = made
+    folder = Path(report.path).parent
+    renamed = tmp_path / "other name.gguf"
+    header = read_header(Path(file))
+    write_changed(header.changed({"general.name": Entry.of("Another")}), renamed)
+    code, out, _ = cli("card", renamed, "--report", folder, "--out", tmp_path / "README.md")
+    assert code == 0 and out.strip() == f"wrote {tmp_path}/README.md"
+    text = (tmp_path / "README.md").read_text()
+    plots = [f"other name-{kind}.png" for kind in ("perplexity", "passkeys", "divergence")]
+    assert re.findall(r"!\[.+\]\((.+)\)", text) == [name.replace(" ", "%20") for name in plots]
+    for name, of_page in zip(plots, ("perplexity", "passkeys-3", "divergence"), strict=True):
+        assert (tmp_path / name).read_bytes() == (folder / f"{of_page}.png").read_bytes()
+    for label, rows in report.perplexity.items():
+        assert f"| {label} | {' | '.join(f'{row.perplexity:.2f}' for row in rows)} |" in text
+    assert "| model.gguf | 0 | 0% | 0% |" in text and "Not measured" not in text
+    means = " | ".join(f"{row.mean:.2g}" for row in report.divergences[0].rows)
+    assert f"| model.gguf | {means} | " in text and "next_sentence acc" in text
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "README.md").unlink()
+    code, _, err = cli("card", renamed, "--report", folder, "--out", tmp_path / "README.md")
+    assert code == 2 and "perplexity.png: exists" in err and not (tmp_path / "README.md").exists()
+    code, out, _ = cli("card", renamed, "--report", folder, "--out", tmp_path / "README.md", "--overwrite")
+    assert code == 0 and {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_card_takes_no_report_of_another_file(report, made, cli, tmp_path):
+    base, _, file = made
+    other = tmp_path / "model.gguf"
+    pi_gguf.convert(base, other, quant="F16", check="none", certify=False, context=CONTEXT, steps=0)
+    folder = Path(report.path).parent
+    code, _, err = cli("card", other, "--report", folder, "--out", tmp_path / "README.md")
+    assert code == 2 and "is not what was measured in" in err and "(model.gguf)" in err
+    (tmp_path / "report.json").write_text('{"path": 1}')
+    for where, says in (
+        (tmp_path / "absent", "No such file"),
+        (tmp_path, "no PageReport (PageReport.__init__() missing"),
+    ):
+        code, _, err = cli("card", file, "--report", where, "--out", tmp_path / "README.md")
+        assert code == 2 and "report.json: no report of an evaluation" in err and says in err
+    (tmp_path / "report.json").write_text("no JSON")
+    assert cli("card", file, "--report", tmp_path)[0] == 2
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_report_comes_back_from_json(report):
+    assert PageReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    with pytest.raises(ValueError, match="no ShortReport"):
+        ShortReport.from_json({"models": [], "rows": [{"task": "a"}]})
+    with pytest.raises(ValueError, match="no PageReport"):
+        PageReport.from_json([])
