@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from conftest import make_llama
 
 import pi_gguf
 from pi_gguf.bundled import novels
-from pi_gguf.gguf_header import Entry, read_header, write_changed
-from pi_gguf.results import PageReport, ShortReport
+from pi_gguf.gguf_header import Entry, read_header, tensors_sha256, write_changed
+from pi_gguf.report import passkey_table
+from pi_gguf.results import PageReport, PasskeyCell, ShortReport
 
 BASE, CONTEXT = 512, 1024
 
@@ -157,6 +159,31 @@ def test_a_card_takes_no_report_of_another_file(report, made, cli, tmp_path):
     (tmp_path / "report.json").write_text("no JSON")
     assert cli("card", file, "--report", tmp_path)[0] == 2
     assert not (tmp_path / "README.md").exists()
+
+
+def test_keys_found_are_counted_by_window(report):
+    cells = [
+        PasskeyCell(w, d, d, found, 4)
+        for w, d, found in ((512, 256, 4), (512, 512, 2), (1024, 512, 1), (1024, 1024, 0))
+    ]
+    table = passkey_table(replace(report, passkeys={"a": cells}))
+    assert table == [["", "k_max", "512", "1024"], ["a", "512", "75%", "12%"]]
+
+
+def test_what_was_measured_is_known_by_its_tensors(made, tmp_path):
+    _, _, file = made
+    header = read_header(Path(file))
+    known = tensors_sha256(Path(file))
+    for changed, same in (
+        (header.changed({"llama.context_length": Entry.of(7)}), True),
+        (replace(header, tensor_infos=header.tensor_infos.replace(b"attn_q.", b"attn_x.")), False),
+    ):
+        write_changed(changed, tmp_path / "changed.gguf")
+        assert (tensors_sha256(tmp_path / "changed.gguf") == known) is same
+    data = bytearray(Path(file).read_bytes())
+    data[-40] ^= 1
+    (tmp_path / "changed.gguf").write_bytes(data)
+    assert tensors_sha256(tmp_path / "changed.gguf") != known
 
 
 def test_a_report_comes_back_from_json(report):
