@@ -29,7 +29,7 @@ from pi_gguf.rope import RopeScaling
 from pi_gguf.runtime import Model
 
 PREFIX = "pi_gguf."
-VERSION = 1
+VERSION = 2
 
 ROOM_KEY = f"{PREFIX}room"
 ROOM = {ROOM_KEY: " " * 2048}
@@ -41,8 +41,8 @@ SECONDS = 600
 _PROBE = 512
 """Tokens of the prompt that tells how fast a model is here; no shorter window is measured, but a model's own."""
 
-DISTANCES, KEYS = 2, 2
-"""Passkeys: at half and the whole of the window, so many at each."""
+DISTANCES, KEYS = 4, 4
+"""Passkeys: asked for after each quarter of the window, so many at each; a key is read once for all of them."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Certificate:
         reference_perplexity: at the original window, on the same stretches.
         reference: whose that is: `base` before the fine-tune, or `itself`.
         ppl_ratio: perplexity at `window` by the reference's.
-        k_max: largest distance, in tokens, at which at least 20 % of the passkeys were found.
-        passkeys_found: of `passkeys_asked`, at half and the whole of `window`.
+        k_max: largest distance, in tokens, up to which at least 20 % of the passkeys were found at each.
+        passkeys_found: of `passkeys_asked`, after each quarter of `window`, in growing prompts.
         kl_divergence: mean, in nats, from the model the file was made from, in 32 bits.
         top1_agreement: share of equal first choices.
         against: that model.
@@ -266,7 +266,7 @@ def measure(
     with Model(path, n_ctx=window, device=device) as model:
         perplexity = yardstick.perplexities(model, windows)
         try:
-            cells = passkey_cells(model, windows=(window,), distances=DISTANCES, keys=KEYS, seed=seed)
+            cells = passkey_cells(model, windows=(window,), distances=DISTANCES, keys=KEYS, growing=True, seed=seed)
         except OptionError as error:
             say(f"certify without passkeys: {error}")
             cells = []
@@ -280,7 +280,7 @@ def measure(
         reference_perplexity=reference,
         reference=whose,
         ppl_ratio=perplexity[window] / reference,
-        k_max=k_max(cells) if cells else None,
+        k_max=k_max(cells, growing=True) if cells else None,
         passkeys_found=sum(cell.found for cell in cells) if cells else None,
         passkeys_asked=sum(cell.keys for cell in cells) if cells else None,
         kl_divergence=check.kl_divergence if check else None,
@@ -296,7 +296,7 @@ def measure(
 
 
 def _minutes(seconds_a_prompt: float) -> str:
-    prompts = Yardstick.SAMPLES + DISTANCES * KEYS
+    prompts = Yardstick.SAMPLES + KEYS
     return f"{prompts * seconds_a_prompt / 60:.1f} minutes"
 
 
@@ -325,7 +325,7 @@ def _window_that_fits(path: Path, rope: RopeScaling, text: Sequence[str], device
         reason = None
         if len(ids) < window + Yardstick.SAMPLES * yardstick.stride:
             reason = f"{yardstick.name} has {len(ids)} tokens"
-        elif (Yardstick.SAMPLES + DISTANCES * KEYS) * seconds > SECONDS:
+        elif (Yardstick.SAMPLES + KEYS) * seconds > SECONDS:
             reason = f"it would take about {_minutes(seconds)}"
         elif window > least:
             try:

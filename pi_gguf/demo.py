@@ -27,8 +27,8 @@ QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
 CAPTION = (
     "Perplexity on stretches of held-out novels, the same tokens at every window (how many and how long: settings in "
     "results.json); the fine-tuning text is of the base model's own kind of mixture, novels and recall tasks, in which "
-    "answers weigh more than prose. k_max: largest distance, in tokens, at which at least 20 % of the passkeys are "
-    "found, in prompts that fill each window."
+    "answers weigh more than prose. k_max: largest distance, in tokens, up to which at least 20 % of the passkeys are "
+    "found at each, in prompts that fill a window."
 )
 
 

@@ -9,11 +9,11 @@ Source: arXiv 2306.15595, sections 3.2 and 3.3.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 WINDOWS = (2048, 4096, 8192, 16384, 32768)
 FOUND_SHARE = 0.2
-"""A distance counts as reached when at least this share of its keys is found."""
+"""A distance counts as reached when at least this share of its keys is found, there and at every shorter one."""
 
 
 @dataclass(frozen=True)
@@ -329,9 +329,9 @@ def evaluate_passkey(
     """Measure passkey retrieval: a five-digit key hidden in filler text, asked for at the end.
 
     Prompts fill each window; the key lies at evenly spaced distances from the end, up to the whole window. k_max is
-    the largest distance at which at least 20 % of the keys are found. With --growing prompts are as long as the
-    distance, the key at their start: each key is then read once for all its distances, where filling the window takes
-    a reading of what is behind the key for each of them.
+    the paper's: the largest distance up to which at least 20 % of the keys are found at each. With --growing prompts
+    are as long as the distance, the key at their start: each key is then read once for all its distances, where filling
+    the window takes a reading of what is behind the key for each of them.
 
     Args:
         models: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or URL of an OpenAI-compatible server; several
@@ -347,8 +347,8 @@ def evaluate_passkey(
         type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
         type_v: V cache of GGUF files.
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
-        keep: file that keeps each finished place, in JSON lines; the same command goes on from it.
-        plot: file to draw the share found, by window and distance, to, e.g. passkey.png; of one model.
+        keep: file that keeps each answer, in JSON lines; the same command goes on from it.
+        plot: file to draw the share found, by window and distance, to, e.g. passkey.png; of one model unless growing.
         seed: of the keys drawn.
         device: auto, cpu or cuda.
 
@@ -366,7 +366,7 @@ def evaluate_passkey(
     for name, value in (("distances", distances), ("keys", keys)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
-    check_plot(plot, of_one=models)
+    check_plot(plot, of_one=() if growing else models)
     kept = Kept(keep)
     names, cells = [], []
     for model in models:
@@ -377,7 +377,7 @@ def evaluate_passkey(
                 lm, windows=windows, distances=distances, keys=keys, growing=growing, seed=seed, kept=kept,
                 settings=settings,
             )  # fmt: skip
-    found = {name: k_max([cell for cell in cells if cell.model == name]) for name in names}
+    found = {name: k_max([cell for cell in cells if cell.model == name], growing=growing) for name in names}
     report = PasskeyReport(
         names, cells, found, growing, provenance(seed=seed, device=device, type_k=type_k, type_v=type_v)
     )
@@ -406,7 +406,11 @@ def passkey_cells(
     places = [(w, w * i // distances) for w in ((largest,) if growing else windows) for i in range(1, distances + 1)]
     # In an order in which each prompt shares much of its start with the one before: all of the same key's
     # shorter prompt, or what lies before a key that moves from the end to the start.
-    order = [(place, n) for n in range(keys) for place in places] if growing else list(product(places, range(keys)))
+    order = (
+        [(place, n) for n in range(keys) for place in places]
+        if growing
+        else list(itertools.product(places, range(keys)))
+    )
     items = {(place, n): {**(settings or {}), "window": place[0], "distance": place[1], "key": n} for place, n in order}
     drawn = {place: _keys(f"{seed} growing" if growing else f"{seed} {place[0]} {place[1]}", keys) for place in places}
     prompts = {window: PasskeyPrompts(lm, window) for window in dict.fromkeys(w for w, _ in places)}
@@ -431,9 +435,17 @@ def _keys(seed: str, keys: int) -> list[str]:
     return [draw_key(rng, for_evaluation=True) for _ in range(keys)]
 
 
-def k_max(cells: Sequence[PasskeyCell]) -> int:
-    """Return the largest distance, in tokens, at which at least 20 % of the keys were found; 0 if none."""
-    return max((c.distance for c in cells if c.found >= FOUND_SHARE * c.keys), default=0)
+def k_max(cells: Sequence[PasskeyCell], *, growing: bool = False) -> int:
+    """Return the largest distance, in tokens, up to which at least 20 % of the keys were found at every one; 0 if none.
+
+    Where prompts filled windows it is counted in each of them, and the largest is returned.
+    """
+    reached = [0]
+    for window in {0 if growing else cell.window for cell in cells}:
+        asked = sorted((c for c in cells if growing or c.window == window), key=lambda c: c.distance)
+        found = itertools.takewhile(lambda c: c.found >= FOUND_SHARE * c.keys, asked)
+        reached += [cell.distance for cell in found]
+    return max(reached)
 
 
 class PasskeyPrompts:

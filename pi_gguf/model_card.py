@@ -72,7 +72,8 @@ def card(
     tables: list[str] = []
     if report is not None:
         measured = _read_report(Path(report))
-        plots = _plots(measured, _label(measured, path), path.stem)
+        _check_measured(measured, path)
+        plots = _plots(measured, path.stem)
         tables = _tables(measured, [*plots])
     if out is not None:
         for name in (Path(out).name, *plots):
@@ -100,27 +101,25 @@ def _read_report(folder: Path) -> PageReport:
         raise OptionError(f"{path}: no report of an evaluation ({said})", "pi-gguf eval report writes one") from error
 
 
-def _label(report: PageReport, file: Path) -> str:
-    """Return what a report calls a file, by its tensors, whatever its name is now.
+def _check_measured(report: PageReport, file: Path) -> None:
+    """Check that a file is in a report, by its tensors, whatever its name is now.
 
     Raises:
-        OptionError: it is not in the report.
+        OptionError: it is not.
     """
-    digest = tensors_sha256(file)
-    for label, known in report.files.items():
-        if known == digest:
-            return label
-    told = ", ".join(report.files) or "no GGUF file"
-    raise OptionError(
-        f"{file}: is not what was measured in {Path(report.path).parent} ({told})", "pi-gguf eval report measures it"
-    )
+    if tensors_sha256(file) not in report.files.values():
+        told = ", ".join(report.files) or "no GGUF file"
+        raise OptionError(
+            f"{file}: is not what was measured in {Path(report.path).parent} ({told})",
+            "pi-gguf eval report measures it",
+        )
 
 
-def _plots(report: PageReport, label: str, stem: str) -> dict[str, Callable[[Path], None]]:
+def _plots(report: PageReport, stem: str) -> dict[str, Callable[[Path], None]]:
     """Return the names of the plots, and what draws each to a path."""
     found: dict[str, Callable[[Path], None]] = {
         f"{stem}-perplexity.png": lambda path: draw_perplexity(report, path),
-        f"{stem}-passkeys.png": lambda path: draw_passkeys(report, label, path),
+        f"{stem}-passkeys.png": lambda path: draw_passkeys(report, path),
     }
     if report.divergences:
         found[f"{stem}-divergence.png"] = lambda path: draw_divergences(report, path)
@@ -131,7 +130,7 @@ def _tables(report: PageReport, plots: list[str]) -> list[str]:
     """Return what stands under the report's heading, in Markdown."""
     sections = [
         ("Perplexity by window, in tokens", perplexity_table(report.perplexity)),
-        ("Passkeys: the largest distance at which a fifth is found (k_max), and the share found by window",
+        ("Passkeys: the largest distance up to which a fifth is found at each (k_max), and the share found by distance",
          passkey_table(report)),
     ]  # fmt: skip
     if report.divergences:
@@ -186,8 +185,8 @@ def _text(
         lines += [markdown_table(["", ""], [[what, _escaped(value)] for what, value in certificate.rows()])]
         lines += [
             "Perplexity is on the same stretches of the text at each window. ppl_ratio is perplexity at the window by "
-            "the reference's at its original one; k_max the largest distance, in tokens, at which at least 20 % of "
-            "hidden passkeys are found. The figures stand in the file's header: `pi-gguf inspect`.",
+            "the reference's at its original one; k_max the largest distance, in tokens, up to which at least "
+            "20 % of hidden passkeys are found at each. The figures stand in the file's header: `pi-gguf inspect`.",
             "",
         ]
     elif not tables:

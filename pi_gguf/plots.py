@@ -67,16 +67,22 @@ def plot_perplexity(curves: Mapping[str, Sequence[Any]], path: str | Path, *, or
 
 
 def plot_passkeys(report: Any, path: str | Path) -> None:
-    """Draw the share of passkeys found, window across and distance up, from red to green; a line where prompts grew."""
-    title = f"passkeys found: {Path(report.models[0]).name}"
+    """Draw the share of passkeys found, window across and distance up, from red to green; where prompts grew, a line a
+    model by distance."""
     if report.growing:
         with _figure(path) as figure:
             axes = figure.add_subplot()
-            axes.plot([c.distance for c in report.cells], [100 * c.found / c.keys for c in report.cells], marker="o")
+            for i, name in enumerate(report.models):
+                cells = [cell for cell in report.cells if cell.model == name]
+                percent = [100 * cell.found / cell.keys for cell in cells]
+                axes.plot([cell.distance for cell in cells], percent, label=Path(name).name, marker="o^s+x1"[i % 6])
             axes.axhline(20, color="grey", linewidth=0.8)
-            axes.set(ylim=(-2, 102), xlabel="distance of the key from the end, tokens", ylabel="found, percent")
-            axes.set_title(title)
+            axes.set(
+                ylim=(-2, 102), xlabel="distance of the key from the end, tokens", ylabel="passkeys found, percent"
+            )
+            axes.legend(fontsize=8)
         return
+    title = f"passkeys found: {Path(report.models[0]).name}"
     shares = {(c.window, c.distance * 1000 // c.window / 10): c.found / c.keys for c in report.cells}
     axis = "distance of the key from the end, share of the window"
     _heatmap(shares, path, title, axis, "lower")

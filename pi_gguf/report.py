@@ -7,7 +7,8 @@ has its pictures inside, `report.json`, and every finished item, so that the sam
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from html import escape
@@ -41,15 +42,29 @@ from pi_gguf.targets import check_targets, doublings, is_url
 
 PAPER_PERPLEXITY = {
     "LLaMA 7B, no scaling": ("7.20", "> 1000", "> 1000", "> 1000", "> 1000"),
-    "LLaMA 7B, PI to 32768, 1000 steps": ("7.23", "7.04", "6.91", "6.80", "6.77"),
+    "LLaMA 7B, direct, to 8192": ("7.21", "7.34", "7.69", "", ""),
+    "LLaMA 7B, PI to 8192": ("7.13", "6.96", "6.95", "", ""),
+    "LLaMA 7B, PI to 16384": ("7.11", "6.93", "6.82", "6.83", ""),
+    "LLaMA 7B, PI to 32768": ("7.23", "7.04", "6.91", "6.80", "6.77"),
 }
 """PG19, at 2048 and its doublings to 32768."""
+PAPER_SECOND_PERPLEXITY = {
+    "LLaMA 7B, no scaling": ("2.77", "", "", "", ""),
+    "LLaMA 7B, direct, to 8192": ("2.85", "2.74", "2.73", "", ""),
+    "LLaMA 7B, PI to 8192": ("2.79", "2.57", "2.39", "", ""),
+    "LLaMA 7B, PI to 16384": ("2.79", "2.57", "2.37", "2.25", ""),
+    "LLaMA 7B, PI to 32768": ("2.82", "2.59", "2.39", "2.24", "2.48"),
+}
+"""The same on Proof-pile."""
 PAPER_STEPS = {
-    "LLaMA 7B to 8192": {0: "16.10", 200: "7.12", 1000: "6.95"},
-    "LLaMA 7B to 16384": {0: "112.13", 200: "7.05", 1000: "6.83"},
+    "LLaMA 7B to 8192": {0: "16.10", 200: "7.12", 400: "7.10", 600: "7.02", 800: "6.99", 1000: "6.95"},
+    "LLaMA 7B to 16384": {0: "112.13", 200: "7.05", 400: "6.93", 600: "6.88", 800: "6.84", 1000: "6.83"},
 }
 """PG19 at the new window, by steps of fine-tuning."""
-PAPER_K_MAX = {"LLaMA 7B, PI to 32768": {200: "32768"}, "LLaMA 7B, no PI, to 8192": {10000: "2560"}}
+PAPER_K_MAX = {
+    "LLaMA 7B, PI to 32768": {200: "32768", 400: "32768", 600: "18432", 800: "32768", 1000: "32768"},
+    "LLaMA 7B, direct, to 8192": {200: "1792", 400: "2048", 600: "2048", 800: "2048", 1000: "2304", 10000: "2560"},
+}
 PAPER_SHORT = {
     "BoolQ": ("76.1", "64.7"), "PIQA": ("78.9", "77.2"), "RACE-M": ("55.7", "50.1"), "RACE-H": ("42.2", "39.6"),
     "WinoGrande": ("69.6", "66.9"),
@@ -64,8 +79,8 @@ def evaluate_all(
     text: Sequence[str] = (),
     second_text: Sequence[str] = (),
     samples: int = 2,
-    distances: int = 4,
-    keys: int = 2,
+    distances: int = 32,
+    keys: int = 5,
     tasks: str = "next_sentence",
     limit: int = 200,
     seed: int = 0,
@@ -82,9 +97,10 @@ def evaluate_all(
         second_text: text of table 2 (the paper's is Proof-pile); a training novel of the bundled sample when left out.
             Repeatable.
         samples: stretches to score in each document.
-        distances: places of the passkey in each window.
-        keys: passkeys tried at each place.
-        tasks: of table 5, as for eval short, e.g. boolq,piqa,race,winogrande; without the Hub next_sentence.
+        distances: after which a passkey is asked for, evenly spaced up to the new window.
+        keys: passkeys, each read once.
+        tasks: of table 5, as for eval short, e.g. boolq,piqa,race_middle,race,winogrande; without the Hub
+            next_sentence.
         limit: items of each task.
         seed: of the keys and pairs drawn.
         device: auto, cpu or cuda.
@@ -109,8 +125,9 @@ def evaluate_all(
     windows = doublings(original, context)
     missing = []
 
-    def perplexity(texts: Sequence[str]) -> dict[str, list[PerplexityRow]]:
-        found = {}
+    def perplexity(texts: Sequence[str]) -> tuple[dict[str, list[PerplexityRow]], list[str]]:
+        found: dict[str, list[PerplexityRow]] = {}
+        read: list[str] = []
         for label, name, scaled_to in asked:
             say(f"perplexity: {label}")
             measured = evaluate_perplexity(
@@ -118,17 +135,18 @@ def evaluate_all(
                 **common,
             )  # fmt: skip
             found[label] = [replace(row, model=label) for row in measured.rows]
-        return found
+            read = [Path(name).name for name in measured.texts]
+        return found, read
 
     with _texts(text, "heldout", "text") as texts:
-        first = perplexity(texts)
+        first, first_read = perplexity(texts)
     with _texts(second_text, "train", "second-text") as texts:
-        second = perplexity(texts)
+        second, second_read = perplexity(texts)
     passkeys = {}
     for label, name, scaled_to in asked:
         say(f"passkeys: {label}")
         cells = evaluate_passkey(
-            name, windows=windows, distances=distances, keys=keys, context=scaled_to, **common
+            name, windows=(context,), distances=distances, keys=keys, growing=True, context=scaled_to, **common
         ).cells
         passkeys[label] = [replace(cell, model=label) for cell in cells]
     files = {label: tensors_sha256(Path(name)) for label, name in labels.items() if _is_gguf(name)}
@@ -141,7 +159,8 @@ def evaluate_all(
         missing.append(f"Table 5 was not measured: {error}")
         say(f"note: {missing[-1]}")
     report = PageReport(
-        str(folder / "report.html"), base, context, files, first, second, passkeys, steps, short,
+        str(folder / "report.html"), base, context, files, first, first_read, second, second_read, passkeys, steps,
+        short,
         _divergences(models, device, seed), evaluate_bounds(base, context=context, seed=seed), missing,
         provenance(seed=seed, device=device),
     )  # fmt: skip
@@ -202,8 +221,7 @@ def _divergences(models: Sequence[str], device: str, seed: int) -> list[Divergen
 
 def _draw(report: PageReport, folder: Path) -> None:
     draw_perplexity(report, folder / "perplexity.png")
-    for i, label in enumerate(report.passkeys):
-        draw_passkeys(report, label, folder / f"passkeys-{i}.png")
+    draw_passkeys(report, folder / "passkeys.png")
     if report.divergences:
         draw_divergences(report, folder / "divergence.png")
     plot_bounds(report.bounds, folder / "figure-2.png")
@@ -216,9 +234,9 @@ def draw_perplexity(report: PageReport, path: Path) -> None:
     plot_perplexity(report.perplexity, path, original=_windows(report)[0])
 
 
-def draw_passkeys(report: PageReport, label: str, path: Path) -> None:
-    cells = report.passkeys[label]
-    plot_passkeys(PasskeyReport([label], cells, {label: k_max(cells)}), path)
+def draw_passkeys(report: PageReport, path: Path) -> None:
+    cells = [cell for of_model in report.passkeys.values() for cell in of_model]
+    plot_passkeys(PasskeyReport([*report.passkeys], cells, {}, growing=True), path)
 
 
 def draw_divergences(report: PageReport, path: Path) -> None:
@@ -236,15 +254,18 @@ def perplexity_table(rows: dict[str, list[PerplexityRow]]) -> list[list[str]]:
 
 
 def passkey_table(report: PageReport) -> list[list[str]]:
-    """Return the header and the rows of a table: k_max, and the share of keys found by window."""
+    """Return the header and the rows of a table: k_max, and the share of keys found by range of distances."""
+    ranges = list(itertools.pairwise([0, *_windows(report)]))
 
-    def share(cells: list[PasskeyCell], window: int) -> str:
-        found = [cell for cell in cells if cell.window == window]
-        return f"{sum(cell.found for cell in found) / sum(cell.keys for cell in found):.0%}"
+    def share(cells: list[PasskeyCell], begin: int, end: int) -> str:
+        here = [cell for cell in cells if begin < cell.distance <= end]
+        return f"{sum(cell.found for cell in here) / sum(cell.keys for cell in here):.0%}" if here else ""
 
-    windows = _windows(report)
-    rows = [[label, str(k_max(c)), *(share(c, window) for window in windows)] for label, c in report.passkeys.items()]
-    return [["", "k_max", *map(str, windows)], *rows]
+    rows = [
+        [label, str(k_max(cells, growing=True)), *(share(cells, *bounds) for bounds in ranges)]
+        for label, cells in report.passkeys.items()
+    ]
+    return [["", "k_max", *(f"{begin + 1}-{end}" for begin, end in ranges)], *rows]
 
 
 def short_table(short: ShortReport) -> list[list[str]]:
@@ -316,20 +337,18 @@ def _page(report: PageReport, folder: Path) -> str:
         "<h2>Table 1: perplexity by window</h2><p>How surprised the model is by the next token, when it may look back "
         "as many tokens as the column says: lower is better, and a window that works never makes it worse.</p>",
         _table(perplexity_table(report.perplexity)), _picture(folder, "perplexity.png"),
-        "<p>The paper, on PG19:</p>",
-        _table([["", *(2048 * 2**i for i in range(5))], *([name, *row] for name, row in PAPER_PERPLEXITY.items())]),
-        "<h2>Table 2: the same on a second text</h2><p>The paper's second text is Proof-pile; what was read here says "
-        "the command that is recorded in report.json.</p>",
+        _read(report.texts), "<p>The paper, on PG19:</p>", _papers(PAPER_PERPLEXITY),
+        "<h2>Table 2: the same on a second text</h2>",
         _table(perplexity_table(report.second_perplexity)),
+        _read(report.second_texts), "<p>The paper, on Proof-pile:</p>", _papers(PAPER_SECOND_PERPLEXITY),
         f"<h2>Table 3: perplexity at {report.context} tokens, by steps of fine-tuning</h2>",
         _recorded(at_window), _by_steps({k: v for k, v in at_window.items() if v}, PAPER_STEPS),
         "<h2>Table 4: how far back a key is found (k_max), by steps</h2><p>A five-digit key is hidden in filler text "
-        "and asked for at the end. k_max is the largest distance, in tokens, at which at least a fifth of the keys are "
-        "found.</p>",
+        "and asked for at the end. k_max is the largest distance, in tokens, up to which at least a fifth of the keys "
+        "are found at each.</p>",
         _recorded(reached), _by_steps({k: v for k, v in reached.items() if v}, PAPER_K_MAX),
-        "<p>Measured on each file now, and the share of keys found by window:</p>",
-        _table(passkey_table(report)),
-        *(_picture(folder, f"passkeys-{i}.png") for i in range(len(report.passkeys))),
+        "<p>Measured on each file now, and the share of keys found by distance:</p>",
+        _table(passkey_table(report)), _picture(folder, "passkeys.png"),
         "<h2>Table 5: short tasks, before and after</h2><p>What the longer window costs on questions that never needed "
         "it, in percent correct.</p>",
         _table(short_table(report.short)) if report.short else "<p>Not measured.</p>",
@@ -347,6 +366,14 @@ def _page(report: PageReport, folder: Path) -> str:
         "report.json.</small></p></html>\n",
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def _papers(rows: Mapping[str, Sequence[str]]) -> str:
+    return _table([["", *(2048 * 2**i for i in range(5))], *([name, *row] for name, row in rows.items())])
+
+
+def _read(texts: Sequence[str]) -> str:
+    return f"<p>Read here: {escape(', '.join(texts))}.</p>"
 
 
 def _recorded(found: dict[str, dict[int, str]]) -> str:

@@ -112,8 +112,8 @@ class PasskeyCell:
 
 @dataclass(frozen=True)
 class PasskeyReport(Report):
-    """All cells; `k_max` by model is the largest distance at which at least 20 % were found, 0 if none. `growing`: the
-    key came first and prompts were as long as the distance."""
+    """All cells. `k_max` by model is the largest distance up to which at least 20 % were found at each, in prompts of
+    one window; 0 if none. `growing`: the key came first and prompts were as long as the distance."""
 
     models: list[str]
     cells: list[PasskeyCell]
@@ -310,7 +310,7 @@ class ComparisonRow:
         method: as `--method` takes it.
         context: window that it was scaled to, in tokens; longer windows are read all the same.
         perplexity: by window.
-        k_max: largest distance, in tokens, at which at least 20 % of the passkeys are found.
+        k_max: largest distance, in tokens, up to which at least 20 % of the passkeys are found at each.
         found: share of all passkeys; of `asked`.
     """
 
@@ -341,7 +341,7 @@ class PageReport(Report):
     Args:
         path: of the page.
         files: SHA-256 of the tensors of each GGUF file, by label.
-        perplexity: table 1, by label of the model; `second_perplexity` is table 2.
+        perplexity: table 1, by label of the model, and `texts` that were read; `second_perplexity` is table 2.
         steps: tables 3 and 4: what each Hugging Face folder recorded while it was fine-tuned.
         passkeys: cells, by label.
         short: table 5; None where it was not measured, and `missing` says why.
@@ -352,7 +352,9 @@ class PageReport(Report):
     context: int
     files: dict[str, str]
     perplexity: dict[str, list[PerplexityRow]]
+    texts: list[str]
     second_perplexity: dict[str, list[PerplexityRow]]
+    second_texts: list[str]
     passkeys: dict[str, list[PasskeyCell]]
     steps: dict[str, list[dict[str, Any]]]
     short: ShortReport | None

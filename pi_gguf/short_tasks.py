@@ -48,7 +48,7 @@ _RUNS_CODE = {"class", "custom_dataset", "hf_evaluate", "unsafe_code", "use_prom
 
 def evaluate_short(
     *models: str | LanguageModel,
-    tasks: str = "boolq,piqa,race,winogrande",
+    tasks: str = "boolq,piqa,race_middle,race,winogrande",
     limit: int | None = None,
     max_length: int | None = None,
     task_dir: str | None = None,

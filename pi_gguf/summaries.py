@@ -1,7 +1,8 @@
 """Summaries of long documents against written ones, by ROUGE.
 
-In: documents with their summaries. Out: a report, one row a model. The protocol is the paper's: greedy decoding, the
-document cut at 15,000 tokens, at most 1000 tokens of summary.
+In: documents with their summaries. Out: a report, one row a model. The protocol is the paper's: its prompt, the
+document cut at 15,000 tokens, at most 1000 tokens of summary; but the most probable token is taken each time, where the
+paper draws with a temperature of 0.5.
 
 Source: arXiv 2306.15595, section 3.5; the measures are rouge-score's, with its stemmer.
 """
@@ -21,7 +22,10 @@ from pi_gguf.scoring import LanguageModel
 from pi_gguf.targets import check_targets, identity, opened
 from pi_gguf.texts import read_pairs
 
-CUE = "\n\nIn short, the text above says the following.\n\nSummary:"
+HEAD = "Read the following article and then summarize it.\n\n"
+CUE = "\n\nNow summarize the above article.\n\nSummary:"
+"""The paper's prompt, around a document."""
+
 MEASURES = ("rouge1", "rouge2", "rougeL")
 
 
@@ -74,7 +78,7 @@ def evaluate_summaries(
         say("no --data: passages of the bundled sample, whose first sentences stand in for a summary")
     pairs = (read_pairs(data) if data else bundled.passages_with_leads())[:documents]
     kept = Kept(keep)
-    needed = document_tokens + max_tokens + len(CUE)  # no token is less than a character
+    needed = len(HEAD) + document_tokens + len(CUE) + max_tokens  # no token is less than a character
     names: list[str] = []
     rows: list[SummaryRow] = []
     summaries: dict[str, list[str]] = {}
@@ -109,14 +113,15 @@ def summarize(lm: LanguageModel, document: str, document_tokens: int, max_tokens
     Raises:
         OptionError: the window leaves nothing.
     """
-    cue = lm.tokenize(CUE, add_special=False)
-    room = min(document_tokens, lm.window - max_tokens - len(cue))
+    head, cue = lm.tokenize(HEAD), lm.tokenize(CUE, add_special=False)
+    room = min(document_tokens, lm.window - len(head) - len(cue) - max_tokens)
     if room < 1:
         raise OptionError(
             f"{lm.name}: a window of {lm.window} tokens leaves no room for a document beside {max_tokens} of summary",
             f"give --max-tokens {max(1, lm.window // 4)}",
         )
-    return lm.generate(lm.tokenize(document)[:room] + cue, max_tokens).strip()
+    read = lm.tokenize(document, add_special=False)[:room]
+    return lm.generate(head + read + cue, max_tokens).strip()
 
 
 def rouge(written: Sequence[str], expected: Sequence[str]) -> list[float]:

@@ -49,8 +49,8 @@ def test_the_figures_are_those_of_the_evaluations(copy, llama, tmp_path):
     report = pi_gguf.evaluate_perplexity(str(copy), windows=(WINDOW, CONTEXT), **options)
     assert list(found.perplexity) == [WINDOW, CONTEXT]
     assert list(found.perplexity.values()) == pytest.approx([row.perplexity for row in report.rows], rel=1e-6)
-    passkeys = pi_gguf.evaluate_passkey(str(copy), windows=(CONTEXT,), distances=2, keys=2)
-    assert (found.k_max, found.passkeys_asked) == (passkeys.k_max[str(copy)], 4)
+    passkeys = pi_gguf.evaluate_passkey(str(copy), windows=(CONTEXT,), distances=4, keys=4, growing=True)
+    assert (found.k_max, found.passkeys_asked) == (passkeys.k_max[str(copy)], 16)
     assert found.reference == "base"
     assert found.ppl_ratio == found.perplexity[CONTEXT] / found.reference_perplexity
     base = pi_gguf.evaluate_perplexity(str(llama), windows=(WINDOW, CONTEXT), **options).rows[0].perplexity

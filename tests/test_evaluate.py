@@ -342,10 +342,19 @@ def test_passkey_prompts_fill_the_window_with_the_key_at_its_distance(llama):
         assert abs(exact - distance) <= (line if distance < 2000 else line + len(prompts._start))
 
 
-def test_k_max_is_the_largest_distance_with_a_fifth_found():
-    cells = [PasskeyCell(100, 50, 50, 10, 10), PasskeyCell(100, 100, 99, 2, 10), PasskeyCell(200, 200, 198, 1, 10)]
-    assert k_max(cells) == 100
-    assert k_max(cells[2:]) == 0
+def test_k_max_is_the_largest_distance_up_to_which_a_fifth_is_found_at_each():
+    def cells(window, *found):
+        n = len(found)
+        return [PasskeyCell(window, window * i // n, 0, count, 10) for i, count in enumerate(found, 1)][::-1]
+
+    assert k_max(cells(100, 10, 2)) == 100
+    assert k_max(cells(100, 10, 1)) == 50
+    assert k_max(cells(400, 9, 8, 1, 10)) == 200, "one that fails ends it"
+    assert k_max(cells(400, 1, 10, 10, 10)) == k_max([]) == 0
+    assert k_max(cells(100, 9, 9) + cells(400, 1, 9)) == 100, "whole in one window, broken in the other"
+    growing = [PasskeyCell(d, d, d, found, 10) for d, found in ((100, 9), (200, 0), (300, 9))]
+    assert k_max(growing, growing=True) == 100
+    assert k_max(growing) == 300, "each alone in a window of its own"
 
 
 def test_no_evaluation_key_filler_or_novel_is_in_the_training_mixture():

@@ -55,9 +55,9 @@ def test_the_page_has_the_papers_tables_and_figure(report, made):
     page = Path(report.path).read_text()
     titles = re.findall(r"<h2>([^:<]+)", page)
     assert titles == [*(f"Table {i}" for i in range(1, 6)), "What quantization costs, by position", "Figure 2"]
-    assert page.count("data:image/png;base64,") == 1 + 4 + 1 + 1, "perplexity, passkeys of 4 rows, divergence, figure 2"
+    assert page.count("data:image/png;base64,") == 4, "perplexity, passkeys, divergence, figure 2"
     assert "Not recorded" not in page and "Not measured" not in page
-    for paper in ("7.23", "6.77", "112.13", "2560", "76.1", "about 600"):
+    for paper in ("7.23", "6.77", "2.82", "2.48", "112.13", "2560", "18432", "76.1", "about 600"):
         assert f"<td>{paper}</td>" in page
     labels = ["base, no scaling", "base, PI, untrained", "extended", "model.gguf"]
     assert list(report.perplexity) == list(report.passkeys) == labels
@@ -75,6 +75,11 @@ def test_its_figures_are_those_of_the_suites(report, made, text):
     ):  # fmt: skip
         rows = pi_gguf.evaluate_perplexity(model, context=scaled_to, **measured).rows
         assert [r.perplexity for r in report.perplexity[label]] == [r.perplexity for r in rows]
+    for label, model, scaled_to in (("base, PI, untrained", base, CONTEXT), ("model.gguf", file, None)):
+        asked = {"windows": [CONTEXT], "distances": 2, "keys": 1, "growing": True, "context": scaled_to}
+        cells = pi_gguf.evaluate_passkey(model, **asked).cells
+        assert report.passkeys[label] == [replace(cell, model=label) for cell in cells]
+    assert report.texts == report.second_texts == [Path(text).name]
     assert report.perplexity["base, no scaling"] != report.perplexity["base, PI, untrained"]
     recorded = json.loads(Path(extended, "pi_gguf.json").read_text())["validations"]
     assert report.steps == {"extended": recorded} and [entry["step"] for entry in recorded] == [2, 4]
@@ -127,7 +132,7 @@ def test_a_model_card_shows_its_tables_and_plots(report, made, cli, tmp_path):
     text = (tmp_path / "README.md").read_text()
     plots = [f"other name-{kind}.png" for kind in ("perplexity", "passkeys", "divergence")]
     assert re.findall(r"!\[.+\]\((.+)\)", text) == [name.replace(" ", "%20") for name in plots]
-    for name, of_page in zip(plots, ("perplexity", "passkeys-3", "divergence"), strict=True):
+    for name, of_page in zip(plots, ("perplexity", "passkeys", "divergence"), strict=True):
         assert (tmp_path / name).read_bytes() == (folder / f"{of_page}.png").read_bytes()
     for label, rows in report.perplexity.items():
         assert f"| {label} | {' | '.join(f'{row.perplexity:.2f}' for row in rows)} |" in text
@@ -161,13 +166,10 @@ def test_a_card_takes_no_report_of_another_file(report, made, cli, tmp_path):
     assert not (tmp_path / "README.md").exists()
 
 
-def test_keys_found_are_counted_by_window(report):
-    cells = [
-        PasskeyCell(w, d, d, found, 4)
-        for w, d, found in ((512, 256, 4), (512, 512, 2), (1024, 512, 1), (1024, 1024, 0))
-    ]
+def test_keys_found_are_counted_by_distance(report):
+    cells = [PasskeyCell(d, d, d, found, 4) for d, found in ((256, 4), (512, 2), (768, 0), (1024, 1))]
     table = passkey_table(replace(report, passkeys={"a": cells}))
-    assert table == [["", "k_max", "512", "1024"], ["a", "512", "75%", "12%"]]
+    assert table == [["", "k_max", "1-512", "513-1024"], ["a", "512", "75%", "12%"]]
 
 
 def test_what_was_measured_is_known_by_its_tensors(made, tmp_path):

@@ -13,7 +13,7 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.hf_model import HfModel
 from pi_gguf.runtime import Model
-from pi_gguf.summaries import CUE, rouge
+from pi_gguf.summaries import CUE, HEAD, rouge
 from pi_gguf.texts import read_pairs
 
 WINDOW = 512
@@ -66,8 +66,8 @@ def test_a_document_is_cut_to_what_the_window_leaves_and_the_cue_comes_last(llam
     pi_gguf.evaluate_summaries(lm, data=str(data), max_tokens=3, documents=1)
     pi_gguf.evaluate_summaries(lm, data=str(data), max_tokens=3, documents=1, document_tokens=50)
     cue = lm.tokenize(CUE, add_special=False)
-    document = lm.tokenize("The cat sat. " * 100)
-    assert asked == [document[: WINDOW - 3 - len(cue)] + cue, document[:50] + cue]
+    head, document = lm.tokenize(HEAD), lm.tokenize("The cat sat. " * 100, add_special=False)
+    assert asked == [head + document[: WINDOW - 3 - len(head + cue)] + cue, head + document[:50] + cue]
 
 
 def test_a_file_is_opened_for_what_is_read_and_written(gguf_path, data, monkeypatch):

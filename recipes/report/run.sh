@@ -11,4 +11,4 @@ for quant in F16 Q8_0 Q4_K_M; do
   pi-gguf convert tiny-32k-hf "tiny-32k-$quant.gguf" --quant "$quant" --no-certify
 done
 pi-gguf eval report bundled:tiny tiny-32k-hf tiny-32k-F16.gguf tiny-32k-Q8_0.gguf tiny-32k-Q4_K_M.gguf \
-  --out report --samples 1 --distances 2 --keys 1 --limit 100
+  --out report --samples 1 --limit 100
