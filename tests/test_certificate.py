@@ -165,6 +165,25 @@ def test_convert_certifies_unless_told_not_to(llama, gguf, tmp_path):
     assert stored.kl_divergence == pytest.approx(result.checks[0].kl_divergence, rel=1e-6)
 
 
+def test_each_key_is_asked_for_after_each_quarter_of_the_window(copy, monkeypatch):
+    asked = []
+
+    def reads(self, ids, last):
+        asked.append(len(ids))
+        return len(ids) != lengths[1]
+
+    options = {"windows": (1024,), "distances": 4, "keys": 4, "growing": True}
+    monkeypatch.setattr("pi_gguf.certificate._window_that_fits", lambda *_: (1024, 0.0))
+    monkeypatch.setattr("pi_gguf.runtime.Model.predicts", reads)
+    lengths = [0, 0]
+    pi_gguf.evaluate_passkey(str(copy), **options)
+    lengths = sorted(set(asked))
+    assert len(lengths) == 4
+    found = pi_gguf.certify(copy).certificate
+    assert (found.k_max, found.passkeys_found, found.passkeys_asked) == (256, 12, 16), "none at the second ends it"
+    assert asked[16:] == lengths * 4
+
+
 def test_a_split_file_carries_it_in_its_first_part(tmp_path):
     model = make_llama(tmp_path / "llama", num_hidden_layers=4)
     result = pi_gguf.convert(str(model), tmp_path / "out.gguf", quant="F32", split_max_size="300K")

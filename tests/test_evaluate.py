@@ -20,7 +20,8 @@ from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import PasskeyPrompts, k_max, sampled_windows, sliding_windows
 from pi_gguf.hf_model import HfModel
 from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, draw_key, is_evaluation_key
-from pi_gguf.results import PasskeyCell
+from pi_gguf.plots import plot_passkeys
+from pi_gguf.results import PasskeyCell, PasskeyReport
 from pi_gguf.runtime import Model
 from pi_gguf.scoring import common_prefix
 
@@ -253,12 +254,12 @@ def test_growing_prompts_ask_after_each_distance_and_read_each_key_once(llama, g
 
 
 def test_growing_prompts_count_what_is_found(llama, tmp_path, cli, monkeypatch):
-    """A reader that finds each key up to 600 tokens away, and one key of five everywhere."""
+    """A reader that finds each key up to 600 tokens away, none at 750, and one of five at 1000."""
 
     def reads(self, ids, last):
         number = keys.index(tuple(ids[-last:])) if tuple(ids[-last:]) in keys else len(keys)
         keys.append(tuple(ids[-last:]))
-        return len(ids) < 600 or number == 0
+        return len(ids) < 600 or (number == 0 and len(ids) > 900)
 
     keys = []
     monkeypatch.setattr(HfModel, "predicts", reads)
@@ -267,7 +268,7 @@ def test_growing_prompts_count_what_is_found(llama, tmp_path, cli, monkeypatch):
     code, out, _ = cli("eval", "passkey", llama, *where, "--plot", plot)
     assert code == 0 and plot.read_bytes()[:4] == b"\x89PNG"
     rows = dict(re.findall(r"│ (\w+) +│ +(\S+) │", out))
-    assert rows == {"250": "100%", "500": "100%", "750": "20%", "1000": "20%", "k_max": "1000"}
+    assert rows == {"250": "100%", "500": "100%", "750": "0%", "1000": "20%", "k_max": "500"}
     monkeypatch.setattr(HfModel, "predicts", lambda *_: 1 / 0)
     assert cli("eval", "passkey", llama, *where)[1] == out, "kept"
     with pytest.raises(ZeroDivisionError):
@@ -381,6 +382,20 @@ def test_the_reports_are_json_with_provenance(cli, llama, text_path):
     assert {"pi_gguf", "libraries", "seed", "device", "text_sha256", "elapsed_seconds"} <= set(report["provenance"])
     code, out, _ = cli("eval", "passkey", llama, "--windows", "512", "--distances", "2", "--keys", "1", "--json")
     assert code == 0 and len(json.loads(out)["cells"]) == 2
+
+
+def test_growing_passkeys_are_drawn_a_line_a_model(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path, **_: drawn.append(figure) or path.touch()
+    )
+    cells = [
+        PasskeyCell(d, d, d, found, 4, name) for name, d, found in (("a", 1, 4), ("a", 2, 2), ("b", 1, 1), ("b", 2, 0))
+    ]
+    plot_passkeys(PasskeyReport(["a", "b"], cells, {}, growing=True), tmp_path / "a.png")
+    first, second, _ = drawn[0].axes[0].lines
+    assert [line.get_label() for line in (first, second)] == ["a", "b"]
+    assert [list(line.get_ydata()) for line in (first, second)] == [[100, 50], [25, 0]]
 
 
 def test_reports_are_drawn(cli, llama, text_path, tmp_path):
