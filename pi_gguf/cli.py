@@ -105,7 +105,7 @@ def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
         options["default"] = parameter.default
     inner = [t for t in typing.get_args(hint) if t is not type(None)]
     if parameter.name in _WINDOWS:
-        options |= {"type": Numbers(), "show_default": ",".join(map(str, parameter.default))}
+        options["type"] = Numbers()
     elif typing.get_origin(hint) is Sequence or hint == Sequence[str]:
         options |= {"multiple": True, "type": str, "metavar": _REPEATABLE[parameter.name]}
     elif hint is bool or inner == [bool]:
@@ -227,7 +227,7 @@ def _show_convert(result: Any) -> str:
         wrote += "".join(f"  {name}: {value}\n" for name, value in result.certificate.rows())
     if result.adapter_only:
         return f'{wrote}next: pi-gguf run BASE.gguf --lora {result.path} --prompt "..."'
-    return f'{wrote}next: pi-gguf run {result.path} --prompt "..."\n      pi-gguf eval passkey {result.path}'
+    return f'{wrote}next: pi-gguf run {result.path} --prompt "..."\n      pi-gguf eval passkey {result.path} --growing'
 
 
 def _show_quantize(path: Path) -> str:

@@ -14,7 +14,7 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.conversion import convert
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import WINDOWS, evaluate_passkey, evaluate_perplexity
+from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
 from pi_gguf.files import write_json
 from pi_gguf.finetune import extend
 from pi_gguf.plots import plot_passkeys, plot_perplexity
@@ -22,6 +22,7 @@ from pi_gguf.progress import say
 from pi_gguf.provenance import provenance
 from pi_gguf.results import PasskeyCell, PerplexityRow
 from pi_gguf.tables import markdown_table
+from pi_gguf.targets import doublings
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
 CAPTION = (
@@ -145,7 +146,7 @@ def demo(
         ("PI after training (Hugging Face)", str(hf_dir), None),
         *((f"{quant} (llama.cpp)", str(path), None) for quant, path in files.items()),
     ]
-    windows = [w for w in WINDOWS if w <= context]
+    windows = doublings(2048, context)
     for name, model, scaled_to in models:
         say(f"measure {name}")
         on = "auto" if device == "cuda" and model.endswith(".gguf") else device  # llama.cpp may be built for the CPU

@@ -26,13 +26,12 @@ from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import provenance, sha256
 from pi_gguf.results import PasskeyCell, PasskeyReport, PerplexityReport, PerplexityRow, PositionRow
 from pi_gguf.scoring import LanguageModel, position_ranges
-from pi_gguf.targets import check_targets, check_windows, identity, opened
+from pi_gguf.targets import check_targets, choose_windows, identity, opened
 from pi_gguf.texts import read_texts
 
 if TYPE_CHECKING:
     import numpy as np
 
-WINDOWS = (2048, 4096, 8192, 16384, 32768)
 FOUND_SHARE = 0.2
 """A distance counts as reached when at least this share of its keys is found, there and at every shorter one."""
 
@@ -89,7 +88,7 @@ class Yardstick:
 def evaluate_perplexity(
     *models: str | LanguageModel,
     text: Sequence[str] = (),
-    windows: Sequence[int] = WINDOWS,
+    windows: Sequence[int] | None = None,
     stride: int = 256,
     samples: int | None = None,
     max_tokens: int = 32768,
@@ -111,7 +110,8 @@ def evaluate_perplexity(
         models: GGUF file, Hugging Face folder, Hub id or bundled:tiny; several make one table.
         text: text file, folder of them, or of the Hub pg19, proof-pile or owner/name:split; the held-out novels of the
             bundled sample when left out. Repeatable.
-        windows: context lengths, in tokens.
+        windows: context lengths, in tokens; when left out 2048 and its doublings, up to the models' window and
+            32768.
         stride: tokens that a window moves on, and scores.
         samples: stretches to score in each document, evenly spaced; all of the document when left out.
         max_tokens: documents are cut here, in tokens; not with --samples.
@@ -131,7 +131,7 @@ def evaluate_perplexity(
         "context": context, "method": method, "type_k": type_k, "type_v": type_v, "device": device
     }  # fmt: skip
     check_targets(models, servers=False, **options)
-    check_windows(windows)
+    windows = choose_windows(windows, models, **options)
     largest = max(windows)
     if not 0 < stride <= min(windows) - 1:
         raise OptionError(f"stride must be from 1 to {min(windows) - 1}, below the smallest window, got {stride}")
@@ -311,7 +311,7 @@ def sampled_windows(
 
 def evaluate_passkey(
     *models: str | LanguageModel,
-    windows: Sequence[int] = WINDOWS,
+    windows: Sequence[int] | None = None,
     distances: int | None = None,
     keys: int | None = None,
     quick: bool = False,
@@ -336,7 +336,8 @@ def evaluate_passkey(
     Args:
         models: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or URL of an OpenAI-compatible server; several
             make one table.
-        windows: prompt lengths, in tokens.
+        windows: prompt lengths, in tokens; when left out 2048 and its doublings, up to the models' window and
+            32768.
         distances: places of the key in each window; 32 when left out.
         keys: keys tried at each place; 10 when left out.
         quick: 8 places and 2 keys when those are left out.
@@ -360,13 +361,13 @@ def evaluate_passkey(
         "device": device,
     }  # fmt: skip
     check_targets(models, **options)
-    check_windows(windows)
     distances = (8 if quick else 32) if distances is None else distances
     keys = (2 if quick else 10) if keys is None else keys
     for name, value in (("distances", distances), ("keys", keys)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
     check_plot(plot, of_one=() if growing else models)
+    windows = choose_windows(windows, models, **options)
     kept = Kept(keep)
     names, cells = [], []
     for model in models:

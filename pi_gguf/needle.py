@@ -14,7 +14,6 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import WINDOWS
 from pi_gguf.haystack import Item, ask, fit, hide, sentences
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_needle
@@ -22,7 +21,7 @@ from pi_gguf.progress import progress_bar
 from pi_gguf.provenance import provenance, sha256
 from pi_gguf.results import NeedleCell, NeedleReport
 from pi_gguf.scoring import LanguageModel
-from pi_gguf.targets import check_targets, check_windows, identity, opened
+from pi_gguf.targets import check_targets, choose_windows, identity, opened
 from pi_gguf.texts import read_texts
 
 INTRODUCTION = "The pages below tell secret numbers of things. Keep them in mind: one is asked for at the end.\n\n"
@@ -30,7 +29,7 @@ INTRODUCTION = "The pages below tell secret numbers of things. Keep them in mind
 
 def evaluate_needle(
     *models: str | LanguageModel,
-    windows: Sequence[int] = WINDOWS,
+    windows: Sequence[int] | None = None,
     depths: int = 10,
     needles: int = 1,
     text: Sequence[str] = (),
@@ -52,7 +51,8 @@ def evaluate_needle(
     Args:
         models: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or URL of an OpenAI-compatible server; several
             make one table.
-        windows: lengths of prompt and answer together, in tokens.
+        windows: lengths of prompt and answer together, in tokens; when left out 2048 and its doublings,
+            up to the models' window and 32768.
         depths: places of the needle in each window, from the start to the end; 1 is the start.
         needles: needles tried at each place, one at a time.
         text: text file, folder of them, or of the Hub pg19, proof-pile or owner/name:split, read one after another; the
@@ -75,11 +75,11 @@ def evaluate_needle(
         "device": device,
     }  # fmt: skip
     check_targets(models, **options)
-    check_windows(windows)
     for name, value in (("depths", depths), ("needles", needles)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
     check_plot(plot, of_one=models)
+    windows = choose_windows(windows, models, **options)
     documents = read_texts(text) if text else bundled.novels("heldout")
     prose, hashed = sentences(documents.values()), sha256(list(documents.values()))
     places = [round(i / max(1, depths - 1), 4) for i in range(depths)]

@@ -22,7 +22,6 @@ from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError, PiGgufError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity, k_max
 from pi_gguf.files import replace_when_complete, write_json
-from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import tensors_sha256
 from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
@@ -38,7 +37,7 @@ from pi_gguf.results import (
     ShortReport,
 )
 from pi_gguf.short_tasks import evaluate_short
-from pi_gguf.targets import check_targets, doublings, is_url
+from pi_gguf.targets import check_targets, doublings, is_url, window_of
 
 PAPER_PERPLEXITY = {
     "LLaMA 7B, no scaling": ("7.20", "> 1000", "> 1000", "> 1000", "> 1000"),
@@ -112,7 +111,7 @@ def evaluate_all(
     if not models:
         raise OptionError("MODELS is missing", "give what the base became, such as a GGUF file")
     original = load_checkpoint(base).rope.max_position_embeddings
-    reached = {model: _window(model) for model in models}
+    reached = {model: window_of(model) for model in models}
     context = max(reached.values())
     if min(reached.values()) < context or context <= original:
         told = ", ".join(f"{model} {window}" for model, window in reached.items())
@@ -169,11 +168,6 @@ def evaluate_all(
     with replace_when_complete(Path(report.path)) as partial:
         partial.write_text(_page(report, folder), encoding="utf-8")
     return report
-
-
-def _window(model: str) -> int:
-    rope = read_gguf(Path(model)).rope if _is_gguf(model) else load_checkpoint(model).rope
-    return rope.max_position_embeddings
 
 
 def _is_gguf(model: str) -> bool:

@@ -29,10 +29,13 @@ from pi_gguf.progress import progress_bar
 from pi_gguf.provenance import provenance
 from pi_gguf.results import RulerReport, RulerRow
 from pi_gguf.scoring import LanguageModel
-from pi_gguf.targets import check_targets, check_windows, identity, opened
+from pi_gguf.targets import check_targets, choose_windows, identity, opened
 
 THRESHOLD = 85.6
 """Percent: what Llama-2-7B-chat has at 4096 tokens over the paper's tasks."""
+
+LEAST = 4096
+"""Window to begin with, in tokens."""
 
 KEYS = 4
 """Needles of a multi-key task."""
@@ -49,7 +52,7 @@ FREQUENT = 3
 
 def evaluate_ruler(
     *models: str | LanguageModel,
-    windows: Sequence[int] = (4096, 8192, 16384, 32768),
+    windows: Sequence[int] | None = None,
     tasks: str = "single,multikey,variables,common,frequent",
     items: int = 5,
     threshold: float = THRESHOLD,
@@ -72,7 +75,8 @@ def evaluate_ruler(
     Args:
         models: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or URL of an OpenAI-compatible server; several
             make one table.
-        windows: lengths of prompt and answer together, in tokens.
+        windows: lengths of prompt and answer together, in tokens; when left out 4096 and its doublings,
+            up to the models' window and 32768.
         tasks: of single (a needle in prose), multikey (among needles of other things), variables (a chain of
             assignments), common (the 10 words most often in a list) and frequent (the 3 most frequent coded words).
         items: of each task at each window.
@@ -95,7 +99,6 @@ def evaluate_ruler(
         "device": device,
     }  # fmt: skip
     check_targets(models, **options)
-    check_windows(windows)
     chosen = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if not set(chosen) <= set(TASKS):
         raise OptionError(f"tasks must be of {', '.join(TASKS)}, got {tasks}")
@@ -104,6 +107,7 @@ def evaluate_ruler(
     if not 0 <= threshold <= 100:
         raise OptionError(f"threshold must be from 0 to 100 percent, got {threshold}")
     check_plot(plot)
+    windows = choose_windows(windows, models, least=LEAST, **options)
     kept = Kept(keep)
     names, rows = [], []
     for model in models:

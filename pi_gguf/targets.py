@@ -52,7 +52,7 @@ def opened(
         from pi_gguf.runtime import Model
 
         if at_most is not None:
-            n_ctx = min(at_most, read_gguf(Path(model)).rope.max_position_embeddings)
+            n_ctx = min(at_most, window_of(model))
         lm = Model(model, n_ctx=n_ctx, device=device, type_k=type_k, type_v=type_v)
     else:
         from pi_gguf.hf_model import HfModel
@@ -138,14 +138,39 @@ def check_targets(
             raise OptionError(f"type-k and type-v are for GGUF files, {model} is none", "leave them out")
 
 
-def check_windows(windows: Sequence[int]) -> None:
-    """Check window lengths, in tokens.
+LARGEST = 32768
+"""No window is above it unless it is asked for, in tokens."""
+
+
+def choose_windows(
+    windows: Sequence[int] | None, models: Sequence[str | LanguageModel], *, least: int = 2048, **options: Any
+) -> list[int]:
+    """Return the windows to measure, in tokens.
+
+    Args:
+        windows: asked for; when None, `least` and its doublings up to the largest window of the models and `LARGEST`.
+        models: targets that `check_targets` has seen.
+        options: as they are opened with.
 
     Raises:
         OptionError: none, or one below 2.
     """
+    if windows is None:
+        largest = min(LARGEST, max(window_of(model, **options) for model in models))
+        return doublings(min(least, largest), largest)
     if not windows or min(windows) < 2:
         raise OptionError(f"windows must be token counts above 1, got {list(windows)}")
+    return list(windows)
+
+
+def window_of(model: str | LanguageModel, *, context: int | None = None, tokenizer: str | None = None, **_: Any) -> int:
+    """Return the window that a target states, in tokens, without its weights; of a server its tokenizer's model's."""
+    if isinstance(model, LanguageModel):
+        return model.window
+    if not is_url(model) and Path(model).suffix == ".gguf":
+        return read_gguf(Path(model)).rope.max_position_embeddings
+    source = str(tokenizer) if is_url(model) else model
+    return context or load_checkpoint(source, weights=False).rope.max_position_embeddings
 
 
 def doublings(original: int, context: int) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WINDOW
+from conftest import WINDOW, make_llama
 
 import pi_gguf
 from pi_gguf import bundled
@@ -24,6 +24,7 @@ from pi_gguf.plots import plot_passkeys
 from pi_gguf.results import PasskeyCell, PasskeyReport
 from pi_gguf.runtime import Model
 from pi_gguf.scoring import common_prefix
+from pi_gguf.targets import choose_windows
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,28 @@ def test_a_quantized_cache_is_measured_and_recorded(cli, llama, gguf_path, two_t
         with pytest.raises(ZeroDivisionError):
             getattr(pi_gguf, f"evaluate_{suite}")(str(gguf_path), **more, type_k="q8_0", type_v="q4_0")
     assert [(o["type_k"], o["type_v"]) for o in opened] == [("q8_0", "q4_0")] * 5
-    assert [o["n_ctx"] for o in opened] == [32768, 32768, 32768, 1024, 20], "no more than is needed"
+    assert [o["n_ctx"] for o in opened] == [1024, 1024, 1024, 1024, 20], "no more than is needed"
+
+
+def test_windows_go_to_the_models_own_when_none_are_asked_for(llama, gguf_path, tmp_path, monkeypatch):
+    long = make_llama(tmp_path / "long", max_position_embeddings=131072)
+    some = make_llama(tmp_path / "some", max_position_embeddings=5000)
+    lm = HfModel(load_checkpoint(str(llama)))
+    for models, options, expected in (
+        ((gguf_path,), {}, [1024]),
+        ((some,), {}, [2048, 4096, 5000]),
+        ((llama, some), {}, [2048, 4096, 5000]),
+        ((llama,), {"context": 8192, "device": "cpu"}, [2048, 4096, 8192]),
+        (("http://127.0.0.1/v1",), {"tokenizer": str(some)}, [2048, 4096, 5000]),
+        ((long,), {}, [2048, 4096, 8192, 16384, 32768]),
+        ((long,), {"least": 4096}, [4096, 8192, 16384, 32768]),
+        ((lm,), {}, [lm.window]),
+    ):
+        models = [model if model is lm else str(model) for model in models]
+        assert choose_windows(None, models, **options) == expected
+        assert choose_windows((7, 100_000), models, **options) == [7, 100_000]
+    with pytest.raises(OptionError, match="windows must be token counts above 1"):
+        choose_windows((1,), [lm])
 
 
 def test_what_one_of_several_targets_cannot_do_is_refused_before_the_first_is_measured(
