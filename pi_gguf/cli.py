@@ -441,7 +441,11 @@ def _show_passkey(report: Any) -> str:
 @click.option("--n-ctx", type=int, help="window to open, in tokens; the file's own when left out")
 @click.option("--type-k", default="f16", show_default=True, help="K cache: f32, f16, q8_0 or q4_0")
 @click.option("--type-v", default="f16", show_default=True, help="V cache: f32, f16, q8_0 or q4_0")
-@click.option("--flash-attn/--no-flash-attn", default=True, show_default=True, help="flash attention")
+@click.option(
+    "--flash-attn/--no-flash-attn",
+    default=None,
+    help="flash attention; on a GPU or with a quantized V cache by default",
+)
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token, e.g. 0.8")
 @click.option("--seed", default=0, show_default=True, help="of the sampling")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")

@@ -26,6 +26,9 @@ CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (
 
 _BATCH = 512
 
+_SCORES_BYTES = 2**26
+"""Memory for the attention scores of a batch, about, where they are made as a whole."""
+
 
 def kv_cache_bytes(*, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int, type_k: str, type_v: str) -> int:
     """Return the size of the KV cache: layers x heads x head size x (bytes of K + bytes of V) x tokens."""
@@ -41,7 +44,8 @@ class Model(LanguageModel):
         n_ctx: window to open, in tokens; the file's own when None.
         type_k: type of the K cache: f32, f16, q8_0 or q4_0.
         type_v: type of the V cache.
-        flash_attn: use flash attention; needed for a quantized V cache.
+        flash_attn: use flash attention; when None on a GPU and with a quantized V cache, which needs it. On a CPU
+            llama.cpp's adds up in 16 bits with an f16 cache, in which what thousands of tokens weigh together is lost.
         device: `auto` (GPU when llama.cpp was built for one), `cpu` or `cuda`.
         n_threads: threads; all cores when None.
         lora: GGUF adapters to apply, of this model.
@@ -60,7 +64,7 @@ class Model(LanguageModel):
         n_ctx: int | None = None,
         type_k: str = "f16",
         type_v: str = "f16",
-        flash_attn: bool = True,
+        flash_attn: bool | None = None,
         device: str = "auto",
         n_threads: int | None = None,
         lora: Sequence[str | Path] = (),
@@ -78,9 +82,11 @@ class Model(LanguageModel):
                     f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}",
                     "f16 is usual, q8_0 takes half of it",
                 )
-        if type_v in ("q8_0", "q4_0") and not flash_attn:
+        quantized = type_v in ("q8_0", "q4_0")
+        if quantized and flash_attn is False:
             raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")
         on_gpu = _use_gpu(device)
+        self.flash_attn = on_gpu or quantized if flash_attn is None else flash_attn
         self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
         if not on_gpu:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
@@ -94,10 +100,10 @@ class Model(LanguageModel):
                 str(path),
                 n_ctx=self.n_ctx,
                 n_batch=_BATCH,
-                n_ubatch=_BATCH,
+                n_ubatch=_BATCH if self.flash_attn else _scores_batch(info, self.n_ctx),
                 type_k=CACHE_TYPES[type_k][0],
                 type_v=CACHE_TYPES[type_v][0],
-                flash_attn=flash_attn,
+                flash_attn=self.flash_attn,
                 n_gpu_layers=-1 if on_gpu else 0,
                 n_threads=threads,
                 n_threads_batch=threads,
@@ -324,6 +330,12 @@ def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> in
         type_k=type_k,
         type_v=type_v,
     )
+
+
+def _scores_batch(info: GgufInfo, n_ctx: int) -> int:
+    """Return how many tokens llama.cpp computes at a time where every head has a score of each with each of `n_ctx`."""
+    fitting = _SCORES_BYTES // (4 * n_ctx * info.hyperparameter("attention.head_count"))
+    return max(32, min(_BATCH, fitting // 32 * 32))
 
 
 def _check_memory(info: GgufInfo, cache_bytes: int, n_ctx: int) -> None:

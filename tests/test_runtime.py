@@ -9,7 +9,7 @@ import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.ggml import quantizations
 from pi_gguf.gguf_file import read_gguf
-from pi_gguf.runtime import kv_cache_bytes, predict_kv_cache
+from pi_gguf.runtime import _scores_batch, kv_cache_bytes, predict_kv_cache
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,34 @@ def test_other_cache_types_give_close_scores(path, types):
     with pi_gguf.open(path) as model, pi_gguf.open(path, type_k=types[0], type_v=types[1]) as other:
         ids = model.tokenize("The captain looked at the sea for a long time")
         np.testing.assert_allclose(model.score(ids, 8)[0], other.score(ids, 8)[0], atol=0.3)
+
+
+def test_flash_attention_is_for_quantized_caches_and_gpus(path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("pi_gguf.runtime._use_gpu", lambda device: device == "cuda")
+    monkeypatch.setattr("llama_cpp.Llama", lambda *_, **options: asked.update(options) or 1 / 0)
+    for options, flash in (
+        ({}, False), ({"type_k": "q8_0"}, False), ({"type_v": "q8_0"}, True), ({"device": "cuda"}, True),
+        ({"flash_attn": True}, True), ({"device": "cuda", "flash_attn": False}, False),
+    ):  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            pi_gguf.open(path, **options)
+        assert asked["flash_attn"] is flash, options
+        assert asked["n_ubatch"] == 512
+
+
+def test_scores_of_a_batch_take_little_memory(path):
+    info = read_gguf(path)  # four heads
+    assert [_scores_batch(info, n) for n in (256, 8192, 32768, 40000, 131072, 10**7)] == [512, 512, 128, 96, 32, 32]
+
+
+def test_small_batches_of_tokens_give_the_same_scores(path, monkeypatch):
+    ids = [0, *range(2, 250)]
+    with pi_gguf.open(path, type_k="f32", type_v="f32") as model:
+        expected = model.score(ids, 200)[0]
+    monkeypatch.setattr("pi_gguf.runtime._scores_batch", lambda *_: 32)
+    with pi_gguf.open(path, type_k="f32", type_v="f32") as model:
+        np.testing.assert_allclose(model.score(ids, 200)[0], expected, atol=1e-5)
 
 
 def test_llama_cpp_names_its_quantizations():
