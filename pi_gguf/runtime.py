@@ -26,7 +26,7 @@ CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (
 
 _BATCH = 512
 
-_SCORES_BYTES = 2**26
+_SCORES_BYTES = 2**25
 """Memory for the attention scores of a batch, about, where they are made as a whole."""
 
 
