@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (2, 18 / 32)}
 """KV cache types: ggml's number and bytes an element."""
 
+_QUANTIZED = ("q8_0", "q4_0")
+"""Those in blocks of 32 elements of a head."""
+
 _BATCH = 512
 
 _SCORES_BYTES = 2**25
@@ -82,7 +85,12 @@ class Model(LanguageModel):
                     f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}",
                     "f16 is usual, q8_0 takes half of it",
                 )
-        quantized = type_v in ("q8_0", "q4_0")
+        for name, value, length in (("type_k", type_k, "key_length"), ("type_v", type_v, "value_length")):
+            if value in _QUANTIZED and (size := _head_size(info, length)) % 32:
+                raise OptionError(
+                    f"{name} {value} needs heads of a multiple of 32, {path} has heads of {size}", "f16 has no blocks"
+                )
+        quantized = type_v in _QUANTIZED
         if quantized and flash_attn is False:
             raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")
         on_gpu = _use_gpu(device)
@@ -321,15 +329,20 @@ def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> in
     heads = info.hyperparameter("attention.head_count")
     if f"{info.arch}.attention.head_count_kv" in info.metadata:
         info.hyperparameter("attention.head_count_kv")
-    default_head_dim = info.hyperparameter("embedding_length") // heads
     return kv_cache_bytes(
         n_layers=info.hyperparameter("block_count"),
         n_kv_heads=int(info.metadata.get(f"{info.arch}.attention.head_count_kv", heads)),
-        head_dim=int(info.metadata.get(f"{info.arch}.attention.key_length", default_head_dim)),
+        head_dim=_head_size(info, "key_length"),
         n_ctx=n_ctx,
         type_k=type_k,
         type_v=type_v,
     )
+
+
+def _head_size(info: GgufInfo, name: str) -> int:
+    """Return the elements of a head, by the name of its key: key_length or value_length."""
+    default = info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
+    return int(info.metadata.get(f"{info.arch}.attention.{name}", default))
 
 
 def _scores_batch(info: GgufInfo, n_ctx: int) -> int:

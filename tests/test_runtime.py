@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import make_llama
 
 import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, ResourceError
@@ -97,6 +98,16 @@ def test_flash_attention_is_for_quantized_caches_and_gpus(path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             pi_gguf.open(path, n_ctx=32768, **options)
         assert (asked["flash_attn"], asked["n_ubatch"]) == (flash, 512 if flash else 64), options
+
+
+def test_a_quantized_cache_needs_heads_of_whole_blocks(tmp_path):
+    model = make_llama(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    path = tmp_path / "model.gguf"
+    pi_gguf.convert(str(model), path, quant="F32", check="none", certify=False)
+    for name in ("type_k", "type_v"):
+        with pytest.raises(OptionError, match=f"{name} q8_0 needs heads of a multiple of 32, .* has heads of 16"):
+            pi_gguf.open(path, **{name: "q8_0"})
+    pi_gguf.open(path, type_k="f32").close()
 
 
 def test_scores_of_a_batch_take_little_memory(path):
