@@ -186,7 +186,7 @@ def _cache_bytes(checkpoint: Checkpoint, length: int) -> int:
 
 def _added_token_texts(checkpoint: Checkpoint, tokenizer: Any) -> list[str]:
     """Return texts with added tokens inside; none for a bare SentencePiece model, which reads them as plain text."""
-    if not (checkpoint.path / "tokenizer.json").exists():
+    if not (checkpoint.tokenizer_dir / "tokenizer.json").exists():
         return []
     return [f"one {added.content} two{added.content}three" for added in tokenizer.added_tokens_decoder.values()][:50]
 

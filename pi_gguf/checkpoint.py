@@ -164,6 +164,11 @@ class Checkpoint:
         return read_provenance(self.path)
 
     @property
+    def tokenizer_dir(self) -> Path:
+        """The folder whose tokenizer files hold: the checkpoint's own, but where an adapter brings its own tokens."""
+        return self.path
+
+    @property
     def adapter_hashes(self) -> dict[str, str]:
         """A hash of each adapter that is merged into the tensors, by what it is called in messages."""
         return {}
@@ -288,7 +293,7 @@ class Checkpoint:
         import transformers
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        settings_path = self.path / "tokenizer_config.json"
+        settings_path = self.tokenizer_dir / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.exists() else {}
         name = str(settings.get("tokenizer_class"))
         if settings.get("auto_map") and not hasattr(transformers, name):
@@ -296,12 +301,12 @@ class Checkpoint:
                 f"{settings_path}: tokenizer_class: the tokenizer {name[:80]!r} is code of its own, which is not run",
                 "remove auto_map if tokenizer.json alone gives the right tokens",
             )
-        kind = PreTrainedTokenizerFast if (self.path / "tokenizer.json").exists() else AutoTokenizer
+        kind = PreTrainedTokenizerFast if (self.tokenizer_dir / "tokenizer.json").exists() else AutoTokenizer
         try:
-            tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.path, trust_remote_code=False)
+            tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.tokenizer_dir, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a broken tokenizer
             raise CheckpointError(
-                f"{self.path}: the tokenizer does not open ({_one_line(error)})",
+                f"{self.tokenizer_dir}: the tokenizer does not open ({_one_line(error)})",
                 "tokenizer.json or tokenizer.model must be in the folder",
             ) from error
         return tokenizer

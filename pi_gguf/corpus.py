@@ -93,8 +93,8 @@ def load_corpus(checkpoint: Checkpoint, texts: Texts, folder: Path) -> Corpus:
 def _tokenizer_sha256(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(package_version("tokenizers").encode())
     for name in _TOKENIZER_FILES:
-        if (checkpoint.path / name).exists():
-            digest.update(f"\0{name}\0".encode() + (checkpoint.path / name).read_bytes())
+        if (checkpoint.tokenizer_dir / name).exists():
+            digest.update(f"\0{name}\0".encode() + (checkpoint.tokenizer_dir / name).read_bytes())
     return digest.hexdigest()
 
 

@@ -62,7 +62,7 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
         CheckpointError: tokenizer files are missing or do not fit the embedding.
         UnsupportedError: a kind of tokenizer, or a part of it, that llama.cpp has no equivalent for.
     """
-    json_path, model_path = checkpoint.path / "tokenizer.json", checkpoint.path / "tokenizer.model"
+    json_path, model_path = checkpoint.tokenizer_dir / "tokenizer.json", checkpoint.tokenizer_dir / "tokenizer.model"
     parsed = read_json(json_path) if json_path.exists() else {}
     rows, path = checkpoint.vocab_size, str(json_path)
     model = parsed.get("model") or {}
@@ -84,13 +84,13 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
         keys = keys_of_bpe_json(parsed, _tokens_by_id(model, rows, path), path)
     else:
         raise CheckpointError(
-            f"{checkpoint.path}: no tokenizer.json or tokenizer.model", "copy the tokenizer of the model there"
+            f"{checkpoint.tokenizer_dir}: no tokenizer.json or tokenizer.model", "copy the tokenizer of the model there"
         )
     _check_added_tokens(parsed, tokenizer, path)
     _add_tokens(keys, tokenizer)
     _pad_to_embedding(keys, checkpoint)
     _special_tokens(keys, checkpoint, tokenizer)
-    keys |= _chat_templates(tokenizer, str(checkpoint.path))
+    keys |= _chat_templates(tokenizer, str(checkpoint.tokenizer_dir))
     if not parsed:
         keys["tokenizer.ggml.add_bos_token"] = _begins(checkpoint, tokenizer)
     return keys
@@ -103,8 +103,8 @@ def reference_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, te
     with one (or follows a special token); the model was trained with SentencePiece, which keeps it, as llama.cpp does.
     """
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    model_path = checkpoint.path / "tokenizer.model"
-    if (checkpoint.path / "tokenizer.json").exists() or not model_path.exists():
+    model_path = checkpoint.tokenizer_dir / "tokenizer.model"
+    if (checkpoint.tokenizer_dir / "tokenizer.json").exists() or not model_path.exists():
         return ids
     begin = [tokenizer.bos_token_id] if _begins(checkpoint, tokenizer) else []
     end = [] if tokenizer.eos_token_id is None or ids[-1:] != [tokenizer.eos_token_id] else ids[-1:]
@@ -119,7 +119,7 @@ def _begins(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> bool:
     """
     if tokenizer.bos_token_id is None:
         return False
-    if not (checkpoint.path / "tokenizer_config.json").exists():
+    if not (checkpoint.tokenizer_dir / "tokenizer_config.json").exists():
         return True
     ids: list[int] = tokenizer("a")["input_ids"]
     return ids[:1] == [tokenizer.bos_token_id]
