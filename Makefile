@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # llama.cpp without its image and audio part, which is not used here
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+# GCC 12 drops the stores that AMX's tile configuration is loaded from, unless it drops none (docs/log.md, 2026-11-26)
+export CXXFLAGS += -fno-tree-dse -fno-dse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check clean
@@ -31,6 +33,8 @@ check: .venv/installed-dev
 		|| { echo "error: a C++ compiler is needed to build llama.cpp: apt-get install g++"; exit 1; }
 	@echo "installing into .venv: a minute for torch and transformers, then about 4 to compile llama.cpp"
 	@$(PIP) -e .
+	@$(BIN)/python -m pi_gguf.trial works || { echo "so llama.cpp is compiled anew, as pip had kept it from before"; \
+		$(PIP) --force-reinstall --no-deps --no-cache-dir llama-cpp-python; }
 	@touch $@
 
 .venv/installed-dev: .venv/installed

@@ -6,7 +6,6 @@ In: a GGUF file of any producer and, where there is one, the model it was made f
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError,
 from pi_gguf.evaluate import Yardstick, k_max, passkey_cells
 from pi_gguf.files import human_bytes, replace_when_complete
 from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf_header import MEASURED as PREFIX
 from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
 from pi_gguf.planning import free_memory
@@ -28,7 +28,6 @@ from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.runtime import Model
 
-PREFIX = "pi_gguf."
 VERSION = 2
 
 ROOM_KEY = f"{PREFIX}room"
@@ -114,7 +113,7 @@ class Certificate:
             raise GgufError(
                 f"{path}: {PREFIX}version is {own['version']}, {VERSION} is known", "update pi-gguf, or certify again"
             )
-        if own.get("header_sha256") != _fingerprint(header):
+        if own.get("header_sha256") != header.fingerprint():
             raise GgufError(f"{path}: its certificate is of a file with another header", "certify it again")
         names = {f.name for f in fields(cls)} - {"perplexity"}
         try:
@@ -430,7 +429,7 @@ def store(path: Path, certificate: Certificate) -> None:
     """Write a certificate into a file's header, in place of one that is there; the tensors are copied as they are."""
     header = read_header(path)
     old = {key: entry for key, entry in header.entries.items() if key.startswith(PREFIX)}
-    keys = {**certificate.keys(), f"{PREFIX}header_sha256": _fingerprint(header)}
+    keys = {**certificate.keys(), f"{PREFIX}header_sha256": header.fingerprint()}
     new = {key: Entry.of(value) for key, value in keys.items()}
     room = _size(old) - _size(new) - _size({ROOM_KEY: Entry.of("")})
     if ROOM_KEY in old and room >= 0:
@@ -442,12 +441,3 @@ def store(path: Path, certificate: Certificate) -> None:
 def _size(entries: Mapping[str, Entry]) -> int:
     """Return the bytes of entries in a header: a key with its length, the number of its type, the value."""
     return sum(8 + len(key.encode()) + 4 + len(entry.data) for key, entry in entries.items())
-
-
-def _fingerprint(header: Header) -> str:
-    """Return a hash over all that a header states but the certificate itself."""
-    digest = hashlib.sha256(header.tensor_infos)
-    for key, entry in sorted(header.entries.items()):
-        if not key.startswith(PREFIX):
-            digest.update(f"{key} {entry.type} {len(entry.data)} ".encode() + entry.data)
-    return digest.hexdigest()

@@ -51,6 +51,27 @@ def llama_cpp_library() -> Any:
     return llama_cpp
 
 
+def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
+    """Open a file with llama-cpp-python's `Llama`.
+
+    Args:
+        fast_buffers: whether weights are held in the forms that are fast on this CPU; `Llama` has no argument for it.
+        options: as `Llama` has them.
+    """
+
+    class Llama(llama_cpp_library().Llama):  # type: ignore[misc]
+        @property
+        def model_params(self) -> Any:
+            return self._model_params
+
+        @model_params.setter
+        def model_params(self, params: Any) -> None:
+            params.use_extra_bufts = fast_buffers
+            self._model_params = params
+
+    return Llama(str(path), **options)
+
+
 def last_error() -> str:
     """Return the first line of the log that tells of an error, or an empty string."""
     lines = [line.strip() for line in log if "error" in line.lower() or "failed" in line.lower()]

@@ -26,6 +26,9 @@ from pi_gguf.progress import progress_bar
 ALIGNMENT = 32
 """Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""
 
+MEASURED = "pi_gguf."
+"""What the keys of a file's own measurements begin with."""
+
 _BLOCK = 2**25
 """Bytes copied at once."""
 
@@ -158,6 +161,14 @@ class Header:
     @property
     def arch(self) -> str:
         return str(self.metadata.get("general.architecture"))
+
+    def fingerprint(self) -> str:
+        """Return a hash over all that a header states but what was measured of the file (`pi_gguf.*`)."""
+        digest = hashlib.sha256(self.tensor_infos)
+        for key, entry in sorted(self.entries.items()):
+            if not key.startswith(MEASURED):
+                digest.update(f"{key} {entry.type} {len(entry.data)} ".encode() + entry.data)
+        return digest.hexdigest()
 
     def changed(self, changes: Mapping[str, Entry | None], order: Sequence[str] = ()) -> Header:
         """Return the header with other values.

@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.files import human_bytes
-from pi_gguf.ggml import ProductWatch, apply_adapters, cores, last_error, llama_cpp_library, log
+from pi_gguf.ggml import (
+    UNQUANTIZED,
+    ProductWatch,
+    apply_adapters,
+    cores,
+    last_error,
+    llama_cpp_library,
+    log,
+    open_llama,
+)
 from pi_gguf.gguf_file import GgufInfo, read_gguf
+from pi_gguf.gguf_header import read_header
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel, common_prefix
+from pi_gguf.trial import check_opens, fast_buffers_work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,11 +112,13 @@ class Model(LanguageModel):
         threads = n_threads or cores()
         from jinja2 import TemplateError
 
-        llama_cpp = llama_cpp_library()
+        check_opens(read_header(self.path), [read_header(Path(adapter)) for adapter in lora])
+        quantized_weights = any(t.type not in UNQUANTIZED for t in info.tensors)
         log.clear()
         try:
-            self._llama = llama_cpp.Llama(
-                str(path),
+            self._llama = open_llama(
+                path,
+                fast_buffers=not quantized_weights or fast_buffers_work(),
                 n_ctx=self.n_ctx,
                 n_batch=_BATCH,
                 n_ubatch=_BATCH if self.flash_attn else _scores_batch(info, self.n_ctx),

@@ -42,8 +42,10 @@ from pi_gguf.gguf_file import (
     tensor_nbytes,
     write_header,
 )
+from pi_gguf.gguf_header import read_header
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
+from pi_gguf.trial import trust
 
 if TYPE_CHECKING:
     import numpy as np
@@ -406,6 +408,7 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
             writing.result()
     if changed := next((key for key, value in _identity(plan).items() if identity[key] != value), None):
         raise CheckpointError(f"{path}: {changed} changed while it was read", "convert again")
+    trust(read_header(path))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ LAYERS = [
     {"gguf_file", "hf_model"},
     {"remote"},
     {"ggml"},
+    {"trial"},
     {"runtime", "writing"},
     {"imatrix"},
     {"planning", "targets", "check", "quantizing"},

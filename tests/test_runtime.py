@@ -90,7 +90,7 @@ def test_other_cache_types_give_close_scores(path, types):
 def test_flash_attention_is_for_quantized_caches_and_gpus(path, monkeypatch):
     asked = {}
     monkeypatch.setattr("pi_gguf.runtime._use_gpu", lambda device: device == "cuda")
-    monkeypatch.setattr("llama_cpp.Llama", lambda *_, **options: asked.update(options) or 1 / 0)
+    monkeypatch.setattr("pi_gguf.runtime.open_llama", lambda *_, **options: asked.update(options) or 1 / 0)
     for options, flash in (
         ({}, False), ({"type_k": "q8_0"}, False), ({"type_v": "q8_0"}, True), ({"device": "cuda"}, True),
         ({"flash_attn": True}, True), ({"device": "cuda", "flash_attn": False}, False),
