@@ -31,6 +31,9 @@ from pi_gguf.progress import say
 _LIVES, _REFUSES = "lives", 3
 """The verdict that is kept; the child's exit code where llama.cpp itself says no, which this process then hears."""
 
+_REBUILD = 'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python'
+"""Keeps all stores, among them those that GCC 12 drops."""
+
 _SECONDS, _BYTES_A_SECOND = 60, 2**25
 """How long a child may take: so much, and the time to read the file from a slow disk."""
 
@@ -61,7 +64,7 @@ def fast_buffers_work() -> bool:
         return True
     say(
         f"note: the installed llama.cpp crashes on quantized weights on this CPU ({died}); files are opened with plain "
-        "buffers, which is slower (see README, Install, for a build that works)"
+        f"buffers, which is slower; a build that works: {_REBUILD}"
     )
     return False
 
@@ -156,7 +159,10 @@ def _tried(what: str, identity: str, arguments: Sequence[str], seconds: float = 
         pass
     else:
         return None if verdict == _LIVES else verdict
-    command = [sys.executable, "-m", "pi_gguf.trial", what.split()[0], *arguments]
+    if not sys.executable:  # Python inside another program: there is nothing to start
+        return None
+    # -P: the folder that one stands in may be a stranger's, and what lies there is not to be imported
+    command = [sys.executable, "-P", "-m", "pi_gguf.trial", what.split()[0], *arguments]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     try:
         child = subprocess.run(

@@ -126,3 +126,15 @@ def test_no_verdict_is_kept_where_the_cache_cannot_be_written(monkeypatch, tmp_p
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert fast_buffers_work()
+
+
+def test_nothing_in_the_folder_one_stands_in_is_run(quantized, tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("numpy", "jinja2", "llama_cpp", "pi_gguf"):
+        (theirs / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(theirs)
+    check_opens(read_header(quantized))
+    assert not (tmp_path / "ran").exists()
+    no_more_children(monkeypatch)
+    check_opens(read_header(quantized))  # the child did its work: there is a verdict
