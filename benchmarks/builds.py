@@ -1,7 +1,8 @@
 """What a way to compile llama.cpp is worth on this CPU: reading and writing speed, with fast and with plain buffers.
 
-In: GGUF files, and folders of llama.cpp's libraries by name. Out: `benchmarks/builds.json`: tokens per second of each, alternating in
-one run, medians over rounds; the signal where a build does not live through it. Each measurement is a process of its own.
+In: GGUF files, and folders of llama.cpp's libraries by name. Out: `benchmarks/builds.json`: tokens per second of each,
+alternating in one run, medians over rounds; the signal where a build does not live through it. Each measurement is a
+process of its own.
 
 Example (the libraries of three builds; an idle machine; five minutes):
     python benchmarks/builds.py smollm2-Q4_1.gguf --library stores-kept=A/llama_cpp/lib --library no-amx=B/llama_cpp/lib

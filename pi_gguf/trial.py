@@ -40,6 +40,9 @@ _SECONDS, _BYTES_A_SECOND = 60, 2**25
 _WARNINGS = (3, 4)
 """llama.cpp's levels of warnings and errors."""
 
+_FAULTS = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGBUS)
+"""What wrong machine code ends in; other deaths, such as of too little memory, are not the CPU's and are not kept."""
+
 _TEXT = b"Once upon a time, 12 cats."
 _MANY = 33
 """Tokens of a prompt that llama.cpp multiplies as a matrix, not one by one."""
@@ -178,7 +181,7 @@ def _tried(what: str, identity: str, arguments: Sequence[str], seconds: float = 
     died = signal.Signals(-child.returncode).name
     if said := _last_line(child.stderr.decode(errors="replace")):
         died = f"{died}: {said}" if died != "SIGKILL" else died
-    if what == "buffers":
+    if what == "buffers" and -child.returncode in _FAULTS:
         _keep(key, died)
     return died
 

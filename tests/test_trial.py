@@ -41,6 +41,17 @@ def dying_children(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "dying"), *sys.path]))
 
 
+def test_a_child_that_was_killed_says_nothing_of_the_cpu(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\nif 'pi_gguf.trial' in sys.orig_argv: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with monkeypatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+        assert not fast_buffers_work()
+    fast_buffers_work.cache_clear()
+    assert fast_buffers_work()
+
+
 def no_more_children(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
 
