@@ -179,8 +179,8 @@ def _tried(what: str, identity: str, arguments: Sequence[str], seconds: float = 
             _keep(key)
         return None  # llama.cpp, or Python, says by itself what is wrong
     died = signal.Signals(-child.returncode).name
-    if said := _last_line(child.stderr.decode(errors="replace")):
-        died = f"{died}: {said}" if died != "SIGKILL" else died
+    if what != "buffers" and died != "SIGKILL" and (said := _last_line(child.stderr.decode(errors="replace"))):
+        died = f"{died}: {said}"
     if what == "buffers" and -child.returncode in _FAULTS:
         _keep(key, died)
     return died
@@ -234,7 +234,8 @@ def _read_tokens(path: str, adapters: Sequence[str], *, fast_buffers: bool, toke
         piece = ctypes.create_string_buffer(64)
         llama_cpp.llama_token_to_piece(vocab, tokens[-1], piece, len(piece), 0, True)
     settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_threads, settings.n_threads_batch = 512, 1, 1
+    settings.n_ctx = min(512, max(64, llama_cpp.llama_model_n_ctx_train(model)))
+    settings.n_threads = settings.n_threads_batch = 1
     context = llama_cpp.llama_init_from_model(model, settings)
     if not context:
         sys.exit(_REFUSES)
