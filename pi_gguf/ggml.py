@@ -6,11 +6,13 @@ nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import threading
 from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +53,36 @@ def llama_cpp_library() -> Any:
     return llama_cpp
 
 
+def compute(function: Callable[..., Any], *arguments: Any, interrupted: Callable[[], None] = lambda: None) -> Any:
+    """Call what computes in llama.cpp, in the one thread where nothing else does, and return what it returns.
+
+    llama.cpp configures the tiles of a CPU with AMX once a thread, torch leaves another configuration behind its
+    products in 16 bits: where both take turns in a thread, llama.cpp dies or computes nonsense.
+
+    Args:
+        interrupted: called before waiting for the end of what runs, when this thread is interrupted; llama.cpp is never
+            left while it computes.
+    """
+    running = _computing_thread().submit(function, *arguments)
+    try:
+        return running.result()
+    except BaseException:
+        interrupted()
+        while not running.done():
+            with contextlib.suppress(KeyboardInterrupt):
+                wait([running])
+        raise
+
+
+@cache
+def _computing_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "llama.cpp")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_computing_thread.cache_clear)  # threads are not forked along
+
+
 def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
     """Open a file with llama-cpp-python's `Llama`.
 
@@ -68,6 +100,9 @@ def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
         def model_params(self, params: Any) -> None:
             params.use_extra_bufts = fast_buffers
             self._model_params = params
+
+        def eval(self, tokens: Sequence[int]) -> None:
+            compute(super().eval, tokens)
 
     return Llama(str(path), **options)
 

@@ -7,7 +7,6 @@ loaded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from pi_gguf.ggml import (
     UNQUANTIZED,
     ProductWatch,
     apply_adapters,
+    compute,
     cores,
     last_error,
     llama_cpp_library,
@@ -300,7 +300,7 @@ class Model(LanguageModel):
                 pos[: len(part)] = np.arange(start, start + len(part))
                 logits_wanted[:] = np.arange(start, start + size) >= first
                 outputs = min(len(part), max(0, start + len(part) - first))
-                if llama_cpp.llama_decode(self._llama.ctx, batch) != 0:
+                if compute(llama_cpp.llama_decode, self._llama.ctx, batch, interrupted=self._stop) != 0:
                     raise ResourceError(f"{self.path}: llama.cpp could not read a batch ({last_error()})")
                 self._evaluated += part
                 if outputs:
@@ -314,22 +314,18 @@ class Model(LanguageModel):
     def evaluate(self, ids: Sequence[int]) -> Iterator[int]:
         """Read `ids` from their start, every layer for every one, and yield how many each batch had.
 
-        llama.cpp runs beside this thread, so that Ctrl-C is felt inside a batch; with a watch it stops there.
-
         Raises:
             OptionError: they do not fit the window.
         """
-        chunks = self.logits_chunks(ids, len(ids))
-        with ThreadPoolExecutor(1) as thread:
-            try:
-                while (logits := thread.submit(next, chunks, None).result()) is not None:
-                    if self._watch:
-                        self._watch.check()
-                    yield len(logits)
-            except BaseException:
-                if self._watch:
-                    self._watch.stopping = True
-                raise
+        for logits in self.logits_chunks(ids, len(ids)):
+            if self._watch:
+                self._watch.check()
+            yield len(logits)
+
+    def _stop(self) -> None:
+        """Let llama.cpp leave out the rest of a batch, where a watch can tell it."""
+        if self._watch:
+            self._watch.stopping = True
 
 
 def open_model(path: str | Path, **options: Any) -> Model:

@@ -8,7 +8,7 @@ from conftest import make_llama
 
 import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.ggml import quantizations
+from pi_gguf.ggml import compute, quantizations
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.runtime import _scores_batch, kv_cache_bytes, predict_kv_cache
 
@@ -126,3 +126,31 @@ def test_small_batches_of_tokens_give_the_same_scores(path, monkeypatch):
 
 def test_llama_cpp_names_its_quantizations():
     assert {"F32", "F16", "BF16", "Q8_0", "Q4_K_M", "IQ4_XS"} <= set(quantizations())
+
+
+def test_torch_products_in_16_bits_between_two_readings_change_nothing(path, tmp_path):
+    """On a CPU with AMX they leave tiles in another configuration than llama.cpp's."""
+    import torch
+
+    quantized = tmp_path / "q8.gguf"
+    pi_gguf.quantize(path, quantized, quant="Q8_0")
+    ids = list(range(5, 45))
+    with pi_gguf.open(quantized, n_ctx=64) as model:
+        before = model.score(ids, 20)[0]
+        text = "".join(model.complete("the captain", max_tokens=5))
+        matrix = torch.ones(512, 512, dtype=torch.bfloat16)
+        assert (matrix @ matrix).sum() > 0
+        assert "".join(model.complete("the captain", max_tokens=5)) == text
+        assert (model.score(ids, 20)[0] == before).all()
+
+
+def test_llama_cpp_is_not_left_while_it_computes(monkeypatch):
+    import signal
+    import threading
+    import time
+
+    ended = []
+    threading.Timer(0.2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        compute(lambda: time.sleep(0.6) or ended.append(True), interrupted=lambda: ended.append(False))
+    assert ended == [False, True]
