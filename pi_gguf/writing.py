@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.adapters import AdaptedCheckpoint, ScaledTensor, low_rank_changes
+from pi_gguf.agreement import check_sizes
 from pi_gguf.checkpoint import Checkpoint, TensorSource
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
@@ -196,6 +197,8 @@ def plan_file(
         **model_metadata(checkpoint, rope, finetuned=finetuned),
         **vocabulary,
     }
+    config_path = checkpoint.path / "config.json"
+    check_sizes(checkpoint.skeleton, metadata, arch, tied=checkpoint.tied, path=config_path)
     outputs = _exact_outputs(checkpoint)
     outputs += [_divisors(*item) for item in rope.factor_tensors(arch, checkpoint.rotary_dim).items()]
     if quantization in UNQUANTIZED:
