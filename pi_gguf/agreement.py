@@ -61,8 +61,11 @@ def check_rotation(skeleton: Model, config: Any, rope: RopeScaling, rotary_dim: 
 
 
 def rotated_dimensions(skeleton: Model, config: Any, path: Path) -> int:
-    """Return how many dimensions of a head transformers rotates."""
-    return 2 * len(_angles(_rotation(skeleton, config, path), "full_attention")[0])
+    """Return how many dimensions of a head transformers rotates where positions are not scaled."""
+    plain = copy.deepcopy(config)
+    for parameters in (plain.rope_parameters, plain.rope_parameters.get("full_attention") or {}):
+        parameters["rope_type"] = "default"
+    return 2 * len(_angles(_rotation(skeleton, plain, path), "full_attention")[0])
 
 
 def check_sizes(skeleton: Model, metadata: Mapping[str, Any], arch: str, *, tied: bool, path: Path) -> None:

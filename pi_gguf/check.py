@@ -6,12 +6,14 @@ every difference found. V vocabulary, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.configs import noted
 from pi_gguf.errors import CheckError, OptionError
 from pi_gguf.files import human_bytes
 from pi_gguf.gguf_file import read_gguf
@@ -93,6 +95,7 @@ class Reference:
         if level not in LEVELS:
             raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {level}")
         self.rope = rope
+        self.unusual = noted(checkpoint.path)
         self.vocabulary = checkpoint.vocab_size
         self.slack = EXPERTS_SLACK if "expert_count" in checkpoint.family.keys(checkpoint.hf_config) else 1
         tokenizer = checkpoint.load_tokenizer()
@@ -175,8 +178,15 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
             top1_agreement=top1,
         )
     if problems:
-        raise CheckError("\n".join(problems), "nothing was written; please report this with the checkpoint's name")
+        raise CheckError("\n".join(problems), _hint(reference.unusual))
     return report
+
+
+def _hint(unusual: Sequence[str]) -> str:
+    """Return what to look at first: what is unusual about the folder itself, where anything is."""
+    if not unusual:
+        return "nothing was written; please report this with the checkpoint's name"
+    return f"nothing was written; the folder itself may be the reason: {'; '.join(unusual)}"
 
 
 def _cache_bytes(checkpoint: Checkpoint, length: int) -> int:

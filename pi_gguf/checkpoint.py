@@ -375,7 +375,15 @@ class Checkpoint:
         try:
             model = self._open_in_4_bits(config, dtype) if four_bits else self._open_model(config, dtype).to(device)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ResourceError(f"{self.path}: the model does not fit in memory ({one_line(error)})") from error
+            raise ResourceError(
+                f"{self.path}: the model does not fit in memory ({one_line(error)})",
+                "free memory, or use a larger machine",
+            ) from error
+        except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}: transformers does not open the model ({one_line(error)})",
+                "save it again with transformers' save_pretrained",
+            ) from error
         model.config.tie_word_embeddings = self.tied
         return model
 
@@ -405,10 +413,17 @@ class Checkpoint:
         """Open the folder's own files with transformers; of a vision-language model the text model in it."""
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        if hasattr(config, "quantization_config") and not self._is_quantized:
+        scaled = [source for source in self._found.values() if isinstance(source, ScaledBlocks)]
+        readable = self.configuration.quantization.get("quant_method") == "fp8" and all(s.is_even for s in scaled)
+        if hasattr(config, "quantization_config") and not (scaled and readable):
             del config.quantization_config
         elif hasattr(config, "quantization_config"):
             config.quantization_config = {**config.quantization_config, "dequantize": True}
+        if scaled and not readable:
+            note(
+                f"{self.path}: transformers does not read these 8-bit weights here; the model has them as pi-gguf does"
+            )
+            return self._open_values(config, **options)
         prefix, base = self._read[1], self._wanted.base_prefix
         if not self.configuration.is_part and prefix not in (base, ""):
             outer = prefix.removesuffix(base)
@@ -420,9 +435,13 @@ class Checkpoint:
             )
         return self._text_part(model) if self.configuration.is_part else model
 
-    @property
-    def _is_quantized(self) -> bool:
-        return any(isinstance(source, ScaledBlocks) for source in self._found.values())
+    def _open_values(self, config: PretrainedConfig, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+        """Open the model with the tensors' values as they are read here."""
+        files: dict[Path, Any] = {}
+        values = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
+        text, kind = config.get_text_config(), type(self.skeleton)
+        model: PreTrainedModel = kind.from_pretrained(None, config=text, state_dict=values, dtype=dtype, **options)
+        return model
 
     def _text_part(self, whole: PreTrainedModel) -> PreTrainedModel:
         """Return the text model in a vision-language model, as a model of its own."""
@@ -458,8 +477,8 @@ def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = Tr
         )  # from the Hub only now, when the config is known to be handled
     checkpoint = Checkpoint(model, path, configuration.fields, opened, configuration.rope, configuration)
     if not configuration.family.alibi:
-        _keep_rotated_share(checkpoint, config_path)
         _check_rope(checkpoint.rope, configuration.family, opened, config_path)
+        _keep_rotated_share(checkpoint, config_path)
         check_rotation(
             checkpoint.skeleton, configuration.whole.get_text_config(), checkpoint.rope, checkpoint.rotary_dim,
             config_path,
@@ -472,9 +491,16 @@ def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = Tr
 def _keep_rotated_share(checkpoint: Checkpoint, path: Path) -> None:
     """Drop a share of rotated dimensions that transformers takes no notice of for this family."""
     rope = checkpoint.hf_config.rope_parameters
-    built = rotated_dimensions(checkpoint.skeleton, checkpoint.configuration.whole.get_text_config(), path)
-    if built == checkpoint.head_dim != checkpoint.rotary_dim:
+    if checkpoint.rotary_dim == checkpoint.head_dim:
+        return
+    if rotated_dimensions(checkpoint.skeleton, checkpoint.hf_config, path) == checkpoint.head_dim:
         share = rope.pop("partial_rotary_factor")
+        if rope["rope_type"] not in ("default", "dynamic"):
+            raise CheckpointError(
+                f"{path}: partial_rotary_factor is {share} beside rope_type {rope['rope_type']}, but this family "
+                "rotates whole heads",
+                "remove partial_rotary_factor",
+            )
         note(f"{path}: partial_rotary_factor {share} has no effect in this family: whole heads are rotated")
 
 

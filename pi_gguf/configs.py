@@ -42,7 +42,12 @@ _NOT_ALONE = {"paligemma": "its text model looks at a prompt in both directions,
 
 _LEFT_BEHIND = ("quantization_config", "quantization", "compression_config")
 
+_ANY_WINDOW = 2**17
+"""Of a text model whose config leaves it to transformers' defaults."""
+
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+
+_noted: list[str] = []
 
 _OF_ROPE = ("rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "rope_local_base_freq")
 """Numbers of the position scaling beside these objects, as older configs have them."""
@@ -128,7 +133,13 @@ def read_rope(config: dict[str, Any], family: Family, path: str) -> RopeScaling:
 @cache
 def note(text: str) -> None:
     """Say what is unusual about a checkpoint, once."""
+    _noted.append(text)
     say(f"note: {text}")
+
+
+def noted(folder: Path) -> list[str]:
+    """Return what was unusual about a folder."""
+    return [text for text in _noted if text.startswith(str(folder))]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,12 +183,10 @@ def _open_whole(folder: Path, fields: dict[str, Any], of_text: dict[str, Any]) -
     if reason := _NOT_ALONE.get(str(model_type)):
         raise UnsupportedError(f"{path}: model_type {model_type}: {reason}", "its text model cannot be taken alone")
     text_type = of_text.get("model_type", f"{model_type}_text")
-    corrected = _corrected({**of_text, "model_type": text_type}, str(path)) if text_type in FAMILIES else of_text
-    if corrected != {**of_text, "model_type": text_type} and text_type in FAMILIES:
-        fields = {**fields, "text_config": corrected}
-        whole = _open(fields, path, None)
-    else:
-        whole = _open(fields, path, folder)
+    named = {**of_text, "model_type": text_type}
+    corrected = _corrected(named, str(path), complete=False) if text_type in FAMILIES else named
+    untouched = corrected == named
+    whole = _open(fields if untouched else {**fields, "text_config": corrected}, path, folder if untouched else None)
     found = getattr(whole.get_text_config(), "model_type", None)
     if found not in FAMILIES:
         raise UnsupportedError(
@@ -220,8 +229,11 @@ def _standardize(config: PretrainedConfig) -> None:
 # Sizes, and numbers of another kind
 
 
-def _corrected(fields: dict[str, Any], path: str) -> dict[str, Any]:
-    """Check the sizes of a config; return it with numbers where transformers asks for them.
+def _corrected(fields: dict[str, Any], path: str, *, complete: bool = True) -> dict[str, Any]:
+    """Check the numbers of a config; return it with numbers where transformers asks for them.
+
+    Args:
+        complete: whether every size must be there.
 
     Raises:
         CheckpointError: a size is missing, no number or absurd.
@@ -232,9 +244,11 @@ def _corrected(fields: dict[str, Any], path: str) -> dict[str, Any]:
     kinds = {field.name: field.type for field in dataclasses.fields(kind)}
     fields = {name: _as_declared(name, value, kinds.get(name), path) for name, value in fields.items()}
     spelled = {name: alias for name, alias in kind.attribute_map.items() if name not in fields}
-    for name in _NEEDED:
-        if (name := spelled.get(name, name)) in kinds:
-            positive_int(fields, name, path)
+    family = FAMILIES[fields["model_type"]]
+    needed = {spelled.get(name, name) for name in _NEEDED} & set(kinds) if complete else set()
+    needed |= {family.window} if complete and family.default_window is None else set()
+    for name in [*needed, *({family.window} & set(fields) - needed)]:
+        positive_int(fields, name, path)
     for name, limit in _LIMITS.items():
         if fields.get(name) is not None and name in kinds and positive_int(fields, name, path) > limit:
             raise CheckpointError(f"{path}: {name} must be at most {limit}, got {fields[name]}", "correct the config")
@@ -243,7 +257,10 @@ def _corrected(fields: dict[str, Any], path: str) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {name} must be below 2^31, got {value}", "correct the config")
         if name.endswith(("norm_eps", "norm_epsilon")) and value is not None:
             positive_number(value, name, path)
-    return _corrected_rope(fields, path)
+    fields = _corrected_rope(fields, path)
+    if not family.alibi:  # for its errors, which name the field
+        RopeScaling.from_hf(fields, path, window=fields.get(family.window) or _ANY_WINDOW)
+    return fields
 
 
 def _as_declared(name: str, value: Any, declared: Any, path: str) -> Any:
@@ -255,7 +272,7 @@ def _as_declared(name: str, value: Any, declared: Any, path: str) -> Any:
     if number is None or bool in kinds or (isinstance(value, str) and str in kinds):
         return value
     wanted: Any = value
-    if int in kinds and number.is_integer() and not isinstance(value, int):
+    if int in kinds and number.is_integer() and (isinstance(value, str) or float not in kinds):
         wanted = int(number)
     elif (float in kinds and int not in kinds) or (isinstance(value, str) and (float in kinds or name in _OF_ROPE)):
         wanted = number
@@ -295,6 +312,8 @@ def _check_heads(config: PretrainedConfig, path: str) -> None:
 
 def _corrected_rope(fields: dict[str, Any], path: str) -> dict[str, Any]:
     """Return a config whose position scaling transformers can compute with, where only one meaning is possible."""
+    from transformers import CONFIG_MAPPING
+
     fields = dict(fields)
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in fields and fields[name] is None:
@@ -306,6 +325,11 @@ def _corrected_rope(fields: dict[str, Any], path: str) -> dict[str, Any]:
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"{path}: {field} must be an object, got {repr(rope)[:80]}", "correct the config")
         nested = {name: part for name, part in rope.items() if isinstance(part, Mapping)}
+        if nested and not isinstance(CONFIG_MAPPING[fields["model_type"]].default_theta, dict):
+            raise CheckpointError(
+                f"{path}: {field} holds {', '.join(nested)}, but this family scales the positions of all layers alike",
+                f"put the fields into {field} itself",
+            )
         parts = {name: _corrected_scaling(part, f"{field}.{name}", path) for name, part in nested.items()}
         flat = {name: part for name, part in rope.items() if name not in nested}
         fields[field] = {**(_corrected_scaling(flat, field, path) if flat and not nested else flat), **parts}
@@ -322,17 +346,18 @@ def _corrected_scaling(rope: Mapping[str, Any], field: str, path: str) -> dict[s
             fixed[name] = int(value)
         elif value is None and name in ("original_max_position_embeddings", "rope_theta", "partial_rotary_factor"):
             del fixed[name]
-    stated = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
-    if not stated and ("rope_type" in rope or "type" in rope):
+    keys = [name for name in ("rope_type", "type") if name in rope]
+    stated = [rope[name] for name in keys if rope[name] is not None]
+    if keys and not stated:
         if scaled := next((name for name, value in rope.items() if "factor" in name and value is not None), None):
             raise CheckpointError(
                 f"{path}: {field}.rope_type is null, and {field}.{scaled} is {repr(rope[scaled])[:40]}: nobody can "
                 "tell whether positions are scaled",
                 "name the rope_type, or remove the field",
             )
-        fixed["rope_type"] = "default"
-    elif stated and (stated[0] == "su" or rope.get("rope_type", stated[0]) is None):
-        fixed["rope_type"] = "longrope" if stated[0] == "su" else stated[0]
+        fixed |= dict.fromkeys(keys, "default")
+    elif keys and (stated[0] == "su" or rope[keys[0]] is None):
+        fixed[keys[0]] = "longrope" if stated[0] == "su" else stated[0]
     for name in {**rope, **fixed}:
         before, after = rope.get(name), fixed.get(name)
         if (before, type(before)) != (after, type(after)):
@@ -358,7 +383,7 @@ def _check_two_spellings(fields: dict[str, Any], path: str) -> None:
                     "put the fields of rope_scaling into rope_parameters and remove rope_scaling",
                 )
         note(f"{path}: both rope_scaling and rope_parameters are there; rope_scaling is taken, as transformers does")
-    elif not scaling and theta is not None and fields.get("rope_theta", theta) != theta:
+    elif not scaling and None not in (theta, fields.get("rope_theta")) and fields["rope_theta"] != theta:
         note(
             f"{path}: rope_theta is {fields['rope_theta']} beside rope_parameters.rope_theta {theta}; the latter is "
             "taken, as transformers does"
@@ -401,5 +426,5 @@ def _unusual(parameters: Mapping[str, Any], rope: RopeScaling) -> Iterator[str]:
             f"rope_type dynamic changes nothing up to the window of {rope.max_position_embeddings} tokens, and "
             "llama.cpp cannot go on as it does beyond; the file has this window"
         )
-    elif kind == "default" and given.get("type") not in (None, "default"):
-        yield f"type {given['type']!r} stands beside rope_type 'default', which transformers takes: nothing is scaled"
+    elif given.get("type") not in (None, kind):
+        yield f"type {given['type']!r} stands beside rope_type {kind!r}, which transformers takes"

@@ -114,6 +114,11 @@ class ScaledBlocks(TensorSource):
     scale: TensorSource
     block: tuple[int, int]
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all blocks are of one size."""
+        return all(side % size == 0 for side, size in zip(self.shape, self.block, strict=True))
+
     def read(self, files: dict[Path, Any]) -> torch.Tensor:
         values, scale = super().read(files).float(), self.scale.read(files).float()
         if scale.numel() == 1:
@@ -201,7 +206,9 @@ def _is_regular(path: Path) -> bool:
 
 def _other_weights(folder: Path) -> str:
     """Return a hint by what else is in the folder."""
-    if variants := sorted(folder.glob("model*.*.safetensors")) + sorted(folder.glob("*.safetensors")):
+    if (folder / _SINGLE).is_symlink():
+        return f"{_SINGLE} is a link to nothing: download it again"
+    if variants := sorted(path for path in folder.glob("*.safetensors") if _is_regular(path)):
         name = variants[0].name
         if name.startswith("adapter_model"):
             return "this is an adapter's folder: give its base as MODEL and this folder with --lora"
@@ -436,7 +443,7 @@ def unknown_tensors(unknown: Sequence[TensorSource], model_type: str) -> Unsuppo
             return UnsupportedError(
                 f"{hit.path}: tensor {hit.name} is of {what} ({len(unknown)} tensors are not part of a {model_type} "
                 "model)",
-                "save the model with transformers' save_pretrained, adapters merged (peft's merge_and_unload)",
+                "merge adapters (peft's merge_and_unload), and save the model with transformers' save_pretrained",
             )
     return UnsupportedError(
         f"{unknown[0].path}: tensor {unknown[0].name} is not part of a {model_type} model ({len(unknown)} such "
