@@ -283,6 +283,7 @@ class Checkpoint:
         self._check_complete(found, unknown)
         if unknown:
             raise unknown_tensors(unknown, self.config["model_type"])
+        check_dtypes(found[name] for name in wanted)
         for name, shape in wanted.items():
             if found[name].shape != shape:
                 raise CheckpointError(
@@ -290,7 +291,6 @@ class Checkpoint:
                     f"got {list(found[name].shape)}",
                     "config.json and weights are of different models",
                 )
-        check_dtypes(found[name] for name in wanted)
         return {name: found[name] for name in wanted}
 
     def _check_complete(self, found: dict[str, TensorSource], unknown: list[TensorSource]) -> None:
@@ -491,7 +491,7 @@ def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = Tr
 def _keep_rotated_share(checkpoint: Checkpoint, path: Path) -> None:
     """Drop a share of rotated dimensions that transformers takes no notice of for this family."""
     rope = checkpoint.hf_config.rope_parameters
-    if checkpoint.rotary_dim == checkpoint.head_dim:
+    if "partial_rotary_factor" not in rope or checkpoint.rotary_dim == checkpoint.head_dim:
         return
     if rotated_dimensions(checkpoint.skeleton, checkpoint.hf_config, path) == checkpoint.head_dim:
         share = rope.pop("partial_rotary_factor")

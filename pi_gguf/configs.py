@@ -47,6 +47,8 @@ _ANY_WINDOW = 2**17
 
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 
+_ORIGINAL = "original_max_position_embeddings"
+
 _noted: list[str] = []
 
 _OF_ROPE = ("rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "rope_local_base_freq")
@@ -332,6 +334,9 @@ def _corrected_rope(fields: dict[str, Any], path: str) -> dict[str, Any]:
             )
         parts = {name: _corrected_scaling(part, f"{field}.{name}", path) for name, part in nested.items()}
         flat = {name: part for name, part in rope.items() if name not in nested}
+        kind = flat.get("rope_type", flat.get("type"))
+        if kind in ("yarn", "llama3", "longrope") and not nested and not (flat.get(_ORIGINAL) or fields.get(_ORIGINAL)):
+            note(f"{path}: {field}.{_ORIGINAL} is absent; the window is taken for it, as transformers does")
         fields[field] = {**(_corrected_scaling(flat, field, path) if flat and not nested else flat), **parts}
     _check_two_spellings(fields, path)
     return fields
@@ -342,9 +347,9 @@ def _corrected_scaling(rope: Mapping[str, Any], field: str, path: str) -> dict[s
     for name, value in rope.items():
         if isinstance(value, str) and name not in ("type", "rope_type") and (number := _number(value)) is not None:
             fixed[name] = int(number) if number.is_integer() and "max_position" in name else number
-        elif isinstance(value, float) and value.is_integer() and name == "original_max_position_embeddings":
+        elif isinstance(value, float) and value.is_integer() and name == _ORIGINAL:
             fixed[name] = int(value)
-        elif value is None and name in ("original_max_position_embeddings", "rope_theta", "partial_rotary_factor"):
+        elif value is None and name in (_ORIGINAL, "rope_theta", "partial_rotary_factor"):
             del fixed[name]
     keys = [name for name in ("rope_type", "type") if name in rope]
     stated = [rope[name] for name in keys if rope[name] is not None]
@@ -378,8 +383,8 @@ def _check_two_spellings(fields: dict[str, Any], path: str) -> None:
             default = CONFIG_MAPPING[fields["model_type"]].default_theta
             if theta != fields.get("rotary_emb_base", default):
                 raise CheckpointError(
-                    f"{path}: rope_scaling stands beside rope_parameters, whose rope_theta {theta:g} transformers then "
-                    f"drops for its default; nobody can tell which is meant",
+                    f"{path}: rope_scaling stands beside rope_parameters, whose rope_theta {theta} transformers then "
+                    "drops for its default; nobody can tell which is meant",
                     "put the fields of rope_scaling into rope_parameters and remove rope_scaling",
                 )
         note(f"{path}: both rope_scaling and rope_parameters are there; rope_scaling is taken, as transformers does")
@@ -399,7 +404,7 @@ def _rope_of(config: PretrainedConfig, fields: Mapping[str, Any], family: Family
         return RopeScaling("alibi", 1.0, DEFAULT_ROPE_THETA, window, window)
     read = {
         "rope_parameters": copy.deepcopy(config.rope_parameters),
-        "original_max_position_embeddings": getattr(config, "original_max_position_embeddings", None),
+        _ORIGINAL: getattr(config, _ORIGINAL, None),
         "max_sequence_length": fields.get("max_sequence_length"),
     }
     sliding = None

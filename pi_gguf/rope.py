@@ -509,6 +509,8 @@ def _with_own(plain: RopeScaling, own: OwnScaling, path: str) -> RopeScaling:
     window, original, factor = plain.max_position_embeddings, own.fields["original_max_position_embeddings"], 1.0
     if own.rope_type == "longrope":
         factor = own.fields["factor"]
+        if own.switches and window <= original:  # no prompt of the window is long
+            own = OwnScaling(own.rope_type, {**own.fields, "long_factor": own.fields["short_factor"]})
         if own.switches or factor == 1 or abs(original * factor - window) > 1:
             return replace(plain, own=own)
         divisors = [divisor / factor for divisor in own.fields["long_factor"]]
