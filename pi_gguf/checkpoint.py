@@ -211,7 +211,14 @@ class Checkpoint:
 
     @property
     def _tied_keys(self) -> dict[str, str]:
-        return dict(self.skeleton._tied_weights_keys or {})
+        saved = self._wanted.renamed
+        tied = self.skeleton._tied_weights_keys or {}
+        return {saved.get(head, head): saved.get(origin, origin) for head, origin in tied.items()}
+
+    @property
+    def untied_heads(self) -> list[str]:
+        """Names of heads that are not the embedding."""
+        return [] if self.tied else list(self._tied_keys)
 
     @property
     def tied_tensors(self) -> dict[str, str]:

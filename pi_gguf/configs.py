@@ -35,6 +35,9 @@ _LIMITS = {
 }  # fmt: skip
 """No model is as large; a larger number is a damaged config, and would be built before it is found to be one."""
 
+_OF_HEADS = ("head_dim", "num_key_value_heads")
+"""Read of any config, declared or not."""
+
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 _NOT_ALONE = {"paligemma": "its text model looks at a prompt in both directions, which llama.cpp does not"}
@@ -252,7 +255,11 @@ def _corrected(fields: dict[str, Any], path: str, *, complete: bool = True) -> d
     for name in [*needed, *({family.window} & set(fields) - needed)]:
         positive_int(fields, name, path)
     for name, limit in _LIMITS.items():
-        if fields.get(name) is not None and name in kinds and positive_int(fields, name, path) > limit:
+        if (
+            fields.get(name) is not None
+            and (name in kinds or name in _OF_HEADS)
+            and positive_int(fields, name, path) > limit
+        ):
             raise CheckpointError(f"{path}: {name} must be at most {limit}, got {fields[name]}", "correct the config")
     for name, value in fields.items():
         if isinstance(value, int) and value >= 2**31:
@@ -326,6 +333,11 @@ def _corrected_rope(fields: dict[str, Any], path: str) -> dict[str, Any]:
             continue
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"{path}: {field} must be an object, got {repr(rope)[:80]}", "correct the config")
+        for name in ("full_attention", "sliding_attention"):
+            if not isinstance(rope.get(name, {}), Mapping | None):
+                raise CheckpointError(
+                    f"{path}: {field}.{name} must be an object, got {repr(rope[name])[:80]}", "correct the config"
+                )
         nested = {name: part for name, part in rope.items() if isinstance(part, Mapping)}
         if nested and not isinstance(CONFIG_MAPPING[fields["model_type"]].default_theta, dict):
             raise CheckpointError(
