@@ -45,6 +45,12 @@ def check_rotation(skeleton: Model, config: Any, rope: RopeScaling, rotary_dim: 
     if rope.rope_type == "alibi":
         return
     rotation = _rotation(skeleton, config, path)
+    if rope.sliding_rope_theta is not None and _has(rotation, "sliding_attention"):
+        plain = RopeScaling("default", 1.0, rope.sliding_rope_theta, 1, 1)
+        theirs, _ = _angles(rotation, "sliding_attention")
+        _compare_angles(plain.frequencies(rotary_dim), theirs, "rope_parameters.sliding_attention", path)
+    if not _has(rotation, "full_attention"):
+        return
     theirs, scaling = _angles(rotation, "full_attention")
     switches = rope.own is not None and rope.own.switches
     _compare_angles(rope.frequencies(rotary_dim, short=switches), theirs, "rope_parameters", path)
@@ -54,10 +60,6 @@ def check_rotation(skeleton: Model, config: Any, rope: RopeScaling, rotary_dim: 
     attention = 1.0 if rope.own is None else rope.own.attention_factor
     if not math.isclose(attention, scaling, rel_tol=1e-6):
         raise _difference("rope_parameters.attention_factor", attention, scaling, path)
-    if rope.sliding_rope_theta is not None:
-        plain = RopeScaling("default", 1.0, rope.sliding_rope_theta, 1, 1)
-        theirs, _ = _angles(rotation, "sliding_attention")
-        _compare_angles(plain.frequencies(rotary_dim), theirs, "rope_parameters.sliding_attention", path)
 
 
 def rotated_dimensions(skeleton: Model, config: Any, path: Path) -> int:
@@ -65,7 +67,9 @@ def rotated_dimensions(skeleton: Model, config: Any, path: Path) -> int:
     plain = copy.deepcopy(config)
     for parameters in (plain.rope_parameters, plain.rope_parameters.get("full_attention") or {}):
         parameters["rope_type"] = "default"
-    return 2 * len(_angles(_rotation(skeleton, plain, path), "full_attention")[0])
+    rotation = _rotation(skeleton, plain, path)
+    kind = "full_attention" if _has(rotation, "full_attention") else "sliding_attention"
+    return 2 * len(_angles(rotation, kind)[0])
 
 
 def check_sizes(skeleton: Model, metadata: Mapping[str, Any], arch: str, *, tied: bool, path: Path) -> None:
@@ -153,6 +157,11 @@ def _rotation(skeleton: Model, config: Any, path: Path) -> Any:
         raise CheckpointError(
             f"{path}: rope_parameters: transformers computes no angles with it ({said})", "correct the config"
         ) from error
+
+
+def _has(rotation: Any, layer_type: str) -> bool:
+    """Tell whether a model has layers of a kind; small ones may have none that see the whole window."""
+    return hasattr(rotation, "inv_freq") or hasattr(rotation, f"{layer_type}_inv_freq")
 
 
 def _angles(rotation: Any, layer_type: str) -> tuple[list[float], float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.configs import noted
-from pi_gguf.errors import CheckError, OptionError
+from pi_gguf.errors import CheckError, CheckpointError, OptionError
 from pi_gguf.files import human_bytes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel
@@ -121,7 +121,14 @@ class Reference:
         lm = HfModel(checkpoint, device="cpu", rope=rope)
         self.ids = _first_tokens(lm, text, length)
         last = min(_SCORED_TOKENS, length - 1)
-        self.logits = np.concatenate(list(lm.logits_chunks(self.ids, last)))
+        try:
+            self.logits = np.concatenate(list(lm.logits_chunks(self.ids, last)))
+        except RuntimeError as error:  # of torch: sizes that its kernels do not take
+            said = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{checkpoint.path}: transformers does not compute the model ({said})",
+                "correct the sizes in config.json, or leave it unchecked with --check none",
+            ) from error
         lm.close()
 
 

@@ -264,7 +264,9 @@ def _corrected(fields: dict[str, Any], path: str, *, complete: bool = True) -> d
     for name, value in fields.items():
         if isinstance(value, int) and value >= 2**31:
             raise CheckpointError(f"{path}: {name} must be below 2^31, got {value}", "correct the config")
-        if name.endswith(("norm_eps", "norm_epsilon")) and value is not None:
+        if isinstance(value, float) and not math.isfinite(value) and name in kinds:
+            raise CheckpointError(f"{path}: {name} must be a number, got {value}", "correct the config")
+        if name.endswith(("norm_eps", "norm_epsilon")) and name in kinds:
             positive_number(value, name, path)
     fields = _corrected_rope(fields, path)
     if not family.alibi:  # for its errors, which name the field
