@@ -414,6 +414,11 @@ def _rope_of(config: PretrainedConfig, fields: Mapping[str, Any], family: Family
     absent = family.default_window is not None and fields.get(family.window) is None
     window = family.default_window if absent else positive_int(fields, family.window, path)
     assert window is not None
+    if window < 2:
+        raise CheckpointError(
+            f"{path}: {family.window} must be at least 2 tokens, got {window}: nothing follows a token",
+            "correct the config",
+        )
     if family.alibi:
         return RopeScaling("alibi", 1.0, DEFAULT_ROPE_THETA, window, window)
     read = {

@@ -141,6 +141,7 @@ def test_numbers_and_types_that_transformers_stumbles_over_are_read_with_a_note(
         ({"num_key_value_heads": 3}, CheckpointError, "must be a multiple of num_key_value_heads 3"),
         ({"partial_rotary_factor": 2.0}, CheckpointError, "must be a share of the head's 32"),
         ({"head_dim": 15}, CheckpointError, "must be even, got 15|transformers does not open it"),
+        ({"max_position_embeddings": 1}, CheckpointError, "must be at least 2 tokens, got 1"),
         ({"num_hidden_layers": 5000}, CheckpointError, "must be at most 1000, got 5000"),
     ],
 )
