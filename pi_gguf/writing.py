@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.adapters import AdaptedCheckpoint, ScaledTensor, low_rank_changes
+from pi_gguf.adapters import AdaptedCheckpoint, low_rank_changes
 from pi_gguf.checkpoint import Checkpoint, TensorSource
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
@@ -43,6 +43,7 @@ from pi_gguf.gguf_file import (
     write_header,
 )
 from pi_gguf.gguf_header import read_header
+from pi_gguf.merging import ScaledTensor
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
 from pi_gguf.trial import trust
@@ -287,7 +288,7 @@ def plan_adapter_file(checkpoint: AdaptedCheckpoint, *, general: dict[str, Any],
         by = change.scaling * change.rank / alpha if alpha else 0.0
         b = change.b
         if not math.isclose(by, 1, rel_tol=1e-12):
-            b = ScaledTensor(b.path, b.name, b.shape, "F32", by)
+            b = ScaledTensor.of(b, by)
         swap = _maker(lambda tensor, _: tensor.T, config, stacked=False)
         parts = {
             "lora_a": (change.a, swap if change.embedding else _maker(None, config, stacked=False)),
