@@ -148,7 +148,7 @@ def with_adapters(checkpoint: Checkpoint, folders: Sequence[str]) -> AdaptedChec
         files = load_adapter_files(folder)
         adapters.append(Adapter(files, model.merge(files), _stated_rope(files.path, checkpoint)))
         tokens_dir = _tokenizer_dir(files.path, checkpoint, tokens_dir)
-    model.check_vocabulary(adapters[-1].path)
+    model.check_vocabulary(adapters[-1].files)
     stated = [adapter for adapter in adapters if adapter.rope is not None]
     for adapter in stated[1:]:
         if adapter.rope != stated[0].rope:
@@ -275,7 +275,7 @@ class _Model:
             setattr(hf_config, name, value)
         return {"config": {**self.checkpoint.config, **now}, "hf_config": hf_config}
 
-    def check_vocabulary(self, path: Path) -> None:
+    def check_vocabulary(self, last: AdapterFiles) -> None:
         """Check that embedding and head have as many rows as each other.
 
         Raises:
@@ -284,14 +284,14 @@ class _Model:
         rows = {name: self.tensors[name].shape[0] for name in self._with_rows}
         if len(set(rows.values())) > 1:
             raise CheckpointError(
-                f"{path}: the vocabulary was resized, and not all of it is in the adapter: "
+                f"{last.weights}: the vocabulary was resized, and not all of it is in the adapter: "
                 + ", ".join(f"{name} has {count} rows" for name, count in rows.items()),
                 "resize MODEL itself as before training (resize_token_embeddings, then save_pretrained), or save the "
                 "adapter with save_embedding_layers=True",
             )
         before = self.checkpoint.vocab_size
         if (after := next(iter(rows.values()))) != before:
-            say(f"note: {path}: the vocabulary has {after} rows, MODEL's {before}")
+            say(f"note: {last.path}: the vocabulary has {after} rows, MODEL's {before}")
 
     def merge(self, files: AdapterFiles) -> dict[str, list[Change]]:
         """Merge an adapter; return what it does, by the tensor it does it to.
@@ -326,22 +326,16 @@ class _Model:
             shared = [*first.starts, *second.starts]
             shared += [base for base in [second.base or first.base] if base]
             shared += [*first.added, *second.added]
-            listed: tuple[list[Change], list[Change]]
-            if first.base and second.base and not _same(first.base, second.base):
-                listed = first.changes(), second.changes()
-            elif (first.copy or second.copy) and not (first.copy and second.copy and _same(first.copy, second.copy)):
-                listed = (
-                    first.changes() if first.copy else shared,
-                    second.changes() if second.copy else shared,
-                )
-            else:
+            apart = bool(first.base and second.base) and not _alike([first.base], [second.base])
+            ends = [edit.changes() if edit.copy or apart else shared for edit in (first, second)]
+            if not (apart or first.copy or second.copy) or _alike(*ends):
                 self._say_shared(origin, head, first, second, files)
-                if own := first.changes() if first.copy else shared:
-                    changes[origin] = own
+                if ends[0]:
+                    changes[origin] = ends[0]
                 continue
             say(f"note: {files.path}: {origin} and {head} are one tensor in MODEL, and two with this adapter")
             del self.tied[head]
-            changes |= {origin: listed[0], head: listed[1]}
+            changes |= dict(zip((origin, head), ends, strict=True))
         order = [*self.tensors, *(name for name in changes if name not in self.tensors)]
         return {name: changes[name] for name in order if name in changes}
 
@@ -382,8 +376,11 @@ class _Model:
             shape = after
 
 
-def _same(one: Change, other: Change) -> bool:
-    assert isinstance(one, Replacement) and isinstance(other, Replacement)
+def _alike(ones: Sequence[Change | None], others: Sequence[Change | None]) -> bool:
+    """Tell whether two tensors end as one: each replaced, by the same values."""
+    (one, *left), (other, *right) = (ones or [None], others or [None])
+    if left or right or not (isinstance(one, Replacement) and isinstance(other, Replacement)):
+        return False
     files: dict[Path, Any] = {}
     return one.source.shape == other.source.shape and bool(
         one.apply(None, files).float().equal(other.apply(None, files).float())
