@@ -18,7 +18,6 @@ from pi_gguf.checkpoint import TensorSource, is_file, read_json, read_tensor_lis
 from pi_gguf.errors import CheckpointError, UnsupportedError
 from pi_gguf.merging import PickledTensor, load_pickled
 from pi_gguf.progress import say
-from pi_gguf.rope import positive_int
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", WEIGHTS_FILE]
@@ -162,9 +161,9 @@ class AdapterConfig:
         if fields.get("peft_type") != "LORA":
             raise UnsupportedError(f"{path}: peft_type must be LORA, got {str(fields.get('peft_type'))[:80]!r}", _MERGE)
         self._check_known()
-        self.rank, self.alpha = positive_int(fields, "r", str(path)), self._number(fields, "lora_alpha")
+        self.rank, self.alpha = self._rank(fields, "r"), self._number(fields, "lora_alpha")
         ranks, alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
-        self.ranks = {name: positive_int(ranks, name, f"{path}: rank_pattern") for name in ranks}
+        self.ranks = {name: self._rank(ranks, name, "rank_pattern: ") for name in ranks}
         self.alphas = {name: self._number(alphas, name, "alpha_pattern: ") for name in alphas}
         self.root, self.dora = self._flag("use_rslora"), self._flag("use_dora")
         self.modules_to_save = self._names("modules_to_save")
@@ -255,6 +254,15 @@ class AdapterConfig:
             "set it to true if the adapter counts from MODEL's own weights",
         )
 
+    def _rank(self, fields: Mapping[str, Any], name: str, where: str = "") -> int:
+        value = fields.get(name)
+        if type(value) is not int or not 0 < value < 2**31:
+            got = "nothing" if value is None else repr(value)[:80]
+            raise CheckpointError(
+                f"{self.path}: {where}{name[:80]} must be a positive integer, got {got}", "correct the config"
+            )
+        return value
+
     def _number(self, fields: Mapping[str, Any], name: str, where: str = "") -> float:
         value = fields.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
@@ -295,8 +303,7 @@ class AdapterConfig:
         names = [value.get(f"target_modules_bd_{side}") or [] for side in "ab"]
         if not all(isinstance(side, list) and all(isinstance(name, str) for name in side) for side in names):
             raise self._wrong("use_bdlora", "have lists of names")
-        count = positive_int(value, "nblocks", f"{self.path}: use_bdlora") if "nblocks" in value else 1
-        return names[0], names[1], count
+        return names[0], names[1], self._rank({"nblocks": 1, **value}, "nblocks", "use_bdlora: ")
 
     def _tokens(self) -> dict[str, tuple[int, ...]]:
         """Return the rows that are trained of each embedding or head, by the end of its name; "" the embedding."""

@@ -143,12 +143,13 @@ def with_adapters(checkpoint: Checkpoint, folders: Sequence[str]) -> AdaptedChec
     """
     model = _Model(checkpoint)
     adapters: list[Adapter] = []
-    tokens_dir = checkpoint.tokenizer_dir
     for folder in folders:
         files = load_adapter_files(folder)
         adapters.append(Adapter(files, model.merge(files), _stated_rope(files.path, checkpoint)))
-        tokens_dir = _tokenizer_dir(files.path, checkpoint, tokens_dir)
-    model.check_vocabulary(adapters[-1].files)
+    rows = model.check_vocabulary(adapters[-1].files)
+    tokens_dir = checkpoint.tokenizer_dir
+    for adapter in adapters:
+        tokens_dir = _tokenizer_dir(adapter.path, checkpoint, tokens_dir, rows)
     stated = [adapter for adapter in adapters if adapter.rope is not None]
     for adapter in stated[1:]:
         if adapter.rope != stated[0].rope:
@@ -275,8 +276,8 @@ class _Model:
             setattr(hf_config, name, value)
         return {"config": {**self.checkpoint.config, **now}, "hf_config": hf_config}
 
-    def check_vocabulary(self, last: AdapterFiles) -> None:
-        """Check that embedding and head have as many rows as each other.
+    def check_vocabulary(self, last: AdapterFiles) -> int:
+        """Return how many rows embedding and head have; check that it is the same number.
 
         Raises:
             CheckpointError: they have not.
@@ -292,6 +293,7 @@ class _Model:
         before = self.checkpoint.vocab_size
         if (after := next(iter(rows.values()))) != before:
             say(f"note: {last.path}: the vocabulary has {after} rows, MODEL's {before}")
+        return after
 
     def merge(self, files: AdapterFiles) -> dict[str, list[Change]]:
         """Merge an adapter; return what it does, by the tensor it does it to.
@@ -540,7 +542,16 @@ class _Reader:
                 f"({module}), in peft as well",
                 "set it to true if the adapter counts from MODEL's own weights",
             )
-        return [] if product.embedding else [Residual(kind, *scaling) for kind in self.config.starts]
+        starts = [] if product.embedding else [Residual(kind, *scaling) for kind in self.config.starts]
+        most = min(product.shape(()))
+        for start in starts:
+            if start.rank > most - (start.kind == "kasa"):
+                raise CheckpointError(
+                    f"{self.files.weights}: {module} has rank {start.rank}, too many components for {start.kind} of a "
+                    f"layer of width {most}",
+                    "config and weights are of different adapters",
+                )
+        return starts
 
     def _product(
         self, module: str, name: str, parts: dict[str, TensorSource], scaling: tuple[int, float], piece: Piece
@@ -591,8 +602,13 @@ class _Reader:
 # The tokenizer
 
 
-def _tokenizer_dir(folder: Path, checkpoint: Checkpoint, now: Path) -> Path:
-    """Return the adapter's folder where it holds a tokenizer with tokens or a chat template of its own, else `now`."""
+def _tokenizer_dir(folder: Path, checkpoint: Checkpoint, now: Path, rows: int) -> Path:
+    """Return the adapter's folder where its tokenizer has tokens that the other lacks, or its own chat template.
+
+    Args:
+        now: folder of the tokenizer that holds otherwise.
+        rows: of the merged embedding; tokens beyond them the model does not have.
+    """
     names = ("tokenizer.json", "tokenizer.model")
     if not any(is_file(folder / name) for name in names):
         return now
@@ -605,10 +621,17 @@ def _tokenizer_dir(folder: Path, checkpoint: Checkpoint, now: Path) -> Path:
         raise CheckpointError(
             str(error), f"delete the tokenizer files in {folder} if MODEL's own tokenizer was used in training"
         ) from error
-    before = dataclasses.replace(checkpoint, path=now).load_tokenizer()
-    if own.get_vocab() == before.get_vocab() and own.chat_template in (None, before.chat_template):
+    tokens = own.get_vocab()
+    if (last := max(tokens.values(), default=0)) >= rows:
+        say(f"note: {folder}: its tokenizer has {last + 1} tokens, the model {rows} rows: MODEL's tokenizer is taken")
         return now
-    say(f"note: {folder}: the adapter's own tokenizer is taken, {len(own)} tokens; MODEL's has {len(before)}")
+    if any(is_file(now / name) for name in names):
+        before = dataclasses.replace(checkpoint, path=now).load_tokenizer()
+        others = before.get_vocab()
+        brings = bool(tokens.items() - others.items()) or max(others.values(), default=0) >= rows
+        if not brings and (tokens != others or own.chat_template in (None, before.chat_template)):
+            return now
+    say(f"note: {folder}: the adapter's own tokenizer is taken, with {len(tokens)} tokens")
     return folder
 
 
@@ -641,6 +664,8 @@ def _rope_of_config(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
     if not path.exists():
         return None
     config = read_json(path)
+    if isinstance(text := config.get("text_config"), dict):  # of a vision-language model
+        config = text
     if config.get("model_type") != checkpoint.family.model_type:
         raise CheckpointError(
             f"{path}: model_type must be the model's {checkpoint.family.model_type}, got {config.get('model_type')!r}",

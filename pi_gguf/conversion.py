@@ -111,10 +111,10 @@ def convert(
     uses it again. A conversion that stops leaves OUT.partial, and the same command goes on behind the last whole
     tensor.
 
-    With --lora, adapters as peft saves them are merged on the way. Where an adapter's folder states the position
-    scaling it was trained with, in config.json or pi_gguf.json, the file has it. An adapter that was trained with
-    scaled positions and states nothing (SuperHOT: positions times 0.25) takes --context 8192 --steps 0 on a model of
-    2048 tokens: factor 4.
+    With --lora, adapters are merged on the way as peft merges them, with the vocabulary and the tokenizer they were
+    trained with where these are their own. Where an adapter's folder states the position scaling it was trained with,
+    in config.json or pi_gguf.json, the file has it. An adapter that was trained with scaled positions and states
+    nothing (SuperHOT: positions times 0.25) takes --context 8192 --steps 0 on a model of 2048 tokens: factor 4.
 
     Args:
         model: Hugging Face folder, Hub id or bundled:tiny.
@@ -153,8 +153,8 @@ def convert(
             Repeatable; the first that fits holds.
         split_max_size: of a file, e.g. 4G or 500M (decimal): larger models become OUT-00001-of-00003.gguf and so on;
             one file when left out.
-        lora: folder with a LoRA adapter of the model to merge: adapter_config.json and adapter_model.safetensors.
-            Repeatable. With --context it needs --steps 0.
+        lora: LoRA adapter of the model to merge, as peft saves it: a folder with adapter_config.json and
+            adapter_model.safetensors (or .bin), or the Hub id of one. Repeatable. With --context it needs --steps 0.
         adapter_only: write the adapter alone, as a GGUF file for llama.cpp to apply to the base's; F32 or F16.
         imatrix: importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.
         dry_run: print every tensor with type and bytes, and the exact size, memory and disk needed; write nothing.

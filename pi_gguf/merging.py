@@ -258,10 +258,14 @@ class MergedTensor(TensorSource):
             del changes[0]  # what was done before it is gone
         replaced = bool(changes) and isinstance(changes[0], Replacement)
         tensor = torch.empty(0) if replaced else self.base.read(files)
+        if not _finite(tensor):
+            raise CheckpointError(
+                f"{self.base.path}: {self.base.name} holds NaN or infinity", "the checkpoint is damaged or diverged"
+            )
         for change in changes:
             tensor = change.apply(tensor, files)
         tensor = tensor.float()
-        if not _finite(tensor) and (replaced or _finite(self.base.read(files))):
+        if not _finite(tensor):
             raise CheckpointError(
                 f"{self.adapter}: merged into {self.name} it makes infinity or NaN",
                 "the adapter is damaged, or lora_alpha in adapter_config.json far too large",
