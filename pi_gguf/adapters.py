@@ -121,9 +121,13 @@ class AdaptedCheckpoint(Checkpoint):
         return self.rope
 
     def _open_model(self, config: Any, dtype: torch.dtype) -> Any:
+        text = copy.deepcopy(config.get_text_config())
+        text.vocab_size, text.tie_word_embeddings = self.vocab_size, self.tied
+        if hasattr(text, "quantization_config"):
+            del text.quantization_config  # of weights that were rounded; these are not
         files: dict[Path, Any] = {}
         weights = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
-        return type(self.skeleton).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        return type(self.skeleton).from_pretrained(None, config=text, state_dict=weights, dtype=dtype)
 
 
 def with_adapters(checkpoint: Checkpoint, folders: Sequence[str]) -> AdaptedCheckpoint:
