@@ -6,6 +6,7 @@ fields are checked. The model it is for is not looked at.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pi_gguf.checkpoint import TensorSource, is_file, read_json, read_tensor_list
+from pi_gguf.checkpoint import DTYPE_BYTES, TensorSource, is_file, read_json, read_tensor_list
 from pi_gguf.errors import CheckpointError, UnsupportedError
 from pi_gguf.merging import PickledTensor, load_pickled
 from pi_gguf.progress import say
@@ -84,6 +85,15 @@ class AdapterFiles:
     copies: dict[str, TensorSource] = field(default_factory=dict)
     bases: dict[str, TensorSource] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """What the adapter is called: its folder, or its id on the Hub."""
+        path = self.path.resolve()
+        repository = path.parent.parent.name
+        if path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/")
+        return path.name
+
     def sha256(self) -> str:
         """Return a hash of config and weights."""
         digest = hashlib.sha256((self.path / CONFIG_FILE).read_bytes())
@@ -109,7 +119,7 @@ def load_adapter_files(folder: str) -> AdapterFiles:
         weights = path / PICKLED_FILE
     for wanted in (path / CONFIG_FILE, weights):
         if not is_file(wanted):
-            raise CheckpointError(f"{path}: {wanted.name} is missing", "--lora takes a folder as peft saves it")
+            raise CheckpointError(f"{path}: {wanted.name} is missing", _hint_for(path))
     files = AdapterFiles(path, weights, AdapterConfig(read_json(path / CONFIG_FILE), path / CONFIG_FILE))
     _sort_tensors(files, read_tensor_list(weights) if weights.name == WEIGHTS_FILE else _read_pickled_list(weights))
     return files
@@ -139,8 +149,18 @@ def _find_folder(folder: str) -> Path:
     return found
 
 
+def _hint_for(path: Path) -> str:
+    """Say where an adapter may lie that is not in a folder: peft saves those with a name in a folder inside."""
+    places = [path.parent, path.parent.parent] if is_file(path) else []
+    with contextlib.suppress(OSError, ValueError):
+        places += sorted(found.parent for found in path.glob(f"*/{CONFIG_FILE}"))
+    place = next((place for place in places if is_file(place / CONFIG_FILE)), None)
+    return f"try --lora {place}" if place else "--lora takes a folder as peft saves it"
+
+
 def _read_pickled_list(path: Path) -> dict[str, TensorSource]:
-    names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    known = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
+    names = {stored: kind for stored, kind in known.items() if kind in DTYPE_BYTES}
     found: dict[str, TensorSource] = {}
     for name, tensor in load_pickled(path).items():
         kind = str(tensor.dtype) if str(tensor.layout) == "torch.strided" else str(tensor.layout)

@@ -61,7 +61,7 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return self.files.name
 
 
 @dataclass(frozen=True)

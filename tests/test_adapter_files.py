@@ -79,6 +79,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2, "match_strict": False}},
     ),
     "without the smallest components": ("llama", {"kasa_config": {}}),
+    "orthogonal start": ("llama", {"init_lora_weights": "olora"}),
     "both ends taken": ("llama", {"kasa_config": {}, "init_lora_weights": "pissa"}),
     "smallest components": ("llama", {"init_lora_weights": "mica"}),
     "principal components, weight-decomposed": ("llama", {"init_lora_weights": "pissa", "use_dora": True}),
@@ -402,9 +403,19 @@ def test_an_adapter_is_found_by_its_id_on_the_hub(models, tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     assert difference(merged_here(models["llama"], [Path("someone/an-adapter")]), theirs) == ""
+    checkpoint = with_adapters(load_checkpoint(str(models["llama"])), ["someone/an-adapter"])
+    assert checkpoint.adapters[0].name == "someone/an-adapter"
     with pytest.raises(CheckpointError, match="someone/another: not a folder here") as caught:
         merged_here(models["llama"], [Path("someone/another")])
     assert caught.value.hint
+
+
+def test_where_an_adapter_lies_is_said(models, tmp_path):
+    folder = adapter_of(models["llama"], tmp_path / "run" / "named")
+    for given in (tmp_path / "run", folder / "adapter_model.safetensors"):
+        with pytest.raises(CheckpointError, match="is missing") as caught:
+            merged_here(models["llama"], [given])
+        assert caught.value.hint == f"try --lora {folder}"
 
 
 # Damaged and hostile folders
