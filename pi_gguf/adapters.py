@@ -369,7 +369,7 @@ class _Model:
                 )
             if after != shape and not (may_grow and after[1:] == shape[1:] and after[0]):
                 stored = next(iter(change.sources))
-                hint = f"{_OTHER_MODEL}, with the same vocabulary"
+                hint = _OTHER_MODEL
                 if grows and after[1:] == shape[1:]:
                     hint = (
                         "the vocabulary was resized before training: resize MODEL alike (resize_token_embeddings, then "

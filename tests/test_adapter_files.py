@@ -194,6 +194,27 @@ def test_an_extracted_adapter_of_full_rank_with_mixed_types(models, tmp_path):
     assert torch.equal(ours["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
 
+def test_adapters_of_single_experts_that_older_releases_saved(models, tmp_path):
+    """peft itself fuses them for the model of transformers 5."""
+    base, folder = models["mixtral"], tmp_path / "adapter"
+    tensors: dict[str, torch.Tensor] = {}
+    torch.manual_seed(2)
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if ".block_sparse_moe." in name or "q_proj" in name:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(2, tensor.shape[1])
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(tensor.shape[0], 2)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 3, "bias": "none"}
+    config["target_modules"] = ["w1", "w2", "w3", "gate", "q_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    theirs = merged_by_peft(base, [folder], 0, tmp_path / "merged")
+    before = load_file(base / "model.safetensors")
+    assert all(not torch.equal(theirs[name], before[name]) for name in before if ".block_sparse_moe." in name)
+    assert difference(merged_here(base, [folder]), theirs) == ""
+
+
 def test_vision_tensors_are_left_out_and_counted(models, tmp_path, capfd):
     folder = adapter_of(models["llama"], tmp_path / "adapter")
     theirs = merged_by_peft(models["llama"], [folder], 0, tmp_path / "merged")
