@@ -410,6 +410,18 @@ def test_tied_embeddings_changed_by_one_side_are_noted(models, tmp_path, capfd):
     assert "are one tensor in MODEL, and two with this adapter" in capfd.readouterr().err
 
 
+def test_two_saved_bases_that_differ_untie_the_model(models, tmp_path):
+    folder = adapter_of(models["tied"], tmp_path / "adapter")
+    embedding, head = torch.randn(VOCABULARY, 16), torch.randn(VOCABULARY, 16)
+    stem = "base_model.model."
+    extra = {f"{stem}model.embed_tokens.weight": embedding, f"{stem}lm_head.weight": embedding.clone()}
+    renamed(folder, lambda name: name, extra)
+    assert "lm_head.weight" not in merged_here(models["tied"], [folder])
+    renamed(folder, lambda name: name, {f"{stem}lm_head.weight": head})
+    ours = merged_here(models["tied"], [folder])
+    assert torch.equal(ours["model.embed_tokens.weight"], embedding) and torch.equal(ours["lm_head.weight"], head)
+
+
 # From the Hub
 
 
