@@ -234,6 +234,8 @@ def try_case(case: Case, models: dict[str, Path], work: Path, seed: int) -> str:
                     return f"refused alone: {error}"
                 return "refused"
             return f"refused alone: {error}" if theirs else "refused"
+        if case.grown and len(ours["model.embed_tokens.weight"]) == VOCABULARY:  # peft saved nothing of the new rows
+            theirs = merged_by_peft(base, folders, 0, work / f"{seed}-as-it-was")
     if theirs is None:
         return f"merged alone: {said}"
     return difference(ours, theirs) or "merged"
