@@ -86,6 +86,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "trained with compressed activations": ("llama", {"velora_config": {"num_groups": 4}}),
     "trained with sampled weights": ("llama", {"monteclora_config": {}}),
     "a weight named as a parameter": ("llama", {"target_parameters": ["embed_tokens.weight", "k_proj.weight"]}),
+    "biases of B": ("llama", {"target_modules": ["q_proj"], "lora_bias": True, "use_rslora": True}),
+    "ranks and alphas by pattern": (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj", "down_proj"], "rank_pattern": {"^model.layers.0.self_attn.q_proj": 3},
+         "alpha_pattern": {"p_proj": 7, r"layers\.1\.mlp\..*": 5}},
+    ),
     "a whole block": ("llama", {"modules_to_save": ["layers.1.mlp"]}),
     "fused experts whole": ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     "router whole": ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["mlp.gate"]}),
