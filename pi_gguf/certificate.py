@@ -373,6 +373,7 @@ def certify(
     against: str | None = None,
     context: int | None = None,
     method: str = "linear",
+    strict_tokenizer: bool = False,
     require: str | None = None,
     text: Sequence[str] = (),
     seed: int = 0,
@@ -389,6 +390,7 @@ def certify(
         against: MODEL that the file was made from.
         context: window that MODEL was extended to without training; MODEL's own when left out.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        strict_tokenizer: as for convert, with --against.
         require: figures and what they must be, e.g. k_max>=32768,ppl_ratio<=1.02. The figures are stored in any case.
         text: text file or folder of them, of which the longest is read; the longest held-out novel of the bundled
             sample when left out. Repeatable.
@@ -407,7 +409,7 @@ def certify(
         checkpoint = load_checkpoint(against)
         rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
         try:
-            check = check_gguf(path, Reference(checkpoint, rope, "quick"))
+            check = check_gguf(path, Reference(checkpoint, rope, "quick", strict_tokenizer=strict_tokenizer))
         except CheckError as error:
             raise CheckError(
                 str(error), f"convert it again, or: pi-gguf repair {path} OUT --against {against}"

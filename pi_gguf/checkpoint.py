@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -304,6 +305,8 @@ class Checkpoint:
         kind = PreTrainedTokenizerFast if (self.tokenizer_dir / "tokenizer.json").exists() else AutoTokenizer
         try:
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.tokenizer_dir, trust_remote_code=False)
+            tokenizer.model_max_length = sys.maxsize  # nothing is ever cut, whatever the file says
+            tokenizer("a")
         except Exception as error:  # transformers raises many kinds for a broken tokenizer
             raise CheckpointError(
                 f"{self.tokenizer_dir}: the tokenizer does not open ({_one_line(error)})",

@@ -32,7 +32,7 @@ from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
-from pi_gguf.vocabulary import check_name, gguf_vocabulary
+from pi_gguf.vocabulary import file_name, gguf_vocabulary
 from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, write_file
 
 
@@ -93,6 +93,7 @@ def convert(
     lora_rank: int = 16,
     lora_alpha: int | None = None,
     check: str = "quick",
+    strict_tokenizer: bool = False,
     certify: bool | None = None,
     require: str | None = None,
     seed: int = 0,
@@ -141,6 +142,8 @@ def convert(
         lora_rank: rank of the adapters, of lora and qlora.
         lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         check: quick reads a prompt longer than the original window, full the whole new window; none.
+        strict_tokenizer: refuse a file in which any text of the check is tokenized otherwise than in Hugging Face. When
+            left out, prose must be alike; texts that begin with spaces, or have an added token inside, are counted.
         certify: measure the file in llama.cpp at its window, perplexity and passkeys, and write the figures into its
             header; where the whole window would take more than some ten minutes, a half, a quarter and so on of it.
             When left out, unless --check none.
@@ -172,6 +175,8 @@ def convert(
         raise OptionError(f"{out}: the name must end in .gguf")
     if check not in LEVELS:
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
+    if strict_tokenizer and check == "none":
+        raise OptionError("strict-tokenizer is for the check, check is none", "leave one of them out")
     certify = check != "none" if certify is None else certify
     requirements = read_requirements(require)
     if requirements and (not certify or adapter_only or dry_run):
@@ -193,7 +198,9 @@ def convert(
     if not adapter_only:
         tokenizer = checkpoint.load_tokenizer()
         vocabulary = gguf_vocabulary(checkpoint, tokenizer)
-        check_name(_general(model, rope, trained, (), method)["general.name"], tokenizer)
+        name = _general(model, rope, trained, (), method)["general.name"]
+        if (chosen := file_name(name, tokenizer)) != name:
+            say(f"note: general.name is {chosen!r}: by phi-3 in it llama.cpp drops the spaces behind special tokens")
     fine_tune = context is not None and steps != 0
     planned = None
     if dry_run and fine_tune:
@@ -218,6 +225,7 @@ def convert(
                     f"must state it: convert it with --context {rope.max_position_embeddings} --steps 0"
                 )
             return [plan_adapter_file(checkpoint, general=general, quantization=quant)]
+        general["general.name"] = file_name(general["general.name"], tokenizer)
         plan = plan_file(
             checkpoint, rope=rope, vocabulary=vocabulary,
             general={**general, **(matrix.keys() if matrix else {}), **(ROOM if certify else {})},
@@ -269,7 +277,9 @@ def convert(
         for plan, partial in zip(plans, partials, strict=True):
             write_file(plan, partial, overwrite=overwrite)
         if check != "none" and not adapter_only:
-            checks.append(check_gguf(partials[0], Reference(checkpoint, rope, check)))
+            checks.append(
+                check_gguf(partials[0], Reference(checkpoint, rope, check, strict_tokenizer=strict_tokenizer))
+            )
             say(str(checks[-1]))
     except (CheckError, CheckpointError):
         remove(work_dir)  # nothing there is worth going on with

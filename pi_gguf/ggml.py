@@ -84,7 +84,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
-    """Open a file with llama-cpp-python's `Llama`.
+    """Open a file with llama-cpp-python's `Llama`, without its chat templates: it compiles each as soon as it opens.
 
     Args:
         fast_buffers: whether weights are held in the forms that are fast on this CPU; `Llama` has no argument for it.
@@ -100,6 +100,14 @@ def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
         def model_params(self, params: Any) -> None:
             params.use_extra_bufts = fast_buffers
             self._model_params = params
+
+        @property
+        def metadata(self) -> dict[str, str]:
+            return self._metadata
+
+        @metadata.setter
+        def metadata(self, metadata: dict[str, str]) -> None:
+            self._metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.chat_template")}
 
         def eval(self, tokens: Sequence[int]) -> None:
             compute(super().eval, tokens)

@@ -65,6 +65,7 @@ def repair(
     against: str | None = None,
     set: Sequence[str] = (),
     check: str = "quick",
+    strict_tokenizer: bool = False,
     overwrite: bool = False,
     seed: int = 0,
     device: str = "cpu",
@@ -81,6 +82,7 @@ def repair(
         set: KEY=VALUE: state this, whatever else is found. A key that is there keeps its type, a new one gets the type
             that GGUF has for it. Repeatable.
         check: as for convert; without --against llama.cpp only has to open the file. none skips it.
+        strict_tokenizer: as for convert, with --against.
         overwrite: replace the file that is there.
         seed: taken like everywhere; nothing is random here.
         device: taken like everywhere; the check runs on the CPU.
@@ -117,7 +119,9 @@ def repair(
         if check != "none":
             _open(partial)
             if expected is not None and checkpoint is not None:
-                checks.append(check_gguf(partial, Reference(checkpoint, expected.rope, check)))
+                checks.append(
+                    check_gguf(partial, Reference(checkpoint, expected.rope, check, strict_tokenizer=strict_tokenizer))
+                )
                 say(str(checks[-1]))
     return Repair(str(source), str(out), changes, left, checks)
 

@@ -27,6 +27,7 @@ from pi_gguf.gguf_file import GgufInfo, read_gguf
 from pi_gguf.gguf_header import read_header
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel, common_prefix
+from pi_gguf.templates import render_chat
 from pi_gguf.trial import check_opens, fast_buffers_work
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (
 
 _QUANTIZED = ("q8_0", "q4_0")
 """Those in blocks of 32 elements of a head."""
+
+_TEMPLATE_NAMES = {
+    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
+    "mask": "mask_token",
+}  # fmt: skip
+"""Special tokens: GGUF's word -> the one of chat templates."""
 
 _BATCH = 512
 
@@ -110,8 +117,6 @@ class Model(LanguageModel):
         if not on_gpu:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
         threads = n_threads or cores()
-        from jinja2 import TemplateError
-
         check_opens(read_header(self.path), [read_header(Path(adapter)) for adapter in lora])
         quantized_weights = any(t.type not in UNQUANTIZED for t in info.tensors)
         log.clear()
@@ -135,8 +140,6 @@ class Model(LanguageModel):
                 self._reopen(watch)
         except (ValueError, RuntimeError) as error:
             raise GgufError(f"{path}: llama.cpp does not open it ({last_error() or error})") from error
-        except TemplateError as error:
-            raise GgufError(f"{path}: tokenizer.chat_template is broken ({error})", "write the file again") from error
         try:
             apply_adapters(self._llama, lora)
         except GgufError:
@@ -215,7 +218,11 @@ class Model(LanguageModel):
         Raises:
             OptionError: prompt and `max_tokens` do not fit the window; nothing is ever cut.
         """
-        ids = self.tokenize(prompt)
+        yield from self._continue(self.tokenize(prompt), max_tokens, temperature, seed, stop)
+
+    def _continue(
+        self, ids: list[int], max_tokens: int | None, temperature: float, seed: int, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
         limit = self._check_fits(len(ids), max_tokens)
         self._evaluated = []
         for part in self._llama.create_completion(
@@ -240,21 +247,25 @@ class Model(LanguageModel):
             seed: as in `complete`.
 
         Raises:
-            GgufError: the file has no chat template.
+            GgufError: the file has no chat template, or none that can be run.
             OptionError: conversation and `max_tokens` do not fit the window.
         """
-        if "tokenizer.chat_template" not in self.info.metadata:
+        metadata = self.info.metadata
+        if "tokenizer.chat_template" not in metadata:
             raise GgufError(f"{self.path}: tokenizer.chat_template is missing", "use complete for a base model")
-        length = sum(len(self.tokenize(m["content"], add_special=False)) + 8 for m in messages)
-        limit = self._check_fits(length, max_tokens)
-        self._evaluated = []
-        try:
-            for part in self._llama.create_chat_completion(
-                list(messages), max_tokens=limit, temperature=temperature, seed=seed, stream=True
-            ):
-                yield part["choices"][0]["delta"].get("content") or ""
-        except ValueError as error:  # the template itself made it too long
-            raise OptionError(f"the conversation does not fit the window of {self.n_ctx} tokens ({error})") from error
+        prompt = render_chat(metadata["tokenizer.chat_template"], messages, self._special_tokens(), str(self.path))
+        # The template has written the begin token where it is wanted.
+        yield from self._continue(self.tokenize(prompt, add_special=False), max_tokens, temperature, seed)
+
+    def _special_tokens(self) -> dict[str, str]:
+        """Return the spellings of the file's special tokens by the names that chat templates know."""
+        llama_cpp = llama_cpp_library()
+        vocab, found = llama_cpp.llama_model_get_vocab(self._llama.model), {}
+        for key, name in _TEMPLATE_NAMES.items():
+            index = self.info.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            if isinstance(index, int) and 0 <= index < self.n_vocab:
+                found[name] = llama_cpp.llama_vocab_get_text(vocab, index).decode(errors="replace")
+        return found
 
     def _check_fits(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self.n_ctx - prompt_tokens

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 # Imports go downward only: a module may import those of the layers before its own. The README draws the same.
 LAYERS = [
     {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance", "results"},
-    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
+    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "templates", "bundled", "families"},
     {"processes", "plots", "kept"},
     {"methods"},
     {"checkpoint"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"adapter_files"},
     {"adapters", "corpus", "lora"},
     {"vocabulary"},
-    {"gguf_header"},
+    {"gguf_header", "token_check"},
     {"gguf_file", "hf_model"},
     {"remote"},
     {"ggml"},
