@@ -307,7 +307,9 @@ class Checkpoint:
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.tokenizer_dir, trust_remote_code=False)
             tokenizer.model_max_length = sys.maxsize  # nothing is ever cut, whatever the file says
             tokenizer("a")
-        except Exception as error:  # transformers raises many kinds for a broken tokenizer
+        except BaseException as error:  # transformers raises many kinds for a broken tokenizer, tokenizers its panic
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointError(
                 f"{self.tokenizer_dir}: the tokenizer does not open ({_one_line(error)})",
                 "tokenizer.json or tokenizer.model must be in the folder",
@@ -573,5 +575,5 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

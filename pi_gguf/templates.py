@@ -84,7 +84,7 @@ def render_chat(template: Any, messages: Sequence[Mapping[str, Any]], tokens: Ma
         raise GgufError(str(error), _PLAIN) from error
     variables = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True, **tokens}
     search_path = [place for place in sys.path if place]  # without the working folder, which may be a stranger's
-    code = f"import sys; sys.path[:] = {search_path!r}; from pi_gguf.templates import _serve; _serve()"
+    code = f"import sys; sys.path[:] = {search_path!r}; from pi_gguf.templates import _serve; _serve({_CPU_SECONDS})"
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", code],
@@ -143,9 +143,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 # In the process that runs a template
 
 
-def _serve() -> None:
+def _serve(cpu_seconds: int) -> None:
     """Read a template and its variables from standard input; write what it makes of them, or why not."""
-    _limit()
+    _limit(cpu_seconds)
     try:
         asked = json.load(sys.stdin)
         answer = {"text": _rendered(asked["template"], asked["variables"])}
@@ -168,7 +168,7 @@ def _rendered(template: str, variables: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _limit() -> None:
+def _limit(cpu_seconds: int) -> None:
     """Bound the memory and the CPU time of this process, where the system can."""
     try:
         import resource
@@ -176,7 +176,7 @@ def _limit() -> None:
         return
     for kind, most in (
         (resource.RLIMIT_AS, _MEMORY_BYTES),
-        (resource.RLIMIT_CPU, _CPU_SECONDS),
+        (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_CORE, 0),
     ):
         _, hard = resource.getrlimit(kind)

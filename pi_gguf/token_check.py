@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.sample_texts import PROSE, special_texts
 from pi_gguf.vocabulary import Surroundings, reference_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _MOST_ADDED = 50
 """Added tokens that have texts of their own; some models have thousands that are alike."""
@@ -57,7 +54,7 @@ class TokenizedTexts:
     special: dict[str, list[int]]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, *, strict: bool) -> TokenizedTexts:
+    def of(cls, checkpoint: Checkpoint, tokenizer: Any, *, strict: bool) -> TokenizedTexts:
         """Tokenize the sample texts, passages of novels, and texts with the added tokens.
 
         Args:
@@ -101,7 +98,7 @@ def said(differences: Sequence[Difference], n_texts: int) -> str:
     )
 
 
-def _with_added_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _with_added_tokens(checkpoint: Checkpoint, tokenizer: Any) -> list[str]:
     """Return texts with added tokens inside; none for a bare SentencePiece model, which reads them as plain text."""
     if not (checkpoint.tokenizer_dir / "tokenizer.json").exists():
         return []

@@ -386,9 +386,9 @@ def _chat_templates(tokenizer: PreTrainedTokenizerBase, path: str) -> dict[str, 
     for name, template in templates.items():
         check_template(template, f"{path}: chat_template {name!r}")
     keys: dict[str, Any] = {}
-    others = sorted(name for name in templates if name != "default")
+    others = sorted((name for name in templates if name != "default"), key=str)
     for name in others:
-        if not re.fullmatch(r"[a-z0-9_]+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
             raise UnsupportedError(
                 f"{path}: chat_template {name!r}: a name in GGUF is made of a-z, 0-9 and _", "rename it in the folder"
             )
