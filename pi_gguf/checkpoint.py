@@ -307,8 +307,8 @@ class Checkpoint:
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.tokenizer_dir, trust_remote_code=False)
             tokenizer.model_max_length = sys.maxsize  # nothing is ever cut, whatever the file says
             tokenizer("a")
-        except BaseException as error:  # transformers raises many kinds for a broken tokenizer, tokenizers its panic
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        except BaseException as error:  # transformers raises many kinds for a broken tokenizer
+            if not isinstance(error, Exception) and not is_panic(error):
                 raise
             raise CheckpointError(
                 f"{self.tokenizer_dir}: the tokenizer does not open ({_one_line(error)})",
@@ -573,6 +573,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell whether an error is that of a Rust library that gave up, which is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def _one_line(error: BaseException) -> str:
