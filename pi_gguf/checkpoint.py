@@ -282,11 +282,14 @@ class Checkpoint:
 
     # Opening with transformers
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self, *, by_class: bool = False) -> PreTrainedTokenizerBase:
         """Open the tokenizer; tokenizer.json is taken at its word.
 
         The classes that transformers 5 would choose by model_type rebuild parts of it: a Qwen 2 gets Qwen's
         pre-tokenizer and a padding token whatever its file says.
+
+        Args:
+            by_class: open it as that class, for comparison.
 
         Raises:
             CheckpointError: it does not open, or is code of the checkpoint's own, which is never run.
@@ -302,7 +305,8 @@ class Checkpoint:
                 f"{settings_path}: tokenizer_class: the tokenizer {name[:80]!r} is code of its own, which is not run",
                 "remove auto_map if tokenizer.json alone gives the right tokens",
             )
-        kind = PreTrainedTokenizerFast if (self.tokenizer_dir / "tokenizer.json").exists() else AutoTokenizer
+        at_its_word = (self.tokenizer_dir / "tokenizer.json").exists() and not by_class
+        kind = PreTrainedTokenizerFast if at_its_word else AutoTokenizer
         try:
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.tokenizer_dir, trust_remote_code=False)
             tokenizer.model_max_length = sys.maxsize  # nothing is ever cut, whatever the file says

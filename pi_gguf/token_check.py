@@ -12,6 +12,8 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint, is_panic
+from pi_gguf.errors import CheckpointError
+from pi_gguf.progress import say
 from pi_gguf.sample_texts import PROSE, special_texts
 from pi_gguf.vocabulary import Surroundings, reference_ids
 
@@ -76,6 +78,7 @@ class TokenizedTexts:
             return found
 
         prose = tokenized([*PROSE, *passages])
+        _compare_with_class(checkpoint, tokenizer)
         special = tokenized([*special_texts(), *_with_added_tokens(checkpoint, tokenizer)])
         return cls({**prose, **special}, {}) if strict else cls(prose, special)
 
@@ -105,6 +108,20 @@ def said(differences: Sequence[Difference], n_texts: int) -> str:
             *(f"  {difference}" for difference in shown),
         )
     )
+
+
+def _compare_with_class(checkpoint: Checkpoint, tokenizer: Any) -> None:
+    """Say where the class that transformers chooses for this model reads its tokenizer.json otherwise."""
+    try:
+        other = checkpoint.load_tokenizer(by_class=True)
+    except CheckpointError:
+        return
+    text = next((t for t in PROSE if tokenizer(t)["input_ids"] != other(t)["input_ids"]), None)
+    if text is not None:
+        say(
+            f"note: {type(other).__name__} of transformers reads this tokenizer.json otherwise, {text[:40]!r} for one; "
+            "the file is taken at its word"
+        )
 
 
 def _with_added_tokens(checkpoint: Checkpoint, tokenizer: Any) -> list[str]:

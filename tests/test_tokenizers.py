@@ -510,6 +510,30 @@ def test_an_added_token_that_is_looked_for_after_normalizing_is_counted(tmp_path
     assert check.strings_different and all("<tool>" in text for text in check.strings_different)
 
 
+@pytest.mark.parametrize("prepends", [True, False], ids=["as transformers 4 saved it", "without a normalizer"])
+@pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}], ids=str)
+def test_a_llama_tokenizer_that_transformers_saved_again_converts(prepends, settings, tmp_path):
+    from transformers import AutoTokenizer
+
+    parsed = sentencepiece_bpe()
+    if not prepends:
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+        parsed |= {"normalizer": None, "pre_tokenizer": metaspace}
+    folder = sentencepiece_folder(tmp_path / "model", parsed)
+    named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    scheme = {False: "never", None: "always" if settings.get("legacy") else "first"}[settings.get("add_prefix_space")]
+    assert (saved["pre_tokenizer"] or {}).get("prepend_scheme") == scheme
+    check_of(folder, tmp_path / "out.gguf")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    novel = next(iter(bundled.novels("train").values()))
+    with pi_gguf.open(tmp_path / "out.gguf") as model:
+        for text in ("Once upon a time", "two  spaces\nand a line", "žluťoučký kůň 🐴 123", novel[5000:7000].strip()):
+            assert model.tokenize(text) == theirs(text)["input_ids"]
+
+
 def test_a_grown_tokenizer_json_holds_beside_an_old_tokenizer_model(tmp_path):
     model = train_sentencepiece(tmp_path / "tokenizer.model", **SENTENCEPIECES["BPE"], vocab_size=500)
     parsed = sentencepiece_bpe()

@@ -36,7 +36,7 @@ def test_a_real_tokenizer_gives_the_same_ids(name, rows, compared, tmp_path):
     assert metadata["tokenizer.ggml.add_bos_token"] is name.endswith(".model")
 
 
-def test_the_file_decides_and_not_the_class_that_model_type_names(tmp_path):
+def test_the_file_decides_and_not_the_class_that_model_type_names(tmp_path, capfd):
     """transformers 5 opens a Qwen 2 with Qwen's own pre-tokenizer and a padding token, whatever tokenizer.json says."""
     from test_families import make_model
 
@@ -52,6 +52,7 @@ def test_the_file_decides_and_not_the_class_that_model_type_names(tmp_path):
     metadata = read_gguf(tmp_path / "out.gguf").metadata
     assert metadata["tokenizer.ggml.pre"] == "smaug-bpe"
     assert "tokenizer.ggml.padding_token_id" not in metadata
+    assert "note: Qwen2Tokenizer of transformers reads this tokenizer.json otherwise" in capfd.readouterr().err
 
 
 def test_a_fine_tune_with_added_tokens_still_converts(llama_copy: Path, tmp_path):
