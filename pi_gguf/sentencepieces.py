@@ -44,7 +44,7 @@ def open_sentencepiece(path: str) -> Any:
 
     try:
         return SentencePieceProcessor(model_file=path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a SentencePiece model", "download this file again") from error
 
 
@@ -59,7 +59,10 @@ def keys_of_model(path: str) -> dict[str, Any]:
 
     open_sentencepiece(path)
     model = proto.ModelProto()
-    model.ParseFromString(Path(path).read_bytes())
+    try:
+        model.ParseFromString(Path(path).read_bytes())
+    except Exception as error:  # protobuf has kinds of its own
+        raise CheckpointError(f"{path}: not a SentencePiece model ({error})", "download this file again") from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     unigram = trainer.model_type == _UNIGRAM
     types = [int(piece.type) for piece in model.pieces]
