@@ -138,11 +138,14 @@ def test_the_check_finds_another_tokenizer(llama, tmp_path, monkeypatch):
     checkpoint = load_checkpoint(str(llama))
     path = written_with(llama, tmp_path, checkpoint.rope)
     reference = Reference(checkpoint, checkpoint.rope, "quick")
-    reference.tokenized["doubled"] = [0, *reference.tokenized["a"]]
+    wrong = [0, *reference.texts.prose["a"]]
+    reference.texts.special["doubled"] = wrong
+    assert check_gguf(path, reference).strings_different == ["doubled"]
+    reference.texts.prose["doubled"] = wrong
     with pytest.raises(CheckError, match="tokenizes differently"):
         check_gguf(path, reference)
     monkeypatch.setattr(check, "MAX_KL_DIVERGENCE", {"F32": -1.0})
-    del reference.tokenized["doubled"]
+    del reference.texts.prose["doubled"]
     with pytest.raises(CheckError, match="above rounding"):
         check_gguf(path, reference)
 
