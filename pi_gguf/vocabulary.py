@@ -145,11 +145,12 @@ class Surroundings:
 
     def note(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Say what llama.cpp does otherwise."""
-        said = []
+        said, template = [], str(tokenizer.chat_template)
         if self.before != [self.bos] * self.add_bos:
-            tokens = "".join(tokenizer.convert_ids_to_tokens(self.before))
-            who = "the chat template writes them" if tokens in str(tokenizer.chat_template) else "write them yourself"
-            said.append(f"{tokens} before each text, add_bos_token is false: {who} before a prompt")
+            tokens = tokenizer.convert_ids_to_tokens(self.before)
+            written = all(t in template or (t == tokenizer.bos_token and "bos_token" in template) for t in tokens)
+            who = "the chat template writes them" if written else "write them yourself"
+            said.append(f"{''.join(tokens)} before each text, add_bos_token is false: {who} before a prompt")
         if self.behind != [self.eos] * self.add_eos:
             tokens = "".join(tokenizer.convert_ids_to_tokens(self.behind))
             said.append(f"{tokens} behind each text, add_eos_token is false: a prompt that goes on has none")

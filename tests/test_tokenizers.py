@@ -662,6 +662,7 @@ def post_processor(single: str, ids: dict[str, int]) -> dict[str, Any]:
         ("A", None, False, False, ""),
         ("<s> A </s>", None, True, True, ""),
         ("<g> <s> A", "<g><s>{{ x }}", False, False, "<g><s> before each text, add_bos_token is false: the chat"),
+        ("<g> <s> A", "<g>{{ bos_token }}{{ x }}", False, False, "add_bos_token is false: the chat template"),
         ("<g> <s> A", "{{ x }}", False, False, "<g><s> before each text, add_bos_token is false: write them yourself"),
         ("<g> <s> <g> A", None, False, False, "<g><s><g> before each text"),
         ("<g> A", None, True, False, ""),
