@@ -24,7 +24,7 @@ from pi_gguf.ggml import (
     open_llama,
 )
 from pi_gguf.gguf_file import GgufInfo, read_gguf
-from pi_gguf.gguf_header import read_header
+from pi_gguf.loadable import check_adapter, check_loadable
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel, common_prefix
 from pi_gguf.trial import check_opens, fast_buffers_work
@@ -85,6 +85,10 @@ class Model(LanguageModel):
         watch: ProductWatch | None = None,
     ) -> None:
         info = read_gguf(Path(path))
+        check_loadable(info)
+        adapters = [read_gguf(Path(adapter)) for adapter in lora]
+        for adapter in adapters:
+            check_adapter(adapter, info)
         self.info, self.path, self.name = info, Path(path), str(path)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
@@ -112,7 +116,7 @@ class Model(LanguageModel):
         threads = n_threads or cores()
         from jinja2 import TemplateError
 
-        check_opens(read_header(self.path), [read_header(Path(adapter)) for adapter in lora])
+        check_opens(info.header, [adapter.header for adapter in adapters])
         quantized_weights = any(t.type not in UNQUANTIZED for t in info.tensors)
         log.clear()
         try:
@@ -134,7 +138,10 @@ class Model(LanguageModel):
             if watch:
                 self._reopen(watch)
         except (ValueError, RuntimeError) as error:
-            raise GgufError(f"{path}: llama.cpp does not open it ({last_error() or error})") from error
+            raise GgufError(
+                f"{path}: llama.cpp does not open it ({last_error() or error})",
+                f"pi-gguf inspect {path} shows what it states; or copy or convert it again",
+            ) from error
         except TemplateError as error:
             raise GgufError(f"{path}: tokenizer.chat_template is broken ({error})", "write the file again") from error
         try:
