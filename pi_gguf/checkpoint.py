@@ -304,7 +304,10 @@ class Checkpoint:
         kind = PreTrainedTokenizerFast if (self.tokenizer_dir / "tokenizer.json").exists() else AutoTokenizer
         try:
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.tokenizer_dir, trust_remote_code=False)
-        except Exception as error:  # transformers raises many kinds for a broken tokenizer
+            tokenizer("a", verbose=False)  # what is broken may show with the first text only
+        except BaseException as error:  # transformers raises many kinds for a broken tokenizer, and tokenizers panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise CheckpointError(
                 f"{self.tokenizer_dir}: the tokenizer does not open ({_one_line(error)})",
                 "tokenizer.json or tokenizer.model must be in the folder",
@@ -570,5 +573,5 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -398,7 +398,13 @@ def _special_tokens(header: Header, n_tokens: int) -> Iterator[Finding]:
     eos = ids.get("tokenizer.ggml.eos_token_id")
     if eos is None:
         yield Finding("tokenizer.ggml.eos_token_id", None, None, "generation does not know where to end.", ASK)
-    elif types is not None and types.type == "[INT32]" and types.length == n_tokens and eos in range(n_tokens):
+    elif (
+        types is not None
+        and types.type == "[INT32]"
+        and types.length == n_tokens
+        and isinstance(eos, int)
+        and eos in range(n_tokens)
+    ):
         kind = types.value[eos]
         if kind != CONTROL:
             text = f"this token is of type {kind}, an end token must be of type {CONTROL} (control)."

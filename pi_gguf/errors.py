@@ -21,43 +21,52 @@ class PiGgufError(Exception):
 
     Args:
         message: one line, `path: what is wrong` or `name must rule, got value`.
-        hint: one action.
+        hint: one action; that of the class when left out.
     """
 
     exit_code = 1
+    advice = "pi-gguf --help lists the commands"
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.advice
 
 
 class OptionError(PiGgufError):
     exit_code = 2
+    advice = "the command with --help says what its options take"
 
 
 class CheckpointError(PiGgufError):
     exit_code = 3
+    advice = "correct the file, or download or save the model again"
 
 
 class UnsupportedError(CheckpointError):
     exit_code = 4
+    advice = "pi-gguf models lists what is handled"
 
 
 class TextError(PiGgufError):
     exit_code = 5
+    advice = "give another text: a file, or a folder of them"
 
 
 class GgufError(PiGgufError):
     exit_code = 6
+    advice = "pi-gguf inspect shows what a file states; copy or convert it again"
 
 
 class CheckError(PiGgufError):
     exit_code = 7
+    advice = "convert the model again, from a folder that holds nothing else"
 
 
 class ResourceError(PiGgufError):
     exit_code = 8
+    advice = "free some memory or disk, or take a smaller model or window"
 
 
 class CertificateError(PiGgufError):
     exit_code = 9
+    advice = "pi-gguf inspect shows what was measured"

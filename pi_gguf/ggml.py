@@ -360,7 +360,10 @@ def quantize_file(
             bar(now - done)
             done = now
     if result != [0]:
-        raise GgufError(f"{source}: llama.cpp did not quantize it ({last_error()})")
+        raise GgufError(
+            f"{source}: llama.cpp did not quantize it ({last_error()})",
+            f"pi-gguf inspect {source} shows what it states; or copy or convert it again",
+        )
 
 
 def _key_list(keys: Mapping[str, int | str]) -> Any:

@@ -103,13 +103,13 @@ def tensors_of(header: Header) -> list[TensorInfo]:
     tensors = []
     for t in header.tensors:
         kind = names.get(t.type)
-        elements = math.prod(t.sides)
+        elements, columns = math.prod(t.sides), (*t.sides, 1)[0]
         if kind is None:
             wrong = f"{t.name} is of type {t.type}, which there is none of" + (" any more" if t.type < 40 else "")
         elif not 0 < elements < 2**63:
             wrong = f"{t.name} is of shape {' x '.join(map(str, t.sides))}"
-        elif (t.sides or (1,))[0] % (layout := _layouts()[kind]).block:
-            wrong = f"{t.name} has rows of {t.sides[0]}, {kind} is in blocks of {layout.block}"
+        elif columns % (layout := _layouts()[kind]).block:
+            wrong = f"{t.name} has rows of {columns}, {kind} is in blocks of {layout.block}"
         else:
             nbytes = elements // layout.block * layout.nbytes
             tensors.append(TensorInfo(t.name, tuple(reversed(t.sides)), kind, nbytes))
@@ -190,7 +190,7 @@ def _layouts() -> dict[str, _Layout]:
     import gguf
 
     found = {kind.name: _Layout(int(kind), *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
-    return {"Q2_0": _Layout(42, 64, 18), **found}  # gguf lags behind llama.cpp
+    return {**found, "Q8_1": _Layout(9, 32, 36), "Q2_0": _Layout(42, 64, 18)}  # where gguf is not as llama.cpp
 
 
 @cache

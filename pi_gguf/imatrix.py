@@ -207,10 +207,9 @@ def _read_older_form(path: Path) -> ImportanceMatrix:
                 calls = max(1, number())  # 0 where the means are not multiplied
                 sums[name] = np.frombuffer(piece(4 * number()), "<f4").reshape(1, -1)
                 counts[name] = np.array([calls], np.float32)
-            chunks, datasets = 0, []
-            if file.tell() < size:
-                chunks = max(0, number())
-                datasets = [piece(number()).decode(errors="replace")] if file.tell() < size else []
+            chunks = max(0, number()) if file.tell() < size else 0
+            length = number() if file.tell() < size else 0
+            datasets = [piece(length).decode(errors="replace")] if length else []
         except (struct.error, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise GgufError(

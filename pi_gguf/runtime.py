@@ -194,8 +194,14 @@ class Model(LanguageModel):
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """Return token ids; special tokens written out in the text are recognized."""
-        ids: list[int] = self._llama.tokenize(text.encode(), add_bos=add_special, special=True)
-        return ids
+        llama_cpp, data = llama_cpp_library(), text.encode()
+        vocabulary, room = llama_cpp.llama_model_get_vocab(self._llama.model), len(data) + 3
+        while True:  # a token has a byte or more, but for those that are put before and behind a text
+            ids = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, True)
+            if count >= 0:
+                return list(ids[:count])
+            room = -count
 
     def detokenize(self, ids: Sequence[int]) -> str:
         text: bytes = self._llama.detokenize(list(ids))
@@ -225,10 +231,13 @@ class Model(LanguageModel):
         ids = self.tokenize(prompt)
         limit = self._check_fits(len(ids), max_tokens)
         self._evaluated = []
-        for part in self._llama.create_completion(
-            ids, max_tokens=limit, temperature=temperature, seed=seed, stop=list(stop), stream=True
-        ):
-            yield part["choices"][0]["text"]
+        try:
+            for part in self._llama.create_completion(
+                ids, max_tokens=limit, temperature=temperature, seed=seed, stop=list(stop), stream=True
+            ):
+                yield part["choices"][0]["text"]
+        except RuntimeError as error:
+            raise self._stopped(error) from error
 
     def chat(
         self,
@@ -260,8 +269,16 @@ class Model(LanguageModel):
                 list(messages), max_tokens=limit, temperature=temperature, seed=seed, stream=True
             ):
                 yield part["choices"][0]["delta"].get("content") or ""
+        except RuntimeError as error:
+            raise self._stopped(error) from error
         except ValueError as error:  # the template itself made it too long
             raise OptionError(f"the conversation does not fit the window of {self.n_ctx} tokens ({error})") from error
+
+    def _stopped(self, error: RuntimeError) -> GgufError:
+        reason = last_error() or error
+        return GgufError(
+            f"{self.path}: llama.cpp does not go on ({reason})", "its weights may be damaged: copy it again"
+        )
 
     def _check_fits(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self.n_ctx - prompt_tokens

@@ -131,7 +131,7 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> li
     settings = read_json(path) if path.exists() else {}
     named = settings.get("eos_token_id") or getattr(checkpoint.hf_config, "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return [int(i) for i in dict.fromkeys(ids) if isinstance(i, int) and 0 <= i < checkpoint.vocab_size]
+    return list(dict.fromkeys(int(i) for i in ids if isinstance(i, int) and 0 <= i < checkpoint.vocab_size))
 
 
 def check_name(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -32,11 +32,26 @@ INTEGERS = (
     0, 1, 2, 3, 5, 7, 8, 31, 64, 100, 255, 256, 511, 512, 513, 1024, 1025, 4096, 65535, 65536, 2**20, 2**31 - 1, 2**31,
     2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, -1, -2, -(2**31), -(2**63),
 )  # fmt: skip
-FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e-30, 1e-3, 3.4e38, -3.4e38, 1e6, float("nan"), float("inf"), -float("inf"))
+FLOATS = (
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.5,
+    1e-45,
+    1e-30,
+    1e-3,
+    3.4e38,
+    -3.4e38,
+    1e6,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+)
 TEXTS = (
-    "", " ", "a", "none", "no_vocab", "llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "test", "default", "qwen2",
-    "llama-bpe", "glm4", "tekken", "linear", "yarn", "longrope", "dynamic", "gemma2", "phi3", "phi-3", "mamba", "clip",
-    "adapter", "imatrix", "lora", "x" * 100_000, "a\0b", "../../etc", "ü\n\t", "{{ 1/0 }}", "{% for %}",
+    "", " ", "a", "none", "no_vocab", "llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "test", "default",
+    "qwen2", "llama-bpe", "glm4", "tekken", "linear", "yarn", "longrope", "dynamic", "gemma2", "phi3", "phi-3", "mamba",
+    "clip", "adapter", "imatrix", "lora", "x" * 100_000, "a\0b", "../../etc", "ü\n\t", "{{ 1/0 }}", "{% for %}",
 )  # fmt: skip
 
 
@@ -134,7 +149,8 @@ OPTIONAL = (
     ("tokenizer.ggml.add_bos_token", 7), ("tokenizer.ggml.add_eos_token", 7), ("tokenizer.ggml.add_space_prefix", 7),
     ("tokenizer.ggml.bos_token_id", 4), ("tokenizer.ggml.eos_token_id", 4), ("tokenizer.ggml.eot_token_id", 4),
     ("tokenizer.ggml.unknown_token_id", 4), ("tokenizer.ggml.padding_token_id", 4), ("tokenizer.ggml.pre", 8),
-    ("tokenizer.ggml.remove_extra_whitespaces", 7), ("tokenizer.ggml.token_type_count", 4), ("tokenizer.chat_template", 8),
+    ("tokenizer.ggml.remove_extra_whitespaces", 7), ("tokenizer.ggml.token_type_count", 4),
+    ("tokenizer.chat_template", 8),
 )  # fmt: skip
 """Keys that a file may have, with the number of their type; those without a wing are the architecture's."""
 
@@ -169,7 +185,7 @@ def _change_type(rng: random.Random, parts: Parts) -> None:
 
 def _change_keys(rng: random.Random, parts: Parts) -> None:
     at = rng.randrange(len(parts.keys))
-    how = rng.choice("remove remove double rename swap".split())
+    how = rng.choice(["remove", "remove", "double", "rename", "swap"])
     if how == "remove":
         del parts.keys[at]
     elif how == "double":
@@ -184,7 +200,8 @@ def _change_keys(rng: random.Random, parts: Parts) -> None:
 
 def _add_key(rng: random.Random, parts: Parts) -> None:
     name, kind = rng.choice(OPTIONAL)
-    arch = next((e[2].decode(errors="replace") for e in parts.keys if e[0] == b"general.architecture"), "llama")
+    stated = next((e[2] for e in parts.keys if e[0] == b"general.architecture"), b"llama")
+    arch = stated.decode(errors="replace") if isinstance(stated, bytes) else str(stated)
     full = name if name.startswith(("general.", "tokenizer.", "split.")) else f"{arch}.{name}"
     parts.keys = [e for e in parts.keys if e[0] != full.encode()]
     value = _boundary(rng, kind) if rng.random() < 0.5 or kind == _STRING else rng.choice((0, 1, 2, 3, 4, 8, 1000))
@@ -194,7 +211,7 @@ def _add_key(rng: random.Random, parts: Parts) -> None:
 def _change_array(rng: random.Random, parts: Parts) -> None:
     array = rng.choice([e for e in parts.keys if e[1] == _ARRAY] or [[b"", _ARRAY, [4, [1], None]]])[2]
     item, values = array[0], array[1]
-    how = rng.choice("cut grow count item items same shuffle".split())
+    how = rng.choice(["cut", "grow", "count", "item", "items", "same", "shuffle"])
     if how == "cut":
         array[1] = values[: rng.choice((0, 1, len(values) // 2, max(0, len(values) - 1)))]
     elif how == "grow":
@@ -215,9 +232,11 @@ def _change_tensor(rng: random.Random, parts: Parts) -> None:
     if not parts.tensors:
         return
     tensor = rng.choice(parts.tensors)
-    how = rng.choice("name swap remove double side side sides type type offset count".split())
+    how = rng.choice(["name", "swap", "remove", "double", "side", "side", "sides", "type", "type", "offset", "count"])
     if how == "name":
-        tensor[0] = rng.choice((tensor[0][:-1], tensor[0] + b"x", b"", b"n" * 70, tensor[0].replace(b"blk.0", b"blk.9")))
+        tensor[0] = rng.choice(
+            (tensor[0][:-1], tensor[0] + b"x", b"", b"n" * 70, tensor[0].replace(b"blk.0", b"blk.9"))
+        )
     elif how == "swap":
         other = rng.choice(parts.tensors)
         part = rng.choice((0, 1, 2, 3))
@@ -240,7 +259,7 @@ def _change_tensor(rng: random.Random, parts: Parts) -> None:
 
 
 def _change_frame(rng: random.Random, parts: Parts) -> None:
-    how = rng.choice("version magic keys tensors".split())
+    how = rng.choice(["version", "magic", "keys", "tensors"])
     if how == "version":
         parts.version = rng.choice((0, 1, 2, 4, 0x03000000, 2**32 - 1))
     elif how == "magic":
@@ -254,7 +273,7 @@ def _change_frame(rng: random.Random, parts: Parts) -> None:
 def damaged_bytes(rng: random.Random, data: bytes) -> bytes:
     """Return bytes cut off, with others in their place, or with more behind them."""
     data = bytearray(data)
-    how = rng.choice("cut flip flips zero more insert".split())
+    how = rng.choice(["cut", "flip", "flips", "zero", "more", "insert"])
     at = rng.randrange(max(1, len(data))) if rng.random() < 0.3 else rng.randrange(max(1, min(4096, len(data))))
     if how == "cut":
         return bytes(data[:at])
@@ -327,7 +346,9 @@ def mutate_json(rng: random.Random, path: Path) -> None:
         value = rng.choice(([], {}, None, 3, "x", [value]))
     text = json.dumps(value)
     if rng.random() < 0.03:
-        text = rng.choice(("\ufeff" + text, text[:-1] + ',"model_type":"llama"}', "[" * 5000, text + text, f"//x\n{text}"))
+        text = rng.choice(
+            ("\ufeff" + text, text[:-1] + ',"model_type":"llama"}', "[" * 5000, text + text, f"//x\n{text}")
+        )
     path.write_text(text)
 
 
@@ -339,7 +360,7 @@ def _change_json(rng: random.Random, inside: Any, key: Any) -> None:
         None, True, False, *rng.sample(INTEGERS, 4), *rng.sample(FLOATS, 4), 2**70, -(2**70), 0.1, "", "x", "3", "1e3",
         "\ud800", "a\0b", "é" * 5000, [], {}, [1], [None], {"a": 1}, {"rope_type": "yarn"}, deep, *rng.sample(TEXTS, 3),
     )  # fmt: skip
-    how = rng.choice("other other other remove rename add near".split())
+    how = rng.choice(["other", "other", "other", "remove", "rename", "add", "near"])
     if how == "other":
         inside[key] = rng.choice(others)
     elif how == "near" and isinstance(inside[key], (int, float)) and not isinstance(inside[key], bool):
@@ -374,12 +395,16 @@ def mutate_safetensors(rng: random.Random, path: Path) -> None:
     for _ in range(rng.choice((1, 1, 2))):
         name = rng.choice(list(header))
         entry = header[name]
-        how = rng.choice("dtype shape offsets remove rename double other".split())
+        how = rng.choice(["dtype", "shape", "offsets", "remove", "rename", "double", "other"])
         if how == "dtype" and isinstance(entry, dict):
-            entry["dtype"] = rng.choice(("F64", "F16", "BF16", "I64", "I8", "BOOL", "F8_E4M3", "F4", "C64", "X", 3, None))
+            entry["dtype"] = rng.choice(
+                ("F64", "F16", "BF16", "I64", "I8", "BOOL", "F8_E4M3", "F4", "C64", "X", 3, None)
+            )
         elif how == "shape" and isinstance(entry, dict):
             shape = [n for n in entry.get("shape", [1]) if isinstance(n, int)]
-            entry["shape"] = rng.choice((shape[::-1], [*shape, 1], shape[:-1], [rng.choice(INTEGERS), *shape[1:]], "x", None))
+            entry["shape"] = rng.choice(
+                (shape[::-1], [*shape, 1], shape[:-1], [rng.choice(INTEGERS), *shape[1:]], "x", None)
+            )
         elif how == "offsets" and isinstance(entry, dict):
             begin, end = entry.get("data_offsets", [0, 0])
             entry["data_offsets"] = rng.choice(
@@ -388,7 +413,9 @@ def mutate_safetensors(rng: random.Random, path: Path) -> None:
         elif how == "remove":
             del header[name]
         elif how == "rename":
-            header[rng.choice((name + "x", name.replace("0", "7"), "", "lm_head.weight", f"model.{name}"))] = header.pop(name)
+            header[rng.choice((name + "x", name.replace("0", "7"), "", "lm_head.weight", f"model.{name}"))] = (
+                header.pop(name)
+            )
         elif how == "double":
             header[rng.choice((f"{name}.copy", name.replace("0", "1")))] = entry
         else:
@@ -434,7 +461,12 @@ _FILE_COMMANDS = (
     ("eval", "perplexity", "{}", "--text", "{other}", "--windows", "64", "--stride", "32", "--samples", "1"),
 )  # fmt: skip
 _CONVERT = ("convert", "{}", "{out}", "--quant", "F32", "--check", "none", "--no-certify")
-_FOLDER_COMMANDS = ((*_CONVERT, "--dry-run"), _CONVERT, (*_CONVERT[:-1], "--context", "256", "--steps", "0"), ("inspect", "{}"))
+_FOLDER_COMMANDS = (
+    (*_CONVERT, "--dry-run"),
+    _CONVERT,
+    (*_CONVERT[:-1], "--context", "256", "--steps", "0"),
+    ("inspect", "{}"),
+)
 
 
 def make_kinds(folder: Path) -> dict[str, Kind]:
@@ -447,8 +479,8 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
 
     text = folder / "text.txt"
     text.write_text("Once upon a time there was a cat. She sat on the wall and watched 12 boats.\n" * 20)
-    models = {"llama": make_llama(folder / "llama", max_shard_size="100KB"), "gemma2": make_model(folder / "gemma2", "gemma2", {}),
-              "qwen2_moe": make_model(folder / "qwen2_moe", "qwen2_moe", {})}  # fmt: skip
+    models = {"llama": make_llama(folder / "llama", max_shard_size="100KB")}
+    models |= {name: make_model(folder / name, name, {}) for name in ("gemma2", "qwen2_moe")}
     files = {}
     for name, model in models.items():
         files[name] = folder / f"{name}.gguf"
@@ -466,14 +498,15 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
     pi_gguf.compute_imatrix(str(files["llama"]), matrix, text=[str(text)], context=32, tokens=64)
     used = (("quantize", "{other}", "{out}", "--quant", "Q4_0", "--imatrix", "{}"),)
     kinds["imatrix"] = Kind(matrix, mutate_gguf, used, other=files["llama"])
-    kinds["imatrix dat"] = Kind(_older_form(matrix, folder / "matrix.dat"), mutate_older_imatrix, used, other=files["llama"])
+    kinds["imatrix dat"] = Kind(
+        _older_form(matrix, folder / "matrix.dat"), mutate_older_imatrix, used, other=files["llama"]
+    )
     single = make_llama(folder / "single")
-    for name, change, weight_of in (
-        ("config.json", mutate_json, single), ("tokenizer.json", mutate_json, single),
-        ("tokenizer_config.json", mutate_json, single), ("generation_config.json", mutate_json, single),
-        ("model.safetensors.index.json", mutate_json, models["llama"]), ("model.safetensors", mutate_safetensors, single),
-    ):  # fmt: skip
-        kinds[name] = Kind(weight_of, change, _FOLDER_COMMANDS, member=name)
+    settings = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    kinds |= {name: Kind(single, mutate_json, _FOLDER_COMMANDS, name) for name in settings}
+    index = "model.safetensors.index.json"
+    kinds[index] = Kind(models["llama"], mutate_json, _FOLDER_COMMANDS, index)
+    kinds["model.safetensors"] = Kind(single, mutate_safetensors, _FOLDER_COMMANDS, "model.safetensors")
     merged = tuple((c[0], "{other}", *c[2:], "--lora", "{}") for c in _FOLDER_COMMANDS[:2])
     kinds["adapter_config.json"] = Kind(adapter, mutate_json, merged, "adapter_config.json", single)
     kinds["adapter_model.safetensors"] = Kind(adapter, mutate_safetensors, merged, "adapter_model.safetensors", single)
@@ -486,7 +519,9 @@ def _with_pieces(source: Path, target: Path) -> Path:
 
     header = read_header(source)
     rows = header.entries["tokenizer.ggml.tokens"].length
-    words = [f"▁{word}" for word in "once upon a time there was cat the and of to in".split()]
+    words = [
+        f"▁{word}" for word in ["once", "upon", "a", "time", "there", "was", "cat", "the", "and", "of", "to", "in"]
+    ]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *map(chr, range(33, 127)), *words]
     tokens += [f"[PAD{i}]" for i in range(len(tokens), rows)]
     types = [2, 3, 3, *[6] * 256, *[1] * (rows - 259)]
@@ -562,9 +597,10 @@ def run_here(command: Sequence[str], log: Path) -> tuple[int, str]:
     from pi_gguf.cli import entry_point
 
     sys.argv = ["pi-gguf", *command]
-    with log.open("wb") as file:
+    with log.open("w", buffering=1, errors="replace") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
         code = 0
         try:
             entry_point()
@@ -573,8 +609,6 @@ def run_here(command: Sequence[str], log: Path) -> tuple[int, str]:
         except BaseException:  # a bug, as the interpreter would show it
             traceback.print_exc()
             code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
     return code, log.read_text(errors="replace")
 
 
@@ -594,7 +628,9 @@ def judge(code: int, said: str) -> str:
 
 def _work(kinds: dict[str, Kind], folder: Path, jobs: Any, results: Any) -> None:
     """Run one mutant after the other; in a process of its own."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
+    used = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
+    )
     if used:
         resource.setrlimit(resource.RLIMIT_AS, (used + MORE_MEMORY, used + MORE_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -663,11 +699,15 @@ def run_whole(outcome: Outcome) -> Outcome:
 
     start = [sys.executable, "-m", "pi_gguf", *outcome.command]
     try:
-        done = subprocess.run(start, capture_output=True, stdin=subprocess.DEVNULL, timeout=3 * SECONDS, preexec_fn=limit)
+        done = subprocess.run(
+            start, capture_output=True, stdin=subprocess.DEVNULL, timeout=3 * SECONDS, preexec_fn=limit
+        )
     except subprocess.TimeoutExpired:
         return Outcome(outcome.kind, outcome.seed, outcome.command, "hangs", -9, "")
     said = done.stderr.decode(errors="replace")
-    return Outcome(outcome.kind, outcome.seed, outcome.command, judge(done.returncode, said), done.returncode, said[-600:])
+    return Outcome(
+        outcome.kind, outcome.seed, outcome.command, judge(done.returncode, said), done.returncode, said[-600:]
+    )
 
 
 def run_mutants(

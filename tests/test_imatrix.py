@@ -400,7 +400,7 @@ def test_a_file_that_is_no_matrix_is_refused(cli, llama, matrix, tmp_path):
     old.write_bytes(b"\x07\x00\x00\x00" + bytes(100))
     for path, said, hint in (
         (exact, "general.type must be imatrix, got 'model'", "pi-gguf imatrix"),
-        (old, "older binary form", "llama-imatrix --in-file"),
+        (old, "neither GGUF nor the older form", "pi-gguf imatrix"),
         (tmp_path / "none.gguf", "No such file", "spelling"),
         (tmp_path, "cannot be read", "spelling"),
     ):

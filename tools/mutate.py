@@ -23,9 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", GGML_NO_BACKTRACE="1")
 
-from mutants import make_kinds, make_mutant, run_mutants, to_json  # noqa: E402
+from mutants import make_kinds, make_mutant, run_mutants, to_json
 
-from pi_gguf.provenance import provenance  # noqa: E402
+from pi_gguf.provenance import provenance
 
 
 def main() -> int:
@@ -50,20 +50,25 @@ def main() -> int:
         kinds = {name: kind for name, kind in make_kinds(Path(folder)).items() if options.only in name}
         each = -(-options.count // len(kinds))
         seeds = [(name, seed) for seed in range(options.seed, options.seed + each) for name in kinds]
-        counts, failed, saved, started = defaultdict(Counter), [], 0, time.monotonic()
-        for outcome, by_trial in run_mutants(kinds, Path(folder) / "mutant", seeds[: options.count], seconds=options.seconds):
+        counts, failed, saved, started = defaultdict(Counter), [], [], time.monotonic()
+        for outcome, by_trial in run_mutants(
+            kinds, Path(folder) / "mutant", seeds[: options.count], seconds=options.seconds
+        ):
             counts[outcome.kind][outcome.ended] += 1
-            saved += by_trial
+            saved += [to_json(outcome)] if by_trial else []
             if not outcome.well:
                 failed.append(to_json(outcome))
-                print(f"{outcome.kind} {outcome.seed}: {outcome.ended} {outcome.code}: {outcome.said[-200:]!r}", file=sys.stderr)
+                print(
+                    f"{outcome.kind} {outcome.seed}: {outcome.ended} {outcome.code}: {outcome.said[-200:]!r}",
+                    file=sys.stderr,
+                )
         seconds = round(time.monotonic() - started, 1)
     result = {
-        "mutants": sum(map(Counter.total, counts.values())), "seconds": seconds, "saved_by_a_child": saved,
+        "mutants": sum(map(Counter.total, counts.values())), "seconds": seconds, "saved_by_a_child": len(saved),
         "ends": dict(sum(counts.values(), Counter())), "kinds": {name: dict(ends) for name, ends in counts.items()},
-        "failed": failed, **provenance(seed=options.seed, device="cpu"),
+        "failed": failed, "saved": saved, **provenance(seed=options.seed, device="cpu"),
     }  # fmt: skip
-    print(json.dumps({key: value for key, value in result.items() if key != "failed"}, indent=1))
+    print(json.dumps({key: value for key, value in result.items() if key not in ("failed", "saved")}, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1))
     return 1 if failed else 0
