@@ -61,12 +61,15 @@ class GgufInfo:
             return "unknown"
 
     def hyperparameter(self, name: str) -> int:
-        """Return a positive integer key of the architecture.
+        """Return a positive integer key of the architecture, the largest where it is given layer by layer.
 
         Raises:
             GgufError: it is missing or below 1.
         """
-        value = self.metadata.get(f"{self.arch}.{name}")
+        entry = self.header.entries.get(f"{self.arch}.{name}")
+        value = None if entry is None else entry.value
+        if isinstance(value, list) and entry is not None and entry.type != "[STRING]":
+            value = max(value, default=0)
         if not isinstance(value, int) or value < 1:
             got = "it is missing" if value is None else f"got {value!r}"
             raise GgufError(

@@ -15,7 +15,7 @@ from pi_gguf.errors import GgufError
 from pi_gguf.families import FAMILIES
 from pi_gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
 from pi_gguf.gguf_file import GgufInfo, TensorInfo
-from pi_gguf.gguf_header import ALIGNMENT, Header
+from pi_gguf.gguf_header import ALIGNMENT, Entry, Header
 from pi_gguf.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES
 from pi_gguf.sentencepieces import BYTE
 
@@ -243,7 +243,7 @@ def _reading(header: Header, tensors: Sequence[TensorInfo]) -> Iterator[Finding]
         text = f"llama.cpp reads texts with {', '.join(TOKENIZERS)} only."
         yield Finding(f"{_TOKENIZER}model", kind, None, text, ASK)
     elif tokens is not None and tokens.type == "[STRING]":
-        texts = [text.split(b"\0")[0] or b"[EMPTY_%d]" % i for i, text in enumerate(tokens.texts)]
+        texts = _tokens(tokens)
         yield from _twice(texts)
         yield from _special_tokens(header, str(kind), len(texts))
         if kind in _OF_KIND:
@@ -253,6 +253,11 @@ def _reading(header: Header, tensors: Sequence[TensorInfo]) -> Iterator[Finding]
         if lost and "jina" not in f"{metadata.get(_TOKENIZER + 'pre')}{arch}":
             text = f"of a model called so llama.cpp wants the tokens {', '.join(lost)}; another name will do."
             yield Finding("general.name", metadata["general.name"], None, text, ASK)
+
+
+def _tokens(entry: Entry) -> list[bytes]:
+    """Return the tokens as llama.cpp has them: up to a zero byte, and with names for empty ones."""
+    return [text.split(b"\0")[0] or b"[EMPTY_%d]" % i for i, text in enumerate(entry.texts)]
 
 
 def _twice(texts: Sequence[bytes]) -> Iterator[Finding]:
@@ -284,19 +289,32 @@ def _special_tokens(header: Header, kind: str, n_tokens: int) -> Iterator[Findin
 
 
 def _pieces(header: Header, texts: Sequence[bytes]) -> Iterator[Finding]:
-    lost = _unreadable(set(texts), _PROSE)
+    lost = unreadable(set(texts), _PROSE)
     if lost:
         text = f"it has no pieces and no bytes for {len(lost)} characters of plain text such as {sorted(lost)[-1]!r}."
         yield Finding(f"{_TOKENIZER}tokens", len(texts), None, text, ASK)
 
 
-def _unreadable(tokens: set[bytes], characters: frozenset[str]) -> set[str]:
+def pieces_without_bytes(header: Header) -> set[bytes] | None:
+    """Return the tokens of a SentencePiece vocabulary that has not all bytes; None of any other.
+
+    llama.cpp ends at a character that is none of them and whose bytes are none either.
+    """
+    tokens = header.entries.get(f"{_TOKENIZER}tokens")
+    if header.metadata.get(f"{_TOKENIZER}model") != _LLAMA or tokens is None or tokens.type != "[STRING]":
+        return None
+    texts = set(_tokens(tokens))
+    return texts if any(not _has_byte(texts, b) for b in (*range(0xC0), *range(0xC2, 0xF5))) else None
+
+
+def unreadable(tokens: set[bytes], characters: frozenset[str]) -> set[str]:
     """Return the characters that are no tokens of a SentencePiece vocabulary, and whose bytes are none either."""
-    spaced = {c: ("▁" if c == " " else c).encode() for c in characters}
-    return {
-        c for c, text in spaced.items()
-        if text not in tokens and any(b"<0x%02X>" % b not in tokens and bytes([b]) not in tokens for b in text)
-    }  # fmt: skip
+    spaced = {c: ("▁" if c == " " else c).encode(errors="replace") for c in characters}
+    return {c for c, text in spaced.items() if text not in tokens and not all(_has_byte(tokens, b) for b in text)}
+
+
+def _has_byte(tokens: set[bytes], byte: int) -> bool:
+    return b"<0x%02X>" % byte in tokens or bytes([byte]) in tokens
 
 
 def _words(header: Header, texts: Sequence[bytes]) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.files import human_bytes
 from pi_gguf.ggml import (
     UNQUANTIZED,
@@ -24,7 +24,7 @@ from pi_gguf.ggml import (
     open_llama,
 )
 from pi_gguf.gguf_file import GgufInfo, read_gguf
-from pi_gguf.loadable import check_adapter, check_loadable
+from pi_gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel, common_prefix
 from pi_gguf.trial import check_opens, fast_buffers_work
@@ -90,6 +90,7 @@ class Model(LanguageModel):
         for adapter in adapters:
             check_adapter(adapter, info)
         self.info, self.path, self.name = info, Path(path), str(path)
+        self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
         if self.n_ctx < 1:
@@ -193,7 +194,16 @@ class Model(LanguageModel):
     # Text
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Return token ids; special tokens written out in the text are recognized."""
+        """Return token ids; special tokens written out in the text are recognized.
+
+        Raises:
+            TextError: the vocabulary has not all bytes, and a character of the text needs some that are not there.
+        """
+        if self._pieces is not None and (lost := unreadable(self._pieces, frozenset(text))):
+            raise TextError(
+                f"{self.path}: its vocabulary has no token and no bytes for {min(lost)!r}, at which llama.cpp ends",
+                "leave such characters out of the text",
+            )
         llama_cpp, data = llama_cpp_library(), text.encode()
         vocabulary, room = llama_cpp.llama_model_get_vocab(self._llama.model), len(data) + 3
         while True:  # a token has a byte or more, but for those that are put before and behind a text
@@ -359,12 +369,13 @@ def open_model(path: str | Path, **options: Any) -> Model:
 
 def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> int:
     """Return the bytes that the KV cache of a GGUF file takes at `n_ctx` tokens."""
-    heads = info.hyperparameter("attention.head_count")
-    if f"{info.arch}.attention.head_count_kv" in info.metadata:
-        info.hyperparameter("attention.head_count_kv")
+    layers, name = info.hyperparameter("block_count"), "attention.head_count_kv"
+    if f"{info.arch}.{name}" not in info.header.entries:
+        name = "attention.head_count"
+    heads, each = info.hyperparameter(name), info.header.entries[f"{info.arch}.{name}"].value
     return kv_cache_bytes(
-        n_layers=info.hyperparameter("block_count"),
-        n_kv_heads=int(info.metadata.get(f"{info.arch}.attention.head_count_kv", heads)),
+        n_layers=1,
+        n_kv_heads=sum(each) if isinstance(each, list) else layers * heads,
         head_dim=_head_size(info, "key_length"),
         n_ctx=n_ctx,
         type_k=type_k,
@@ -374,8 +385,9 @@ def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> in
 
 def _head_size(info: GgufInfo, name: str) -> int:
     """Return the elements of a head, by the name of its key: key_length or value_length."""
-    default = info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
-    return int(info.metadata.get(f"{info.arch}.attention.{name}", default))
+    if f"{info.arch}.attention.{name}" in info.header.entries:
+        return info.hyperparameter(f"attention.{name}")
+    return info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
 
 
 def _scores_batch(info: GgufInfo, n_ctx: int) -> int:

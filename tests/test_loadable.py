@@ -17,7 +17,7 @@ from conftest import SHARED_MODELS, make_llama
 from test_families import make_model
 
 import pi_gguf
-from pi_gguf.errors import GgufError, OptionError
+from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.families import FAMILIES
 from pi_gguf.ggml import _ggml, check_quantization, quantizations, spelled
 from pi_gguf.gguf_file import read_gguf, tensor_nbytes, tensor_types
@@ -26,11 +26,6 @@ from pi_gguf.loadable import check_adapter, check_loadable, find_fatal
 from pi_gguf.runtime import Model
 
 A, T = "llama.", "tokenizer.ggml."
-
-
-def written(folder: Path, source: Path) -> Path:
-    out = folder / f"{source.name}.gguf"
-    return pi_gguf.convert(str(source), out, quant="F32", check="none").path if not out.exists() else out
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +92,7 @@ def _no_core() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (2**31,) * 2)
 
 
 FATAL = {
@@ -179,6 +174,22 @@ def test_a_vocabulary_of_pieces_must_have_what_plain_text_needs(sound, tmp_path)
     assert dies(path)
     with pytest.raises(GgufError, match=r"no pieces and no bytes for 1 characters of plain text such as '\\n'"):
         check_loadable(read_gguf(path))
+    no_bytes = [f"[{i}]" if token[1:3] == "0x" and token != "<0x0A>" else token for i, token in enumerate(tokens)]
+    path = pieces(sound, tmp_path / "letters.gguf", tokens=Entry.of(no_bytes), token_type=None)
+    with Model(path, n_ctx=32, device="cpu") as model, Model(whole, n_ctx=32, device="cpu") as sure:
+        assert model.tokenize("Once, 12 cats\n") == sure.tokenize("Once, 12 cats\n")
+        assert sure.tokenize("é")
+        with pytest.raises(TextError, match="no token and no bytes for 'é'"):
+            model.tokenize("a café")
+
+
+def test_heads_given_layer_by_layer_are_counted(sound, tmp_path):
+    per_layer = {A + "attention.head_count": Entry.of([4, 4]), A + "attention.head_count_kv": Entry.of([2, 2])}
+    path = changed(sound, tmp_path / "m.gguf", per_layer)
+    with Model(path, n_ctx=32, device="cpu") as model, Model(sound, n_ctx=32, device="cpu") as other:
+        assert model.kv_cache_bytes == other.kv_cache_bytes
+        assert model.tokenize("Once") == other.tokenize("Once")
+    check_loadable(read_gguf(path))
 
 
 def test_a_token_is_what_is_before_a_zero_byte(sound, tmp_path):
