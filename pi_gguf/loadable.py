@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def check_loadable(info: GgufInfo, *, texts: bool = True) -> None:
 
 
 def _hint(header: Header, finding: Finding) -> str:
-    target = f"pi-gguf repair {header.path} REPAIRED.gguf"
+    target = f"pi-gguf repair {shlex.quote(str(header.path))} REPAIRED.gguf"
     if finding.severity == "note":
         return "take a model that writes texts"
     if finding.remedy == CONVERT:
@@ -268,7 +269,7 @@ def _twice(texts: Sequence[bytes]) -> Iterator[Finding]:
         if text in first:
             shown = text.decode(errors="replace")[:40]
             reason = f"tokens {first[text]} and {i} are both {shown!r} to llama.cpp, which ends there."
-            yield Finding(f"{_TOKENIZER}tokens", len(texts), None, reason, ASK)
+            yield Finding(f"{_TOKENIZER}tokens", len(texts), None, reason, CONVERT)
             return
         first[text] = i
 
@@ -292,7 +293,7 @@ def _pieces(header: Header, texts: Sequence[bytes]) -> Iterator[Finding]:
     lost = unreadable(set(texts), _PROSE)
     if lost:
         text = f"it has no pieces and no bytes for {len(lost)} characters of plain text such as {sorted(lost)[-1]!r}."
-        yield Finding(f"{_TOKENIZER}tokens", len(texts), None, text, ASK)
+        yield Finding(f"{_TOKENIZER}tokens", len(texts), None, text, CONVERT)
 
 
 def pieces_without_bytes(header: Header) -> set[bytes] | None:
