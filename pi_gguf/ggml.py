@@ -42,6 +42,7 @@ _callbacks: list[Any] = []  # ctypes callbacks must outlive the library's use of
 @cache
 def llama_cpp_library() -> Any:
     """Import llama_cpp, and collect what it says in `log`."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # children that look for a debugger outlive what they look at
     import llama_cpp
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]

@@ -57,6 +57,13 @@ _NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 _ADDED = re.compile(r"(blk\.\d+\.|output|token_embd)\S*_norm\.(weight|bias)|blk\.\d+\.\S+\.bias")
 """Tensors that llama.cpp adds, or multiplies element by element, in 32 bits only."""
 
+_NO_MODELS = {
+    "adapter": "apply it to the file of its model: pi-gguf run MODEL.gguf --lora ADAPTER.gguf",
+    "imatrix": "give it with --imatrix beside the model",
+    "mmproj": "take the file of the model itself",
+}
+"""What else lies in GGUF files, and what is done with it."""
+
 _PROSE = frozenset(map(chr, range(32, 127))) | {"\n"}
 _PHI3_TOKENS = (b"</s>", b"<unk>", b"<s>", b"<|endoftext|>")
 
@@ -69,8 +76,11 @@ def check_loadable(info: GgufInfo, *, texts: bool = True) -> None:
         texts: whether it is to read and write texts; quantizing does neither.
 
     Raises:
-        GgufError: it does not; the hint says what mends it.
+        GgufError: it does not, or it is no model; the hint says what mends it.
     """
+    kind = info.metadata.get("general.type")
+    if kind in _NO_MODELS and not any(t.name == "token_embd.weight" for t in info.tensors):
+        raise GgufError(f"{info.path}: general.type is {kind}, it is no model", _NO_MODELS[kind])
     for finding in find_fatal(info.header, info.tensors, texts=texts):
         raise GgufError(f"{info.path}: {finding}", _hint(info.header, finding))
 

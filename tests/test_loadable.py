@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,15 @@ def test_a_number_of_layers_or_experts_is_mended_by_the_tensors(sound, experts, 
         code, _, err = cli("repair", path, out, "--overwrite")
         assert code == 0, err
         assert read_header(out).entries.get(A + key) == header.entries.get(A + key), (key, wrong)
+
+
+def test_layers_are_as_many_as_llama_cpp_holds_where_no_tensor_tells(sound, tmp_path):
+    header = replace(read_header(sound), tensors=[], tensor_infos=b"")
+    for count, fatal in ((0, True), (1, False), (512, False), (513, True)):
+        path = tmp_path / "m.gguf"
+        path.write_bytes(header.changed({A + "block_count": Entry.of(count)}).to_bytes())
+        assert dies(path, quantize=True) is fatal
+        assert [f.key for f in find_fatal(read_header(path), [])] == [A + "block_count"] * fatal
 
 
 def test_experts_that_cannot_be_chosen_are_found(experts, tmp_path):
@@ -316,6 +326,18 @@ def test_an_adapter_is_of_the_tensors_of_its_base(adapter, sound, tmp_path):
         with pytest.raises(GgufError) as caught:
             check_adapter(read_gguf(path), base)
         assert said in str(caught.value)
+
+
+def test_what_is_no_model_is_named_with_what_it_is_for(adapter, sound, cli, tmp_path):
+    for arguments in (("run", adapter, "--prompt", "a"), ("quantize", adapter, tmp_path / "o.gguf", "--quant", "Q8_0")):
+        code, _, err = cli(*arguments)
+        assert (code, err.splitlines()[-1][:5]) == (6, "hint:")
+        assert "general.type is adapter, it is no model" in err
+        assert "--lora" in err
+    code, out, _ = cli("inspect", adapter, "--json")
+    assert code == 0
+    assert "no model" in out
+    check_loadable(read_gguf(changed(sound, tmp_path / "m.gguf", {"general.type": Entry.of("adapter")})))
 
 
 # Headers
