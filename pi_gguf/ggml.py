@@ -110,7 +110,7 @@ def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
 
 
 def last_error() -> str:
-    """Return the first line of the log that tells of an error, or an empty string; a value in it may have lines, too."""
+    """Return the first line of the log that tells of an error, or an empty string; without breaks."""
     lines = [" ".join(line.split()) for line in log if "error" in line.lower() or "failed" in line.lower()]
     return lines[0] if lines else ""
 
