@@ -108,10 +108,10 @@ def find_fatal(header: Header, tensors: Sequence[TensorInfo], *, texts: bool = T
         yield from _reading(header, tensors)
 
 
-def _whole(header: Header, name: str) -> int:
-    """Return a whole number of the architecture; 0 where there is none that llama.cpp reads."""
+def _whole(header: Header, name: str, default: int = 0) -> int:
+    """Return a whole number of the architecture; the default where there is none that llama.cpp reads."""
     value = header.metadata.get(f"{header.arch}.{name}")
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else default
 
 
 def _per_layer(header: Header, name: str) -> list[int]:
@@ -226,9 +226,9 @@ def _heads(header: Header) -> Iterator[Finding]:
     width = _whole(header, "embedding_length")
     if not heads or not heads[0] or arch not in _OURS:
         return
-    key = _whole(header, "attention.key_length") or width // heads[0]
-    value = _whole(header, "attention.value_length") or width // heads[0]
-    rotated = _whole(header, "rope.dimension_count") or key
+    key = _whole(header, "attention.key_length", width // heads[0])
+    value = _whole(header, "attention.value_length", width // heads[0])
+    rotated = _whole(header, "rope.dimension_count", key)
     if key != value:
         yield Finding(f"{arch}.attention.value_length", value, key, f"keys have {key} elements a head.", ASK)
     elif rotated % 2 or rotated > key or (arch in _WHOLE_HEADS and rotated != key):

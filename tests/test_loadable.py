@@ -221,7 +221,8 @@ def test_a_trie_without_its_single_bytes_never_ends(sound, tmp_path):
 
 
 def test_heads_that_cannot_be_shared_or_rotated_are_found(sound, tmp_path):
-    for key, value in (("attention.head_count_kv", 3), ("attention.value_length", 16), ("rope.dimension_count", 15)):
+    for key, value in (("attention.head_count_kv", 3), ("attention.value_length", 16), ("rope.dimension_count", 15),
+                       ("rope.dimension_count", 0)):  # fmt: skip
         path = changed(sound, tmp_path / "m.gguf", {A + key: Entry.of(value)})
         with pytest.raises(GgufError, match=rf"{key} is {value}"):
             check_loadable(read_gguf(path))
@@ -326,6 +327,37 @@ def test_an_adapter_is_of_the_tensors_of_its_base(adapter, sound, tmp_path):
         with pytest.raises(GgufError) as caught:
             check_adapter(read_gguf(path), base)
         assert said in str(caught.value)
+
+
+def test_factors_must_be_of_the_rows_and_the_columns_of_their_tensor(adapter, sound):
+    whole, base = read_gguf(adapter), read_gguf(sound)
+    name = "blk.0.ffn_down.weight"
+    shapes = {t.name: t.shape for t in whole.tensors if t.name.startswith(name)}
+    assert shapes == {f"{name}.lora_a": (4, 96), f"{name}.lora_b": (64, 4)}
+    for side, shape in (
+        ("a", (4, 95)),
+        ("a", (5, 96)),
+        ("a", (2, 4, 96)),
+        ("b", (63, 4)),
+        ("b", (64, 5)),
+        ("b", (64,)),
+    ):
+        tensors = [replace(t, shape=shape) if t.name == f"{name}.lora_{side}" else t for t in whole.tensors]
+        with pytest.raises(GgufError, match=f"{name} of .* does not fit .64, 96."):
+            check_adapter(replace(whole, tensors=tensors), base)
+
+
+def test_an_adapter_of_an_embedding_that_is_the_head_is_refused(adapter, sound):
+    whole, base = read_gguf(adapter), read_gguf(sound)
+    rows = next(t.shape for t in base.tensors if t.name == "token_embd.weight")
+    pair = [
+        replace(whole.tensors[0], name=f"token_embd.weight.lora_{s}", shape=(n, 4))
+        for s, n in zip("ab", rows, strict=True)
+    ]
+    check_adapter(replace(whole, tensors=pair), base)
+    tied = replace(base, tensors=[t for t in base.tensors if t.name != "output.weight"])
+    with pytest.raises(GgufError, match="the embedding is the head, too"):
+        check_adapter(replace(whole, tensors=pair), tied)
 
 
 def test_what_is_no_model_is_named_with_what_it_is_for(adapter, sound, cli, tmp_path):
