@@ -40,7 +40,7 @@ class Finding:
     def __str__(self) -> str:
         found = "is missing" if self.found is None else f"is {in_short(self.found)}"
         expected = f", should be {in_short(self.expected)}" if self.expected is not None else ""
-        return f"{self.key} {found}{expected}: {self.text}"
+        return " ".join(f"{self.key} {found}{expected}: {self.text}".split())  # a value may have lines of its own
 
 
 def in_short(value: Any) -> Any:
