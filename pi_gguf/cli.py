@@ -237,11 +237,13 @@ def _show_quantize(path: Path) -> str:
 
 
 def _show_imatrix(report: Any) -> str:
+    from pi_gguf.gguf_header import is_gguf
+
     text = (
         f"wrote {report.path} ({report.tensors} tensors, {report.tokens:,} tokens in {report.windows} windows of "
         f"{report.context})\nnext: pi-gguf "
     )
-    verb = "quantize" if report.model.endswith(".gguf") else "convert"
+    verb = "quantize" if is_gguf(report.model) else "convert"
     return f"{text}{verb} {report.model} OUT.gguf --quant IQ3_XXS --imatrix {report.path}"
 
 

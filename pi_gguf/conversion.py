@@ -24,7 +24,7 @@ from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.files import check_free_disk, check_writable, disk_errors, publish, remove
 from pi_gguf.finetune import extend
-from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization
+from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
 from pi_gguf.imatrix import read_imatrix
@@ -371,12 +371,13 @@ def _read_override(text: str) -> tuple[str, str]:
         re.compile(pattern)
     except re.error as error:
         raise OptionError(f"tensor-type {text!r}: {pattern!r} is not a regular expression ({error})") from error
-    if not pattern or kind.upper() not in tensor_types():
+    known = spelled(kind, tensor_types())
+    if not pattern or known is None:
         raise OptionError(
             f"tensor-type must be PATTERN=TYPE with a tensor type, got {text!r}",
-            "for example --tensor-type attn_v=Q8_0",
+            nearest(kind, tensor_types()) or "for example --tensor-type attn_v=Q8_0",
         )
-    return pattern, kind.upper()
+    return pattern, known
 
 
 def _general(

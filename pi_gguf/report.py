@@ -22,7 +22,7 @@ from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError, PiGgufError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity, k_max
 from pi_gguf.files import replace_when_complete, write_json
-from pi_gguf.gguf_header import tensors_sha256
+from pi_gguf.gguf_header import is_gguf, tensors_sha256
 from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
 from pi_gguf.provenance import provenance
@@ -171,7 +171,7 @@ def evaluate_all(
 
 
 def _is_gguf(model: str) -> bool:
-    return not is_url(model) and Path(model).suffix == ".gguf"
+    return not is_url(model) and is_gguf(model)
 
 
 def _labels(base: str, models: Sequence[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 LAYERS = [
     {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance", "results"},
     {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "templates", "bundled", "families"},
-    {"processes", "plots", "kept"},
+    {"findings", "processes", "plots", "kept"},
     {"methods"},
     {"checkpoint"},
     {"merging"},
@@ -31,6 +31,7 @@ LAYERS = [
     {"vocabulary"},
     {"gguf_header", "token_check"},
     {"gguf_file", "hf_model"},
+    {"loadable"},
     {"remote"},
     {"ggml"},
     {"trial"},
