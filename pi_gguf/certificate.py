@@ -30,6 +30,9 @@ from pi_gguf.runtime import Model
 
 VERSION = 2
 
+_LARGEST = 3.4e38
+"""Perplexities of models that know nothing are stored as this."""
+
 ROOM_KEY = f"{PREFIX}room"
 ROOM = {ROOM_KEY: " " * 2048}
 """Key of a file that is to be certified: the certificate takes its room, so that the file's size stays as planned."""
@@ -89,14 +92,14 @@ class Certificate:
         return asdict(self)
 
     def keys(self) -> dict[str, Any]:
-        """Return the keys of a GGUF header."""
+        """Return the keys of a GGUF header, whose numbers of 32 bits end at `_LARGEST`."""
         found: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if name == "perplexity":
                 found |= {f"{PREFIX}perplexity.{window}": float(p) for window, p in value.items()}
             elif value is not None:
                 found[PREFIX + name] = value
-        return found
+        return {key: min(value, _LARGEST) if isinstance(value, float) else value for key, value in found.items()}
 
     @classmethod
     def read(cls, header: Header) -> Certificate | None:
