@@ -17,7 +17,7 @@ from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError, ResourceError, TextError
 from pi_gguf.evaluate import Yardstick, k_max, passkey_cells
-from pi_gguf.files import human_bytes, replace_when_complete
+from pi_gguf.files import human_bytes, replace_when_complete, writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import MEASURED as PREFIX
 from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
@@ -367,6 +367,7 @@ class Certified:
         return asdict(self)
 
 
+@writes("file")
 def certify(
     file: str | Path,
     *,

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from pi_gguf.certificate import Certificate
 from pi_gguf.errors import OptionError
-from pi_gguf.files import check_writable, human_bytes, replace_when_complete
+from pi_gguf.files import check_writable, human_bytes, write_text, writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import read_header, tensors_sha256
 from pi_gguf.report import (
@@ -44,6 +44,7 @@ class Card:
         return asdict(self)
 
 
+@writes("out")
 def card(
     file: str | Path,
     *,
@@ -82,8 +83,7 @@ def card(
     if out is not None:
         for name, draw in plots.items():
             draw(Path(out).with_name(name))
-        with replace_when_complete(Path(out)) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(Path(out), text)
     return Card(text, out)
 
 

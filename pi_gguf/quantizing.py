@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.files import check_free_disk, check_writable, replace_when_complete
+from pi_gguf.files import check_free_disk, check_writable, replace_when_complete, writes
 from pi_gguf.ggml import UNQUANTIZED, check_quantization, mixture, quantize_file
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import read_header
@@ -14,6 +14,7 @@ from pi_gguf.progress import say
 from pi_gguf.trial import check_quantizes
 
 
+@writes("target")
 def quantize(
     source: str | Path,
     target: str | Path,

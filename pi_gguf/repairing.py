@@ -17,7 +17,7 @@ from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.defects import CONVERT, Expectation, Finding, expect, find_defects, in_short, mend
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.files import check_writable, replace_when_complete
+from pi_gguf.files import check_writable, replace_when_complete, writes
 from pi_gguf.gguf_file import TensorInfo, tensors_of
 from pi_gguf.gguf_header import TYPES, Entry, Header, read_header, type_of_key, write_changed
 from pi_gguf.progress import say
@@ -58,6 +58,7 @@ class Repair:
         return {**asdict(self), "left": [finding.to_json() for finding in self.left]}
 
 
+@writes("out")
 def repair(
     source: str | Path,
     out: str | Path,
