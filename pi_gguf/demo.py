@@ -19,7 +19,7 @@ from pi_gguf.files import open_folder, write_json, write_text, writes
 from pi_gguf.finetune import extend
 from pi_gguf.plots import plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
-from pi_gguf.provenance import provenance
+from pi_gguf.provenance import provenance, without_folders
 from pi_gguf.results import PasskeyCell, PerplexityRow
 from pi_gguf.tables import markdown_table
 from pi_gguf.targets import doublings
@@ -53,7 +53,8 @@ class DemoReport:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found: dict[str, Any] = without_folders(asdict(self))
+        return found
 
     def __str__(self) -> str:
         from pi_gguf.tables import text_table

@@ -210,7 +210,8 @@ def measure_documents(
     """
     largest = largest or max(windows)
     kept = kept or Kept(None)
-    tokenized = {name: lm.tokenize(body) for name, body in documents.items()}
+    need = max(max_tokens, largest) if samples is None else None
+    tokenized = {name: _tokenize(lm, body, need) for name, body in documents.items()}
     for name, ids in tokenized.items():
         if len(ids) < largest:
             raise TextError(
@@ -242,6 +243,15 @@ def measure_documents(
                 kept.put(item, {"scored": _sums(nll), "first_pass": _by_position(nll[0], largest) if whole else []})
         found[window] = [kept.get(item) for item in items.values()]
     return found
+
+
+def _tokenize(lm: LanguageModel, body: str, need: int | None) -> list[int]:
+    """Return the tokens of a document; where no more than the first `need` are used, those at least."""
+    if need is not None and len(body) > 16 * need:  # few tokens have so many characters
+        ids = lm.tokenize(body[: 16 * need])
+        if len(ids) > need:
+            return ids
+    return lm.tokenize(body)
 
 
 def _sums(nll: Sequence[np.ndarray]) -> list[float]:

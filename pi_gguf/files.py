@@ -28,6 +28,8 @@ from pi_gguf.progress import process_rank, say
 _LOCK, _TEMPORARY, _OLD = "lock", "tmp", "old"
 """In a work folder: who writes; what is deleted when nobody does; a folder that is being replaced."""
 
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows lacks these
+
 _RECORD_BYTES = 1024
 """A lock's record has always this size, so that writing it anew is a single step."""
 
@@ -174,7 +176,7 @@ def _lock(path: Path, folder: Path) -> int:
             made = False
             _check_ours(folder)
         try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            lock = os.open(folder / _LOCK, _FLAGS, 0o600)
         except FileNotFoundError:  # its writer has just ended, and deleted it
             continue
         try:
@@ -195,7 +197,8 @@ def _begin(lock: int, folder: Path, made: bool) -> None:
             _check_ours(folder)  # again: nobody else writes in it any more
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
         record = {"pi_gguf": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command}
-        os.pwrite(lock, json.dumps(record).encode().ljust(_RECORD_BYTES), 0)
+        os.lseek(lock, 0, os.SEEK_SET)
+        os.write(lock, json.dumps(record).encode().ljust(_RECORD_BYTES))
     except OSError:
         if made:
             _leave(folder)

@@ -175,7 +175,7 @@ def extend(
             check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
             _begin_or_resume(work_dir, {**record, "sharded": spread.fsdp}, overwrite)
         try:
-            corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir)
+            corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir, training.tokens)
             batches = training_batches(
                 checkpoint, training, corpus, seed, packing=packing, longest_first=longest_first
             )  # fmt: skip

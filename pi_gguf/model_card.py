@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,6 +161,7 @@ def _text(
     certificate: Certificate | None,
     tables: list[str],
 ) -> str:
+    file = shlex.quote(re.sub(r"[\s`]+", " ", path.name))
     source = str(metadata.get("general.source.repository", ""))
     name = metadata.get("general.name", path.stem)
     window, original = rope.max_position_embeddings, rope.original_max_position_embeddings
@@ -175,9 +177,9 @@ def _text(
             facts.append([what, str(metadata[key])])
     lines = ["---", "library_name: gguf", "tags: [gguf, llama.cpp, long-context, position-interpolation]"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        lines.append(f"base_model: {source}")
+        lines.append(f"base_model: {_yaml(source)}")
     if "general.license" in metadata:
-        lines.append(f"license: {metadata['general.license']}")
+        lines.append(f"license: {_yaml(metadata['general.license'])}")
     lines += ["---", "", f"# {_escaped(name)}, {quantization}, {window:,} tokens", ""]
     lines += [markdown_table(["", ""], [[what, _escaped(value)] for what, value in facts])]
     if certificate is not None:
@@ -190,12 +192,18 @@ def _text(
             "",
         ]
     elif not tables:
-        lines += ["## Not measured", "", f"It has no certificate: `pi-gguf certify {path.name}` measures it.", ""]
-    lines += [*tables, "## Run", "", "```", f"pi-gguf run {path.name} < long-document.txt", "```", ""]
-    lines += [f"Or in llama.cpp, with the whole window: `llama-cli -m {path.name} -c {window}`.", ""]
+        lines += ["## Not measured", "", f"It has no certificate: `pi-gguf certify {file}` measures it.", ""]
+    lines += [*tables, "## Run", "", "```", f"pi-gguf run {file} < long-document.txt", "```", ""]
+    lines += [f"Or in llama.cpp, with the whole window: `llama-cli -m {file} -c {window}`.", ""]
     return "\n".join(lines)
 
 
 def _escaped(text: Any) -> str:
-    """Return text for a cell of a Markdown table."""
-    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|")
+    """Return text for a cell of a Markdown table or a title: one line, and no markup of HTML."""
+    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML's front matter takes it, which reads JSON: whatever it holds, it stays one value."""
+    text = json.dumps(value if isinstance(value, list) else str(value), ensure_ascii=False)
+    return text.encode(errors="replace").decode()

@@ -25,7 +25,7 @@ from pi_gguf.files import open_folder, write_json, write_text, writes
 from pi_gguf.gguf_header import tensors_sha256
 from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
-from pi_gguf.provenance import provenance
+from pi_gguf.provenance import provenance, without_folders
 from pi_gguf.results import (
     BoundsReport,
     DivergenceReport,
@@ -160,7 +160,7 @@ def evaluate_all(
         say(f"tasks: {tasks}")
         short = evaluate_short(base, *models, tasks=tasks, limit=limit, **common)
     except PiGgufError as error:
-        missing.append(f"Table 5 was not measured: {error}")
+        missing.append(without_folders(f"Table 5 was not measured: {error}"))
         say(f"note: {missing[-1]}")
     report = PageReport(
         str(folder / "report.html"), base, context, files, first, first_read, second, second_read, passkeys, steps,

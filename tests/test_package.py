@@ -20,7 +20,19 @@ README = (ROOT / "README.md").read_text()
 
 # Imports go downward only: a module may import those of the layers before its own. The README draws the same.
 LAYERS = [
-    {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance", "results"},
+    {
+        "endings",
+        "errors",
+        "passkey",
+        "progress",
+        "data",
+        "losses",
+        "scoring",
+        "tables",
+        "tiles",
+        "provenance",
+        "results",
+    },
     {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
     {"processes", "plots", "kept"},
     {"methods"},
