@@ -23,7 +23,7 @@ from pi_gguf.gguf_header import MEASURED as PREFIX
 from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
 from pi_gguf.planning import free_memory
-from pi_gguf.progress import say
+from pi_gguf.progress import say, stage
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.runtime import Model
@@ -228,6 +228,7 @@ class Base:
         return cls(price["before"], {key: price.get(key) for key in ("text", "text_sha256", "largest", "stride")})
 
 
+@stage("certify {path} in llama.cpp")
 def measure(
     path: Path,
     *,

@@ -28,7 +28,7 @@ from pi_gguf.progress import process_rank, say
 _LOCK, _TEMPORARY, _OLD = "lock", "tmp", "old"
 """In a work folder: who writes; what is deleted when nobody does; a folder that is being replaced."""
 
-_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows lacks these
+_FLAGS = os.O_RDWR | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
 
 _RECORD_BYTES = 1024
 """A lock's record has always this size, so that writing it anew is a single step."""
@@ -174,10 +174,8 @@ def _lock(path: Path, folder: Path) -> int:
             folder.mkdir(mode=0o700)
         except FileExistsError:
             made = False
-            _check_ours(folder)
-        try:
-            lock = os.open(folder / _LOCK, _FLAGS, 0o600)
-        except FileNotFoundError:  # its writer has just ended, and deleted it
+        lock = _open_lock(folder)
+        if lock is None:
             continue
         try:
             _flock(lock, path, folder)
@@ -190,11 +188,39 @@ def _lock(path: Path, folder: Path) -> int:
         os.close(lock)
 
 
+def _open_lock(folder: Path) -> int | None:
+    """Open the lock in a work folder, or make it where that is empty; None where its writer is just deleting it.
+
+    Raises:
+        OptionError: there is none, or it is not ours.
+    """
+    try:
+        names = [entry.name for entry in folder.iterdir()] if stat.S_ISDIR(os.lstat(folder).st_mode) else ["?"]
+        if names and _LOCK not in names:
+            raise _in_the_way(folder)
+        lock = os.open(folder / _LOCK, _FLAGS | (0 if names else os.O_CREAT), 0o600)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _in_the_way(folder) from error
+    status = os.fstat(lock)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(lock)
+        raise _in_the_way(folder)
+    return lock
+
+
+def _in_the_way(path: Path, what: str = "is in the way, and no work folder of pi-gguf") -> OptionError:
+    return OptionError(f"{path}: {what}", "move it away, or give the output another name")
+
+
 def _begin(lock: int, folder: Path, made: bool) -> None:
     """Write who has the lock into it."""
     try:
         if not made:
-            _check_ours(folder)  # again: nobody else writes in it any more
+            _check_ours(folder)
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
         record = {"pi_gguf": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command}
         os.lseek(lock, 0, os.SEEK_SET)
@@ -242,28 +268,21 @@ def _read_record(lock: Path) -> dict[str, Any] | None:
 
 
 def _check_ours(folder: Path) -> None:
-    """Check that a work folder was made here, by this user, and holds plain files only.
+    """Check that a work folder whose lock is held was made here, by this user, and holds plain files only.
 
     Raises:
         OptionError: otherwise; nothing in it is touched.
     """
-    hint = "move it away, or give the output another name"
-    try:
-        status = os.lstat(folder)
-        if not stat.S_ISDIR(status.st_mode):
-            raise OptionError(f"{folder}: is in the way, and no work folder of pi-gguf", hint)
-        names = {entry.name for entry in folder.iterdir()}
-        bare = names <= {_LOCK} and not (_LOCK in names and os.lstat(folder / _LOCK).st_size)  # killed at its start
-        if not bare and (status.st_uid != os.geteuid() or _read_record(folder / _LOCK) is None):
-            raise OptionError(f"{folder}: is in the way, and no work folder of pi-gguf", hint)
-        for parent, folders, files in os.walk(folder):
-            for name in [*folders, *files]:
-                found = os.lstat(Path(parent, name))
-                plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-                if not plain and not stat.S_ISDIR(found.st_mode):
-                    raise OptionError(f"{Path(parent, name)}: is a link, a pipe or a device in a work folder", hint)
-    except FileNotFoundError:  # its writer is just deleting it
-        return
+    status = os.lstat(folder)
+    begun = has_more(folder) or os.lstat(folder / _LOCK).st_size  # otherwise killed at its very start
+    if begun and (status.st_uid != os.geteuid() or _read_record(folder / _LOCK) is None):
+        raise _in_the_way(folder)
+    for parent, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            found = os.lstat(Path(parent, name))
+            plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+            if not plain and not stat.S_ISDIR(found.st_mode):
+                raise _in_the_way(Path(parent, name), "is a link, a pipe or a device in a work folder")
 
 
 def _tidy(folder: Path, path: Path) -> None:

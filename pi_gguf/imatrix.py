@@ -19,7 +19,7 @@ from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.files import check_writable, replace_when_complete, temporary, writes
 from pi_gguf.ggml import ProductWatch
 from pi_gguf.gguf_file import read_array, read_gguf, read_values, write_values
-from pi_gguf.progress import progress_bar, say
+from pi_gguf.progress import progress_bar, say, stage
 from pi_gguf.runtime import Model
 from pi_gguf.texts import read_texts
 from pi_gguf.vocabulary import gguf_vocabulary
@@ -250,6 +250,7 @@ class ImatrixReport:
 
 
 @writes("out")
+@stage("compute an importance matrix of {model} in llama.cpp")
 def compute_imatrix(
     model: str,
     out: str | Path,

@@ -10,11 +10,12 @@ from pi_gguf.ggml import UNQUANTIZED, check_quantization, mixture, quantize_file
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import read_header
 from pi_gguf.imatrix import read_imatrix
-from pi_gguf.progress import say
+from pi_gguf.progress import say, stage
 from pi_gguf.trial import check_quantizes
 
 
 @writes("target")
+@stage("quantize {source} in llama.cpp")
 def quantize(
     source: str | Path,
     target: str | Path,

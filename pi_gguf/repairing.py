@@ -189,13 +189,15 @@ def read_assignment(text: str, header: Header) -> tuple[str, Entry]:
         raise OptionError(f"set {key}: the file has no such key, and its type is not known", "check the spelling")
     try:
         return key, Entry.of(_parse(value, kind), kind)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise OptionError(f"set {key} must be {_said(kind)}, got {value[:80]!r}", "check the value") from error
 
 
 def _parse(text: str, kind: str) -> Any:
     if kind[0] == "[":
         values = json.loads(text)
+        if not isinstance(values, list):
+            raise ValueError("no list")
         item = kind.strip("[]")
         return [_parse(part if isinstance(part, str) else json.dumps(part), item) for part in values]
     if kind == "STRING":

@@ -44,7 +44,7 @@ from pi_gguf.gguf_file import (
 )
 from pi_gguf.gguf_header import read_header
 from pi_gguf.merging import ScaledTensor
-from pi_gguf.progress import progress_bar, say
+from pi_gguf.progress import progress_bar, say, stage
 from pi_gguf.rope import RopeScaling
 from pi_gguf.trial import trust
 
@@ -342,6 +342,7 @@ def _typed(output: Output, kind: str) -> Output:
 # Writing
 
 
+@stage("write {path}")
 def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
     """Write a planned file to `path`; go on where a run of the same plan stopped.
 
