@@ -111,7 +111,7 @@ class ImportanceMatrix:
 
 
 def _short(name: str) -> str:
-    return name.encode()[:_KEY_BYTES].decode(errors="ignore")
+    return name.encode(errors="replace")[:_KEY_BYTES].decode(errors="ignore")
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
