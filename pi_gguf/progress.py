@@ -81,7 +81,7 @@ def stage(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def named_frame(text: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def named_frame(text: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call a function with a text on the stack: all that faulthandler can print when the process is dying is names."""
     code = _call.__code__.replace(co_filename=f"crashed while: {text}")
     return FunctionType(code, {})(function, args, kwargs)

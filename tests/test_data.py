@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from pi_gguf.corpus import load_corpus
 from pi_gguf.data import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
+from pi_gguf.files import replace_when_complete
 from pi_gguf.planning import Stage, estimate_training_memory, plan_training
 from pi_gguf.texts import HUB_DOCUMENTS, LONGEST, hub_documents, open_texts, read_texts
 
@@ -235,8 +238,14 @@ def test_a_torn_cache_is_made_again(llama, sources, tmp_path, tokenized, damage)
     elif damage == "offsets mixed up":
         np.save(offsets, np.load(offsets)[[0, 2, 1, 3]])
     elif damage == "only begun":  # as a kill while writing leaves it
-        cache.rename(folder / f".{cache.name}.partial")
-        (folder / f".{cache.name}.partial" / "offsets.npy").unlink()
+        child = os.fork()
+        if not child:
+            with replace_when_complete(cache) as partial:
+                cache.rename(partial)
+                (partial / "offsets.npy").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert [path.name for path in folder.iterdir()] == [f"{cache.name}.partial"]
     else:
         (ids if damage == "ids gone" else offsets).unlink()
     tokenized.clear()

@@ -33,7 +33,7 @@ LAYERS = [
         "provenance",
         "results",
     },
-    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families"},
+    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "bundled", "families", "weights"},
     {"processes", "plots", "kept"},
     {"methods"},
     {"checkpoint"},
