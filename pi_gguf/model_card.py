@@ -33,6 +33,9 @@ from pi_gguf.results import PageReport
 from pi_gguf.rope import RopeScaling
 from pi_gguf.tables import markdown_table
 
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+"""What JSON lets stand and YAML does not, or breaks lines at."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -206,4 +209,5 @@ def _escaped(text: Any) -> str:
 def _yaml(value: Any) -> str:
     """Return a value as YAML's front matter takes it, which reads JSON: whatever it holds, it stays one value."""
     text = json.dumps(value if isinstance(value, list) else str(value), ensure_ascii=False)
-    return text.encode(errors="replace").decode()
+    text = text.encode(errors="replace").decode()
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

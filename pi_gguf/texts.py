@@ -160,8 +160,12 @@ def open_texts(sources: Sequence[str]) -> Texts:
 
 
 def _is_on_hub(source: str) -> bool:
-    local = Path(source).expanduser()
-    return not local.exists() and bool(_HUB_NAME.fullmatch(source)) and local.suffix not in SUFFIXES + TABLES
+    try:
+        local = Path(source).expanduser()
+        there = local.exists()
+    except (OSError, ValueError, RuntimeError):  # no name of a file, nor of a data set
+        return False
+    return not there and bool(_HUB_NAME.fullmatch(source)) and local.suffix not in SUFFIXES + TABLES
 
 
 PAIR_SETS = {"govreport": "ccdv/govreport-summarization:test"}

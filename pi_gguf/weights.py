@@ -59,7 +59,7 @@ class WeightFile:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{self._path}: {name} is not as it was ({error})", "convert again") from error
         data = torch.empty(end - begin, dtype=torch.uint8)
-        self._read(name, memoryview(data.numpy()), self._begin + begin)
+        self._read(name, data.numpy().data, self._begin + begin)
         return data.view(kind).reshape(shape)
 
     def _read(self, name: str, into: memoryview, at: int) -> None:

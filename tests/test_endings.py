@@ -196,13 +196,12 @@ def test_a_reader_that_leaves_is_no_traceback(gguf):
     assert code in (0, 8) and "Traceback" not in err and "Exception ignored" not in err
 
 
-def test_what_is_written_to_a_file_never_gets_what_is_printed(llama, tmp_path):
+def test_what_is_written_to_a_file_never_gets_what_is_printed(cli, gguf, tmp_path):
     """Where descriptor 1 is closed, the next file that is opened would have it."""
     whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
-    options = "--quant F16 --check none"
-    assert shell(f"convert {llama} {whole} {options}")[0] == 0
-    code, err = shell(f"convert {llama} {out} {options} >&- 2>&-")
-    assert (code, err) == (8, "")
+    options = ("--set", "general.name=x", "--check", "none")
+    assert cli("repair", gguf, whole, *options)[0] == 0
+    assert shell(f"repair {gguf} {out} {' '.join(options)} <&- >&- 2>&-") == (8, "")
     assert out.read_bytes() == whole.read_bytes()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -70,12 +69,12 @@ def test_letters_across_blocks_and_ends_of_lines_are_read_as_python_reads_them(t
 
 SPARSE = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+resource.setrlimit(resource.RLIMIT_AS, (600 * 2**20,) * 2)
 from pi_gguf.texts import LONGEST, open_texts, read_texts
 (text,) = read_texts([sys.argv[1]]).values()
 assert len(text) == LONGEST
 (text,) = open_texts([sys.argv[1]]).read(1000)
-print(len(text), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(len(text))
 """
 
 
@@ -85,8 +84,7 @@ def test_a_sparse_file_of_two_gigabytes_takes_little_memory_and_time(tmp_path):
         file.truncate(2**31)
     done = subprocess.run([sys.executable, "-c", SPARSE, path], capture_output=True, text=True, timeout=40)
     assert done.returncode == 0, done.stderr
-    length, peak = map(int, done.stdout.split())
-    assert length == 1000 and peak * 1024 < 300e6 and resource.getpagesize()
+    assert done.stdout == "1000\n"
     assert f"the first {LONGEST:,} characters are read" in done.stderr
 
 
