@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from pi_gguf.endings import prepare_streams, print_all, signals, translated
+from pi_gguf.endings import check_address_space, prepare_streams, print_all, signals, translated
 from pi_gguf.errors import Interrupted
 from pi_gguf.progress import named_frame, process_rank
 from pi_gguf.tables import text_table
@@ -36,6 +36,9 @@ _REPEATABLE = {
 }
 """What one value of an option that may be repeated is."""
 
+
+_WITH_TORCH = {"conversion", "finetune", "demo", "report", "comparison", "bounds"}
+"""Modules of commands that open Hugging Face models."""
 
 _PROMPT_BYTES = 2**26
 """Read of standard input at most."""
@@ -84,6 +87,8 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
         params.append(click.Option(["--json", "as_json"], is_flag=True, help="print JSON"))
 
     def run(as_json: bool = False, **values: Any) -> None:
+        if module in _WITH_TORCH:
+            check_address_space()
         given = [values.pop(argument.name) for argument in params if isinstance(argument, click.Argument)]
         result = function(*given[:-1], *given[-1], **values) if several else function(*given, **values)
         if process_rank() > 0:

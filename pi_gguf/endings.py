@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from pi_gguf.errors import Interrupted, OptionError, PiGgufError, ResourceError, TextError
@@ -27,6 +28,9 @@ _NO_MEMORY = (
 )  # fmt: skip
 _DISK_FULL = ("no space left on device", "pytorchstreamwriter failed writing", "file write failed")
 """What libraries say that have errors of their own for it, in lower case."""
+
+_TORCH_BYTES = 3 * 2**29
+"""Of address space, for the libraries alone."""
 
 _OF_THE_MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EIO,
@@ -147,15 +151,15 @@ def drop_output() -> None:
 def translated(error: BaseException) -> PiGgufError | None:
     """Return an error of Python or of a library as one of ours; None where it is a bug."""
     if isinstance(error, PiGgufError):
-        return error
+        foreign = (error.__cause__ or error.__context__) is not None and not isinstance(error, ResourceError)
+        return _of_memory(str(error)) if foreign and _address_space_is_short() else error
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     said = [" ".join(str(link).split()) for link in chain]
     if any(isinstance(link, MemoryError) for link in chain) or any(_says(text, _NO_MEMORY) for text in said):
-        why = next((text for text in said if text), "no memory is left")
-        return ResourceError(f"out of memory ({why[:200]})", "close other programs, raise ulimit -v, or choose less")
+        return _of_memory(next((text for text in said if text), "no memory is left"))
     if any(_says(text, _DISK_FULL) for text in said):
         return ResourceError(f"the disk is full ({said[0][:200]})", "free some disk space")
     first = chain[0]
@@ -165,7 +169,43 @@ def translated(error: BaseException) -> PiGgufError | None:
         return TextError(f"a text is not valid Unicode ({said[0][:200]})", "write it in UTF-8; --debug shows where")
     if isinstance(first, OSError):
         return _of_system(first, said[0])
-    return None
+    return _of_memory(said[0]) if _address_space_is_short() else None
+
+
+def _of_memory(said: str) -> ResourceError:
+    return ResourceError(f"out of memory ({said[:300]})", "close other programs, raise ulimit -v, or choose less")
+
+
+def check_address_space() -> None:
+    """Check that torch and transformers have room: without it some of their parts abort the process.
+
+    Raises:
+        ResourceError: the process may take less.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < _TORCH_BYTES:
+        raise ResourceError(
+            f"the address space is limited to {limit / 2**30:.2f} GiB, torch and transformers need "
+            f"{_TORCH_BYTES / 2**30:g} GiB beside the model",
+            "raise it, see ulimit -v",
+        )
+
+
+def _address_space_is_short() -> bool:
+    """Tell whether most of a limited address space was in use: libraries that find none say all kinds of things."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        with Path("/proc/self/status").open(encoding="ascii", errors="replace") as file:
+            peak = next(int(line.split()[1]) for line in file if line.startswith("VmPeak:"))
+    except (ImportError, OSError, StopIteration):
+        return False
+    return limit != resource.RLIM_INFINITY and peak * 1024 > 0.8 * limit
 
 
 def _says(text: str, phrases: tuple[str, ...]) -> bool:

@@ -312,15 +312,25 @@ def test_a_closed_pipe_of_a_library_is_standard_output():
     assert "standard output" in str(translated(OSError(errno.EPIPE, os.strerror(errno.EPIPE))))
 
 
-def test_too_little_address_space_is_exit_code_8(llama, tmp_path):
-    code = (
-        "import resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (700 * 2**20,) * 2)\n"
-        "from pi_gguf.cli import entry_point\nsys.argv[0] = 'pi-gguf'\nentry_point()"
-    )
-    arguments = ("convert", llama, tmp_path / "o.gguf", "--quant", "F16", "--check", "none")
-    done = python(code, *arguments, env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]) * 2**20,) * 2)
+from pi_gguf.cli import entry_point
+sys.argv = ["pi-gguf", *sys.argv[2:]]
+entry_point()
+"""
+
+
+@pytest.mark.parametrize("mebibytes", [150, 500, 900])
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_too_little_address_space_is_exit_code_8(llama, gguf, tmp_path, mebibytes, command):
+    arguments = {"convert": (llama, tmp_path / "o.gguf", "--quant", "F16"), "inspect": (gguf,)}[command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = python(LIMITED, mebibytes, command, *arguments, env=environment)
     assert done.returncode in (0, 8), done.stderr[-1500:]
     assert "Traceback" not in done.stderr
+    assert command == "inspect" or done.returncode == 8
+    assert list(tmp_path.iterdir()) == []
 
 
 # Sources that change
