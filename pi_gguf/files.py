@@ -213,7 +213,7 @@ def _open_lock(folder: Path) -> int | None:
 
 
 def _in_the_way(path: Path, what: str = "is in the way, and no work folder of pi-gguf") -> OptionError:
-    return OptionError(f"{path}: {what}", "move it away, or give the output another name")
+    return OptionError(f"{path}: {what}", "move it away (an older pi-gguf may have left it), or name another output")
 
 
 def _begin(lock: int, folder: Path, made: bool) -> None:
