@@ -72,6 +72,8 @@ class _Signals:
             if self._seen > 1:
                 threading.Event().wait(_PATIENCE)
                 if not self._ended:
+                    with suppress(OSError):
+                        os.write(2, b"interrupted\n")
                     os._exit(128 + read[0])
         os.close(reader)
 

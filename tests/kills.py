@@ -346,6 +346,7 @@ def run(folder: Path, *, kills: int, pairs: int, limits: int, fulls: int, seed: 
     from pi_gguf.ggml import llama_cpp_library
 
     llama_cpp_library()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a child must not unwind into this function before it has begun
     begun = time.monotonic()
     campaign = Campaign(folder, seed)
     for number in range(max(kills, pairs, limits, fulls)):
