@@ -7,6 +7,7 @@ position.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from pi_gguf.divergence import evaluate_kl
@@ -79,7 +80,7 @@ def evaluate_matrix(
                     model, against=against, window=window, text=text, documents=documents, type_k=kind, type_v=kind,
                     seed=seed, device=device,
                 )  # fmt: skip
-                found = report.to_json()
+                found = asdict(report)
                 kept.put(item, found)
             cells.append(DivergenceReport.from_json(found))
     report_of_all = MatrixReport(against, cells)
