@@ -6,6 +6,7 @@ docstring, each once. Data goes to standard output, progress and messages to sta
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -639,8 +640,11 @@ def _print_version(ctx: click.Context) -> None:
 def entry_point() -> None:
     """Run the command line; every error but a bug ends here, as two lines and its exit code."""
     prepare_streams()  # before anything opens a file
-    with signals():
-        code = _run_main()
+    try:
+        with signals():
+            code = _run_main()
+    except KeyboardInterrupt as stop:  # met before anything had begun, or when all was done
+        code = _interrupted(stop)
     sys.exit(code)
 
 
@@ -654,9 +658,7 @@ def _run_main() -> int:
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pi-gguf"
         return _refuse(error.format_message(), f"{path} --help shows how it is used", error.exit_code)
     except (KeyboardInterrupt, click.Abort) as stop:
-        print("interrupted", file=sys.stderr)
-        cause = stop.__cause__ if isinstance(stop, click.Abort) else stop  # click makes one of the other
-        return 128 + (cause.number if isinstance(cause, Interrupted) else signal.SIGINT)
+        return _interrupted(stop)
     except Exception as error:
         known = translated(error)
         if known is None or "--debug" in sys.argv:
@@ -666,8 +668,19 @@ def _run_main() -> int:
 
 
 def _refuse(message: str, hint: str, code: int) -> int:
-    print(f"error: {message}\nhint: {hint}", file=sys.stderr)
+    _print_error(f"error: {message}\nhint: {hint}")
     return code
+
+
+def _print_error(text: str) -> None:
+    with contextlib.suppress(OSError):  # a full standard error is no reason for another one
+        print(text, file=sys.stderr, flush=True)
+
+
+def _interrupted(stop: BaseException) -> int:
+    _print_error("interrupted")
+    cause = stop.__cause__ if isinstance(stop, click.Abort) else stop  # click makes one of the other
+    return 128 + (cause.number if isinstance(cause, Interrupted) else signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar
 
@@ -57,7 +57,8 @@ def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance
 def say(message: str) -> None:
     """Print a line for the user on standard error; of many processes the first one speaks."""
     if process_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full standard error ends no work
+            print(message, file=sys.stderr, flush=True)
 
 
 def stage(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

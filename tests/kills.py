@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,6 +108,7 @@ def _fork(arguments: list[object], limit: int | None = None) -> int:
     child = os.fork()
     if child:
         return child
+    code = 70
     try:
         null = os.open(os.devnull, os.O_RDWR)
         log = os.open(os.environ["KILLS_LOG"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -120,14 +121,14 @@ def _fork(arguments: list[object], limit: int | None = None) -> int:
         sys.argv = ["pi-gguf", *map(str, arguments)]
         entry_point()
     except SystemExit as stop:
-        sys.stderr.flush()
-        os._exit(int(stop.code or 0))
+        code = int(stop.code or 0)
     except BaseException:
         import traceback
 
-        traceback.print_exc()
-        os._exit(70)
-    os._exit(0)
+        with suppress(OSError):
+            traceback.print_exc()
+    finally:  # whatever happens, a child must not unwind into its parent's work
+        os._exit(code)
 
 
 def _wait(child: int, seconds: float) -> int | None:
