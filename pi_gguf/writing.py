@@ -58,9 +58,6 @@ _NUMBERED = re.compile(r"(\.experts)\.\d+\.|\.norms\.\d+\.")
 _F16_LIMIT = 65520
 """What no longer rounds to F16's largest number, 65504."""
 
-_MAPPED_BYTES = 2**26
-"""Bytes read of the checkpoint before its files are closed and opened anew: mapped pages count as memory in use."""
-
 _WRITE_BYTES = 2**16
 """Bytes written at once: a new file's pages come in pieces of this size, and large ones can cost several times
 as much on a virtual machine that has to ask its host for them."""
@@ -364,7 +361,6 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
     left = plan.outputs[done:]
     check_free_disk(path.parent, sum(padded(output.nbytes) for output in left))
     files: dict[Path, Any] = {}
-    mapped = 0
     with (
         disk_errors(path),
         path.open("ab") as file,
@@ -377,11 +373,6 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         advance(sum(output.nbytes for output in plan.outputs[:done]))
 
         def read(output: Output) -> torch.Tensor:
-            nonlocal mapped
-            if mapped > _MAPPED_BYTES:
-                files.clear()
-                mapped = 0
-            mapped += sum(source.nbytes for source in output.sources)
             return _values(output, files)
 
         def put(output: Output, data: np.ndarray) -> None:

@@ -227,7 +227,7 @@ class Campaign:
         now = contents(out)
         if now is None and before is not None:
             now = contents(restorable)
-        if now != before and self._result(kind, out) != self._wanted[kind]:
+        if kind != "keep" and now != before and self._result(kind, out) != self._wanted[kind]:  # that grows by lines
             self._wrong(trial, "what is under the name is neither the old nor the new")
         self._check_others(trial, out, f"{out.name}.partial")
         code = _run(self._command(kind, out), 300)
