@@ -17,13 +17,13 @@ from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError, ResourceError, TextError
 from pi_gguf.evaluate import Yardstick, k_max, passkey_cells
-from pi_gguf.files import human_bytes, replace_when_complete
+from pi_gguf.files import human_bytes, replace_when_complete, writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import MEASURED as PREFIX
 from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
 from pi_gguf.planning import free_memory
-from pi_gguf.progress import say
+from pi_gguf.progress import say, stage
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.runtime import Model
@@ -231,6 +231,7 @@ class Base:
         return cls(price["before"], {key: price.get(key) for key in ("text", "text_sha256", "largest", "stride")})
 
 
+@stage("certify {path} in llama.cpp")
 def measure(
     path: Path,
     *,
@@ -370,6 +371,7 @@ class Certified:
         return asdict(self)
 
 
+@writes("file")
 def certify(
     file: str | Path,
     *,

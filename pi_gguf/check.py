@@ -16,7 +16,7 @@ from pi_gguf.errors import CheckError, OptionError
 from pi_gguf.files import human_bytes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel
-from pi_gguf.progress import say
+from pi_gguf.progress import say, stage
 from pi_gguf.rope import RopeScaling, check_consistent
 from pi_gguf.runtime import Model
 from pi_gguf.scoring import LanguageModel, kl_divergence
@@ -134,6 +134,7 @@ class Reference:
         lm.close()
 
 
+@stage("check {path} in llama.cpp")
 def check_gguf(path: Path, reference: Reference) -> CheckReport:
     """Open a GGUF file with llama.cpp and compare it with the plan and with Hugging Face.
 

@@ -30,6 +30,7 @@ from pi_gguf.rope import (
     positive_int,
     positive_number,
 )
+from pi_gguf.weights import WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +71,8 @@ class TensorSource:
         Args:
             files: opened files by path, filled as they are needed.
         """
-        from safetensors import safe_open
-
         if self.path not in files:
-            files[self.path] = safe_open(self.path, framework="pt")
+            files[self.path] = WeightFile(self.path)
         tensor: torch.Tensor = files[self.path].get_tensor(self.name)
         return tensor
 

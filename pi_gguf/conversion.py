@@ -22,7 +22,7 @@ from pi_gguf.certificate import (
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
-from pi_gguf.files import check_free_disk, check_writable, disk_errors, publish, remove
+from pi_gguf.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
 from pi_gguf.finetune import extend
 from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.gguf_file import tensor_types
@@ -33,7 +33,7 @@ from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import file_name, gguf_vocabulary
-from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, write_file
+from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class DryRun:
         return asdict(self)
 
 
+@writes("out", unless="dry_run")
 def convert(
     model: str,
     out: str | Path,
@@ -267,10 +268,9 @@ def convert(
     work_dir = out.with_name(out.name + ".partial")
     finals = split_paths(out, len(plans))
     for final in finals:  # all but the first may be there from a run that was stopped while it gave them their names
-        check_writable(final, overwrite or (final != finals[0] and work_dir.exists()))
-    if not work_dir.exists():
+        check_writable(final, overwrite or (final != finals[0] and has_more(work_dir)))
+    if not has_more(work_dir):
         check_free_disk(out.parent, nbytes)
-        work_dir.mkdir()
     partials = [work_dir / final.name for final in finals]
     checks = []
     try:
@@ -282,7 +282,7 @@ def convert(
             )
             say(str(checks[-1]))
     except (CheckError, CheckpointError):
-        remove(work_dir)  # nothing there is worth going on with
+        _clear(partials)  # nothing there is worth going on with
         raise
     certificate = None
     if certify and not adapter_only:
@@ -294,9 +294,19 @@ def convert(
     with disk_errors(out):
         for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
             publish(partial, final)
-    remove(work_dir)
+    _clear(partials)
     check_requirements(missed, str(finals[0]), "fine-tune longer, or require less")
     return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks, certificate, adapter_only)
+
+
+def _clear(partials: Sequence[Path]) -> None:
+    """Delete what a conversion keeps to go on with."""
+    for partial in partials:
+        remove(partial)
+        remove(state_path(partial))
+        remove(partial.with_name(f"{partial.name}.partial"))  # of a certificate whose storing was cut off
+    if has_more(partials[0].parent):
+        say(f"note: {partials[0].parent} holds what this conversion did not make; it stays")
 
 
 def _certify(

@@ -33,6 +33,16 @@ NEED_IMPORTANCE_MATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M
 TENSORS_NEED_IMPORTANCE = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
 """Types of a single tensor for which the same holds."""
 
+
+class NativePath(str):
+    """A path as the file system's bytes, where llama_cpp encodes a text: not every name of a file is UTF-8."""
+
+    __slots__ = ()
+
+    def encode(self, *_: str) -> bytes:
+        return os.fsencode(str(self))
+
+
 log: list[str] = []
 """What llama.cpp has said, in pieces of lines."""
 
@@ -114,7 +124,7 @@ def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
         def eval(self, tokens: Sequence[int]) -> None:
             compute(super().eval, tokens)
 
-    return Llama(str(path), **options)
+    return Llama(NativePath(path), **options)
 
 
 def last_error() -> str:
@@ -214,7 +224,7 @@ def apply_adapters(llama: Any, paths: Sequence[str | Path]) -> None:
     adapters = (llama_cpp.llama_adapter_lora_p_ctypes * len(paths))()
     for i, path in enumerate(paths):
         log.clear()
-        adapters[i] = llama_cpp.llama_adapter_lora_init(llama.model, str(path).encode())
+        adapters[i] = llama_cpp.llama_adapter_lora_init(llama.model, os.fsencode(path))
         if not adapters[i]:
             raise GgufError(
                 f"{path}: llama.cpp does not apply it to {llama.model_path} ({last_error()})",
@@ -254,7 +264,7 @@ def mixture(
     if importance:
         params.imatrix = _importance_list(importance)
     log.clear()
-    result = llama_cpp.llama_model_quantize(str(header).encode(), b"", ctypes.byref(params))
+    result = llama_cpp.llama_model_quantize(os.fsencode(header), b"", ctypes.byref(params))
     said = re.findall(
         r"\[ *\d+/ *\d+\] +(\S+) +- \[[^\]]*\], type = +(\w+), size = [ \d.]+MiB(?: -> [ \d.]+MiB \((\w+)\))?",
         "".join(log),
@@ -356,7 +366,7 @@ def quantize_file(
     result: list[int] = []
     worker = threading.Thread(
         target=lambda: result.append(
-            llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+            llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
         ),
         daemon=True,  # Ctrl-C ends the process without waiting for it
     )

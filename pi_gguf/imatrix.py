@@ -7,7 +7,6 @@ again. Importance is the mean square of a column's inputs.
 from __future__ import annotations
 
 import struct
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
-from pi_gguf.files import check_writable, replace_when_complete
+from pi_gguf.files import check_writable, replace_when_complete, temporary, writes
 from pi_gguf.ggml import ProductWatch
 from pi_gguf.gguf_file import read_gguf, read_values, write_values
 from pi_gguf.gguf_header import is_gguf
-from pi_gguf.progress import progress_bar, say
+from pi_gguf.progress import progress_bar, say, stage
 from pi_gguf.runtime import Model
 from pi_gguf.texts import read_texts
 from pi_gguf.vocabulary import gguf_vocabulary
@@ -116,7 +115,7 @@ class ImportanceMatrix:
 
 
 def _short(name: str) -> str:
-    return name.encode()[:_KEY_BYTES].decode(errors="ignore")
+    return name.encode(errors="replace")[:_KEY_BYTES].decode(errors="ignore")
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
@@ -296,6 +295,8 @@ class ImatrixReport:
         return asdict(self)
 
 
+@writes("out")
+@stage("compute an importance matrix of {model} in llama.cpp")
 def compute_imatrix(
     model: str,
     out: str | Path,
@@ -438,8 +439,9 @@ def _as_gguf(model: str, out: Path) -> Iterator[Path]:
         checkpoint, rope=checkpoint.rope, vocabulary=gguf_vocabulary(checkpoint, checkpoint.load_tokenizer()),
         general={"general.type": "model"}, finetuned=True, quantization=types.pop() if len(types) == 1 else "F32",
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as folder:
-        path = Path(folder) / "model.gguf"
+    with temporary(out, "model") as folder:
+        folder.mkdir()
+        path = folder / "model.gguf"
         write_file(plan, path)
         yield path
 

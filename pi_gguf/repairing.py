@@ -17,7 +17,7 @@ from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.defects import Expectation, expect, find_defects, mend
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.files import check_writable, replace_when_complete
+from pi_gguf.files import check_writable, replace_when_complete, writes
 from pi_gguf.findings import CONVERT, Finding, in_short
 from pi_gguf.gguf_file import TensorInfo, tensors_of
 from pi_gguf.gguf_header import TYPES, Entry, Header, read_header, type_of_key, write_changed
@@ -59,6 +59,7 @@ class Repair:
         return {**asdict(self), "left": [finding.to_json() for finding in self.left]}
 
 
+@writes("out")
 def repair(
     source: str | Path,
     out: str | Path,
@@ -193,13 +194,15 @@ def read_assignment(text: str, header: Header) -> tuple[str, Entry]:
         raise OptionError(f"set {key}: the file has no such key, and its type is not known", "check the spelling")
     try:
         return key, Entry.of(_parse(value, kind), kind)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise OptionError(f"set {key} must be {_said(kind)}, got {value[:80]!r}", "check the value") from error
 
 
 def _parse(text: str, kind: str) -> Any:
     if kind[0] == "[":
         values = json.loads(text)
+        if not isinstance(values, list):
+            raise ValueError("no list")
         item = kind.strip("[]")
         return [_parse(part if isinstance(part, str) else json.dumps(part), item) for part in values]
     if kind == "STRING":

@@ -190,14 +190,17 @@ def test_windows_go_round_the_texts():
 
 def test_an_interrupt_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "pi_gguf", "imatrix", "bundled:tiny", str(tmp_path / "m.gguf")]
-    for wait_for in (".m.gguf*/model.gguf", None):
+    for wait_for in ("m.gguf.partial/tmp/model/model.gguf", None):
         process = subprocess.Popen([*command, "--tokens", "10000000"], stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 50
-        while wait_for and not list(tmp_path.glob(wait_for)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(3)  # inside llama.cpp, or before
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=50)
+        try:
+            deadline = time.monotonic() + 50
+            while wait_for and not list(tmp_path.glob(wait_for)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(3)  # inside llama.cpp, or before
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=50)
+        finally:
+            process.kill()
         assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
         assert list(tmp_path.iterdir()) == []
 

@@ -20,8 +20,31 @@ README = (ROOT / "README.md").read_text()
 
 # Imports go downward only: a module may import those of the layers before its own. The README draws the same.
 LAYERS = [
-    {"errors", "passkey", "progress", "data", "losses", "scoring", "tables", "tiles", "provenance", "results"},
-    {"rope", "files", "texts", "sample_texts", "pre_tokenizers", "sentencepieces", "templates", "bundled", "families"},
+    {
+        "endings",
+        "errors",
+        "passkey",
+        "progress",
+        "data",
+        "losses",
+        "scoring",
+        "tables",
+        "tiles",
+        "provenance",
+        "results",
+    },
+    {
+        "rope",
+        "files",
+        "texts",
+        "sample_texts",
+        "pre_tokenizers",
+        "sentencepieces",
+        "templates",
+        "bundled",
+        "families",
+        "weights",
+    },
     {"findings", "processes", "plots", "kept"},
     {"methods"},
     {"checkpoint"},
