@@ -1,159 +1,44 @@
-"""LoRA adapters of PEFT: read, checked, and merged into a checkpoint's tensors while these are read.
+"""Adapters of LoRA, merged into a checkpoint's tensors while these are read.
 
-In: a checkpoint and folders with adapter_config.json and adapter_model.safetensors. Out: the checkpoint, whose tensors
-now read as W + scaling * B A in 32 bits. Whatever cannot be merged exactly is an error; peft itself is not needed.
-
-r rank, D_in and D_out the widths of a linear layer, V vocabulary, D width of the embedding.
-Source: LoRA, arXiv 2106.09685, section 4.1; rank-stabilized scaling, arXiv 2312.03732.
+In: a checkpoint and the adapters' folders, as peft saves them. Out: the checkpoint, whose tensors now read as peft's
+merge gives them, one adapter after the other. Whatever cannot be merged exactly is an error; peft itself is not needed.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pi_gguf.checkpoint import (
-    PROVENANCE_FILE,
-    Checkpoint,
-    TensorSource,
-    is_file,
-    read_json,
-    read_provenance,
-    read_rope,
-    read_tensor_list,
-)
+from pi_gguf.adapter_files import CONFIG_FILE, AdapterFiles, load_adapter_files
+from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, TensorSource, is_file, read_json, read_provenance, read_rope
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
+from pi_gguf.merging import (
+    Addition,
+    Change,
+    LowRank,
+    MergedTensor,
+    Piece,
+    Replacement,
+    Residual,
+    Rows,
+    WeightDecomposed,
+)
+from pi_gguf.progress import say
 from pi_gguf.rope import RopeScaling, positive_int, positive_number
 
 if TYPE_CHECKING:
     import torch
 
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_MERGE = "merge it with peft (merge_and_unload, then save_pretrained) and convert that folder"
-
-_FIELDS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-"""Fields of adapter_config.json that are read here, or that say nothing the tensors do not say: `target_modules` chose
-the tensors that are there, and `fan_in_fan_out` is for layers that no family here has (peft drops it as well). Any
-other field must be unset."""
-
-_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Those that leave the base weights alone; others (PiSSA, OLoRA, ...) count from weights that are not the MODEL's."""
-
-_LOW_RANK = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
-
-_T = TypeVar("_T")
-
-
-# What an adapter does to one tensor
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """Another whole tensor: of `modules_to_save`, a trained bias, or the base of an adapted embedding."""
-
-    source: TensorSource
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    def apply(self, tensor: torch.Tensor, files: dict[Path, Any]) -> torch.Tensor:
-        return _read_finite(self.source, files)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """An addition of scaling * B A, or its transpose for an embedding.
-
-    Args:
-        a: (r, D_in); of an embedding (r, V).
-        b: (D_out, r); of an embedding (D, r).
-        scaling: alpha / r, dimensionless.
-        embedding: whether the tensor looks up rows (V, D).
-    """
-
-    a: TensorSource
-    b: TensorSource
-    scaling: float
-    embedding: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = (self.b.shape[0], self.a.shape[1])
-        return shape[::-1] if self.embedding else shape
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def apply(self, tensor: torch.Tensor, files: dict[Path, Any]) -> torch.Tensor:
-        a, b = _read_finite(self.a, files).float(), _read_finite(self.b, files).float()
-        change = (b @ a).mul_(self.scaling)
-        return (change.T if self.embedding else change).add_(tensor)  # in place: one tensor in 32 bits, not two
-
-
-@dataclass(frozen=True)
-class Addition:
-    """An addition of scaling * a vector: the bias of a layer's B."""
-
-    source: TensorSource
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    def apply(self, tensor: torch.Tensor, files: dict[Path, Any]) -> torch.Tensor:
-        return tensor.float() + _read_finite(self.source, files).float() * self.scaling
-
-
-Change = Replacement | LowRank | Addition
-
-
-@dataclass(frozen=True)
-class MergedTensor(TensorSource):
-    """A tensor of the checkpoint as it reads after the changes of adapters, in 32 bits."""
-
-    changes: tuple[Change, ...]
-
-    def read(self, files: dict[Path, Any]) -> torch.Tensor:
-        tensor = super().read(files)
-        for change in self.changes:
-            tensor = change.apply(tensor, files)
-        return tensor.float()
-
-
-@dataclass(frozen=True)
-class ScaledTensor(TensorSource):
-    """A tensor times a number, in 32 bits."""
-
-    by: float
-
-    def read(self, files: dict[Path, Any]) -> torch.Tensor:
-        return super().read(files).float() * self.by
-
-
-def _read_finite(source: TensorSource, files: dict[Path, Any]) -> torch.Tensor:
-    tensor = source.read(files)
-    if not all(math.isfinite(value) for value in tensor.aminmax()):
-        raise CheckpointError(f"{source.path}: {source.name} holds NaN or infinity", "the adapter is damaged")
-    return tensor
-
-
-# Adapters
+_OTHER_MODEL = "check that MODEL is the one the adapter was trained on"
+_VISION = re.compile(r"(?:model\.)?(?:vision_|visual\.|multi_modal_projector\.|mm_projector\.|audio_|embed_vision\.)")
+"""Beginnings of names in the other parts of a vision-language model."""
 
 
 @dataclass(frozen=True)
@@ -161,26 +46,22 @@ class Adapter:
     """A checked adapter of one model.
 
     Args:
-        path: its folder.
+        files: its folder, config and tensors.
         changes: what it does, by the name of the tensor it does it to, in that order.
         rope: the position scaling it was trained with, where its folder states one.
     """
 
-    path: Path
+    files: AdapterFiles
     changes: dict[str, list[Change]]
     rope: RopeScaling | None
 
     @property
-    def name(self) -> str:
-        return self.path.resolve().name
+    def path(self) -> Path:
+        return self.files.path
 
-    def sha256(self) -> str:
-        """Return a hash of config and weights."""
-        digest = hashlib.sha256((self.path / _CONFIG_FILE).read_bytes())
-        with (self.path / _WEIGHTS_FILE).open("rb") as file:
-            while part := file.read(2**24):
-                digest.update(part)
-        return digest.hexdigest()
+    @property
+    def name(self) -> str:
+        return self.files.name
 
 
 @dataclass(frozen=True)
@@ -188,20 +69,28 @@ class AdaptedCheckpoint(Checkpoint):
     """A checkpoint that reads as if its adapters were merged into it; made by `with_adapters`.
 
     Args:
+        base: the checkpoint without them.
         adapters: in the order in which they are merged.
+        merged: the tensors afterwards, in any order.
+        tokens_dir: the folder whose tokenizer files hold.
     """
 
+    base: Checkpoint
     adapters: tuple[Adapter, ...]
+    merged: dict[str, TensorSource]
+    tokens_dir: Path
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
-        merged: dict[str, TensorSource] = {}
-        for name, source in super().tensors.items():
-            changes = [change for adapter in self.adapters for change in adapter.changes.get(name, ())]
-            merged[name] = source
-            if changes:
-                merged[name] = MergedTensor(source.path, source.name, source.shape, "F32", tuple(changes))
-        return merged
+        return {name: self.merged[name] for name in self.tensor_shapes}
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.hf_config.tie_word_embeddings)
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.tokens_dir
 
     @property
     def rope_stated(self) -> bool:
@@ -219,7 +108,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     @property
     def adapter_hashes(self) -> dict[str, str]:
-        return {f"adapter {i} ({adapter.name})": adapter.sha256() for i, adapter in enumerate(self.adapters, 1)}
+        return {f"adapter {i} ({adapter.name})": adapter.files.sha256() for i, adapter in enumerate(self.adapters, 1)}
 
     def extended(self, context: int, method: str = "linear") -> RopeScaling:
         if not self.rope_stated:
@@ -232,253 +121,526 @@ class AdaptedCheckpoint(Checkpoint):
         return self.rope
 
     def _open_model(self, config: Any, dtype: torch.dtype) -> Any:
+        text = copy.deepcopy(config.get_text_config())
+        text.vocab_size, text.tie_word_embeddings = self.vocab_size, self.tied
+        if hasattr(text, "quantization_config"):
+            del text.quantization_config  # of weights that were rounded; these are not
         files: dict[Path, Any] = {}
         weights = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
-        return type(self.skeleton).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        return type(self.skeleton).from_pretrained(None, config=text, state_dict=weights, dtype=dtype)
 
 
 def with_adapters(checkpoint: Checkpoint, folders: Sequence[str]) -> AdaptedCheckpoint:
     """Return the checkpoint with adapters merged into it, tensor by tensor as they are read.
 
-    Its position scaling is the one that an adapter's folder states, where one does.
+    Its position scaling is the one that an adapter's folder states, where one does; its tokenizer that of the last
+    adapter that brings another one than MODEL's.
 
     Args:
         checkpoint: that the adapters were trained on.
-        folders: with adapter_config.json and adapter_model.safetensors, in the order of merging.
+        folders: with adapter_config.json and adapter_model.safetensors, or Hub ids, in the order of merging.
 
     Raises:
         CheckpointError: an adapter is missing, partial, or of another model.
         OptionError: adapters that exclude each other.
         UnsupportedError: something that cannot be merged exactly.
     """
-    adapters = [_load_adapter(folder, checkpoint) for folder in folders]
-    touched: dict[str, tuple[Adapter, bool]] = {}
-    rope: tuple[Adapter, RopeScaling] | None = None
+    model = _Model(checkpoint)
+    adapters: list[Adapter] = []
+    for folder in folders:
+        files = load_adapter_files(folder)
+        adapters.append(Adapter(files, model.merge(files), _stated_rope(files.path, checkpoint)))
+    rows = model.check_vocabulary(adapters[-1].files)
+    tokens_dir = checkpoint.tokenizer_dir
     for adapter in adapters:
-        for name, changes in adapter.changes.items():
-            whole = isinstance(changes[0], Replacement)
-            before = touched.setdefault(name, (adapter, whole))
-            if before[0] is not adapter and (whole or before[1]):
-                raise OptionError(
-                    f"{adapter.path} and {before[0].path}: both change {name}, and one of them replaces it",
-                    "merge one of the two",
-                )
-        if adapter.rope is not None:
-            if rope is not None and rope[1] != adapter.rope:
-                raise OptionError(
-                    f"{adapter.path}: trained with factor {adapter.rope.factor:g}, {rope[0].path} with "
-                    f"{rope[1].factor:g}",
-                    "merge adapters of one position scaling only",
-                )
-            rope = adapter, adapter.rope
-    fields = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(Checkpoint)}
-    return AdaptedCheckpoint(**{**fields, "rope": rope[1] if rope else checkpoint.rope}, adapters=tuple(adapters))
+        tokens_dir = _tokenizer_dir(adapter.path, checkpoint, tokens_dir, rows)
+    stated = [adapter for adapter in adapters if adapter.rope is not None]
+    for adapter in stated[1:]:
+        if adapter.rope != stated[0].rope:
+            raise OptionError(
+                f"{adapter.path}: trained with factor {_factor(adapter):g}, {stated[0].path} with "
+                f"{_factor(stated[0]):g}",
+                "merge adapters of one position scaling only",
+            )
+    fields = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(Checkpoint)}
+    if stated:
+        fields["rope"] = stated[0].rope
+    return AdaptedCheckpoint(
+        **{**fields, **model.configs()}, base=checkpoint, adapters=tuple(adapters), merged=model.tensors,
+        tokens_dir=tokens_dir,
+    )  # fmt: skip
+
+
+def _factor(adapter: Adapter) -> float:
+    assert adapter.rope is not None
+    return adapter.rope.factor
 
 
 def low_rank_changes(checkpoint: AdaptedCheckpoint) -> dict[str, LowRank]:
     """Return what the one adapter of a checkpoint does, if it only adds products of low rank.
 
     Raises:
-        UnsupportedError: it replaces a tensor, or adds to a bias.
+        UnsupportedError: it does something else, which a GGUF adapter cannot hold.
     """
     [adapter] = checkpoint.adapters
     found, files = {}, dict[Path, Any]()
+    tied = set(checkpoint.base.tied_tensors.values())
     for name, changes in adapter.changes.items():
         for change in changes:
-            if isinstance(change, LowRank):
+            if isinstance(change, LowRank) and change.plain and name not in tied:
                 found[name] = change
                 continue
-            base = TensorSource.read(checkpoint.tensors[name], files)
-            if not change.apply(base, files).float().equal(base.float()):  # peft saves the base of embeddings along
+            if not (isinstance(change, Replacement) and _is_of(checkpoint.base.tensors.get(name), change, files)):
+                source = next(iter(change.sources), None)
                 raise UnsupportedError(
-                    f"{adapter.path / _WEIGHTS_FILE}: {change.source.name} changes {name} as a whole, which a GGUF "
-                    "adapter cannot hold",
+                    f"{adapter.files.weights}: {source.name if source else CONFIG_FILE} {_beyond(change)} {name}, "
+                    "which a GGUF adapter cannot hold",
                     "convert without --adapter-only: the adapter is then merged",
                 )
     return found
 
 
-def _load_adapter(folder: str, checkpoint: Checkpoint) -> Adapter:
-    path = Path(folder)
-    config_path, weights_path = path / _CONFIG_FILE, path / _WEIGHTS_FILE
-    for wanted in (config_path, weights_path):
-        if not is_file(wanted):
-            hint = "--lora takes a folder as peft saves it"
-            if wanted is weights_path and is_file(path / "adapter_model.bin"):
-                hint = "only safetensors are read: save the adapter again with save_pretrained"
-            raise CheckpointError(f"{path}: {wanted.name} is missing", hint)
-    config = read_json(config_path)
-    _check_config(config, config_path)
-    changes = _read_changes(read_tensor_list(weights_path), _Scaling(config, config_path), checkpoint, weights_path)
-    replaced = [name for name, listed in changes.items() if isinstance(listed[0], Replacement)]
-    replaced += [name for name, origin in checkpoint.tied_tensors.items() if origin in replaced]
-    for module in config.get("modules_to_save") or ():
-        if not any(module in name for name in replaced):
-            raise CheckpointError(
-                f"{config_path}: modules_to_save names {module!r}, and {_WEIGHTS_FILE} has no such tensor of the model",
-                "save the adapter again; without them the model is not the one that was trained",
-            )
-    return Adapter(path, changes, _stated_rope(path, checkpoint))
+def _is_of(base: TensorSource | None, change: Replacement, files: dict[Path, Any]) -> bool:
+    """Tell whether a replaced tensor is the model's own; peft saves the base of embeddings along."""
+    if base is None or base.shape != change.source.shape:
+        return False
+    before = base.read(files)
+    return bool(change.apply(None, files).float().equal(before.float()))
 
 
-def _check_config(config: dict[str, Any], path: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise UnsupportedError(f"{path}: peft_type must be LORA, got {config.get('peft_type')!r}", _MERGE)
-    if config.get("init_lora_weights") not in _INITIALIZATIONS:
-        raise UnsupportedError(
-            f"{path}: init_lora_weights: {str(config['init_lora_weights'])[:80]!r} changes the base weights before "
-            "training",
-            "save the adapter with path_initial_model_for_weight_conversion, which makes it a plain one",
-        )
-    for name, value in config.items():
-        if name not in _FIELDS and value not in (None, False) and value not in ([], {}, ""):
-            raise UnsupportedError(f"{path}: {name} must be unset, got {str(value)[:80]}", _MERGE)
-    modules = config.get("modules_to_save")
-    if modules is not None and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
-        raise CheckpointError(f"{path}: modules_to_save must be a list of names, got {str(modules)[:80]}", "correct it")
-
-
-class _Scaling:
-    """Rank and scaling of each module, by adapter_config.json."""
-
-    def __init__(self, config: dict[str, Any], path: Path) -> None:
-        self.path, self.root = path, config.get("use_rslora", False)
-        if not isinstance(self.root, bool):
-            raise CheckpointError(f"{path}: use_rslora must be true or false, got {self.root!r}", "correct the config")
-        self.rank, self.alpha = positive_int(config, "r", str(path)), self._number(config, "lora_alpha")
-        ranks, alphas = self._pattern(config, "rank_pattern"), self._pattern(config, "alpha_pattern")
-        self.ranks = {name: positive_int(ranks, name, f"{path}: rank_pattern") for name in ranks}
-        self.alphas = {name: self._number(alphas, name, "alpha_pattern: ") for name in alphas}
-
-    def of(self, module: str) -> tuple[int, float]:
-        """Return rank and scaling of a module, by its name in the model."""
-        rank, alpha = _matching(self.ranks, module, self.rank), _matching(self.alphas, module, self.alpha)
-        return rank, alpha / math.sqrt(rank) if self.root else alpha / rank
-
-    def _number(self, fields: Mapping[str, Any], name: str, where: str = "") -> float:
-        value = fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-            got = "nothing" if value is None else repr(value)[:80]
-            raise CheckpointError(f"{self.path}: {where}{name} must be a number, got {got}", "correct the config")
-        return value
-
-    def _pattern(self, config: dict[str, Any], name: str) -> dict[str, Any]:
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict):
-            raise CheckpointError(
-                f"{self.path}: {name} must map modules to numbers, got {str(patterns)[:80]}", "correct the config"
-            )
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise CheckpointError(
-                    f"{self.path}: {name}: {pattern[:80]!r} is not a regular expression ({error})",
-                    "correct the config",
-                ) from error
-        return patterns
-
-
-def _matching(patterns: Mapping[str, _T], module: str, default: _T) -> _T:
-    """Return the value of the first pattern that is the module's name or an end of it."""
-    return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
-
-
-# The tensors of an adapter
-
-
-def _read_changes(
-    found: dict[str, TensorSource], scaling: _Scaling, checkpoint: Checkpoint, path: Path
-) -> dict[str, list[Change]]:
-    """Sort an adapter's tensors by the tensor of the model that each belongs to; all must fit, and none be left."""
-    wholes: dict[str, Replacement] = {}
-    parts: dict[str, dict[str, TensorSource]] = {}
-    biases: dict[str, TensorSource] = {}
-    names: set[str] = set()
-    for stored, source in found.items():
-        name = stored.removeprefix(_PREFIX).replace(".base_layer.", ".")
-        if name in names:
-            raise CheckpointError(f"{path}: {stored} is there under two names", "save the adapter again")
-        names.add(name)
-        if match := re.fullmatch(r"(.+)\.lora_B\.bias", name):
-            biases[match[1]] = source
-        elif match := _LOW_RANK.fullmatch(name):
-            parts.setdefault(match[1], {})[match[2]] = source
-        else:
-            wholes[name] = Replacement(source)
-    if not found:
-        raise CheckpointError(f"{path}: holds no tensors", "save the adapter again")
-    _drop_tied(wholes, parts, checkpoint, path)
-    changes: dict[str, list[Change]] = {name: [whole] for name, whole in wholes.items()}
-    for module, pair in parts.items():
-        changes.setdefault(f"{module}.weight", []).append(_low_rank(module, pair, scaling, path))
-    for module, source in biases.items():
-        changes.setdefault(f"{module}.bias", []).append(Addition(source, scaling.of(module)[1]))
-    model = checkpoint.tensors
-    for name, change in ((name, change) for name, listed in changes.items() for change in listed):
-        stored = next(s.name for s in _sources(change))
-        if name not in model:
-            raise UnsupportedError(
-                f"{path}: {stored} fits no tensor of the model, which has no {name}",
-                "check that MODEL is the one the adapter was trained on",
-            )
-        if change.shape != model[name].shape:
-            raise CheckpointError(
-                f"{path}: {stored} makes {list(change.shape)} of {name}, which has shape {list(model[name].shape)}",
-                "check that MODEL is the one the adapter was trained on, with the same vocabulary",
-            )
-    return {name: changes[name] for name in model if name in changes}
-
-
-def _sources(change: Change) -> Iterator[TensorSource]:
+def _beyond(change: Change) -> str:
+    if isinstance(change, WeightDecomposed):
+        return "(DoRA) sets the length of the rows of"
+    if isinstance(change, Rows):
+        return "replaces rows of"
+    if isinstance(change, Residual):
+        return f"({change.kind}) counts from other values of"
     if isinstance(change, LowRank):
-        yield from (change.a, change.b)
-    else:
-        yield change.source
+        return "changes, in a form of its own," if not change.plain else "changes, as input and output at once,"
+    return "changes as a whole"
 
 
-def _low_rank(module: str, pair: dict[str, TensorSource], scaling: _Scaling, path: Path) -> LowRank:
-    kinds = [("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")]
-    kind = next((kind for kind in kinds if set(kind) == set(pair)), None)
-    if kind is None:
-        raise CheckpointError(
-            f"{path}: {module} must have lora_A and lora_B, got {' and '.join(sorted(pair))} alone",
-            "save the adapter again",
+# The model that adapters are merged into
+
+
+@dataclass
+class _Edit:
+    """What one adapter does to one tensor of the model as peft opens it.
+
+    Args:
+        starts: what peft takes out of it when it opens the adapter.
+        base: what then takes its place.
+        added: what is merged into it.
+        copy: what stands in its place in the end, trained as a whole.
+    """
+
+    starts: list[Change] = field(default_factory=list)
+    base: Change | None = None
+    added: list[Change] = field(default_factory=list)
+    copy: Replacement | None = None
+
+    def changes(self) -> list[Change]:
+        if self.copy:
+            return [self.copy]
+        return [*self.starts, *([self.base] if self.base else []), *self.added]
+
+
+class _Model:
+    """The tensors of a model while adapters are merged into it, one after the other.
+
+    Two that are tied stay one tensor, as in peft's merge, until an adapter has another one in the place of either.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.tensors: dict[str, TensorSource] = dict(checkpoint.tensors)
+        self.tied = dict(checkpoint.tied_tensors)
+        skeleton = checkpoint.skeleton
+        self.modules = dict(skeleton.named_modules())
+        ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+        self.embedding, self.head = (
+            next((name for name, module in self.modules.items() if module is end), "") for end in ends
         )
-    a, b = pair[kind[0]], pair[kind[1]]
-    rank, factor = scaling.of(module)
-    for source, side in ((a, 0), (b, 1)):
-        if len(source.shape) != 2 or source.shape[side] != rank:
+        self.changed: dict[str, Path] = {}
+
+    @property
+    def _with_rows(self) -> list[str]:
+        """The tensors with a row for each token."""
+        named = [f"{self.embedding}.weight", f"{self.head}.weight", f"{self.head}.bias"]
+        return [name for name in named if name in self.tensors]
+
+    def configs(self) -> dict[str, Any]:
+        """Return the configs that say what the model is now."""
+        rows = self.tensors[f"{self.embedding}.weight"].shape[0]
+        now = {"vocab_size": rows, "tie_word_embeddings": bool(self.tied)}
+        if rows == self.checkpoint.vocab_size and now["tie_word_embeddings"] == bool(self.checkpoint.tied_tensors):
+            return {}
+        hf_config = copy.deepcopy(self.checkpoint.hf_config)
+        for name, value in now.items():
+            setattr(hf_config, name, value)
+        return {"config": {**self.checkpoint.config, **now}, "hf_config": hf_config}
+
+    def check_vocabulary(self, last: AdapterFiles) -> int:
+        """Return how many rows embedding and head have; check that it is the same number.
+
+        Raises:
+            CheckpointError: they have not.
+        """
+        rows = {name: self.tensors[name].shape[0] for name in self._with_rows}
+        if len(set(rows.values())) > 1:
             raise CheckpointError(
-                f"{path}: {source.name} must have rank {rank} by {_CONFIG_FILE}, got shape {list(source.shape)}",
+                f"{last.weights}: the vocabulary was resized, and not all of it is in the adapter: "
+                + ", ".join(f"{name} has {count} rows" for name, count in rows.items()),
+                "resize MODEL itself as before training (resize_token_embeddings, then save_pretrained), or save the "
+                "adapter with save_embedding_layers=True",
+            )
+        before = self.checkpoint.vocab_size
+        if (after := next(iter(rows.values()))) != before:
+            say(f"note: {last.path}: the vocabulary has {after} rows, MODEL's {before}")
+        return after
+
+    def merge(self, files: AdapterFiles) -> dict[str, list[Change]]:
+        """Merge an adapter; return what it does, by the tensor it does it to.
+
+        Raises:
+            CheckpointError: it is damaged or of another model.
+            UnsupportedError: a tensor of it has no place in the model.
+        """
+        edits = _Reader(self, files).edits()
+        changes = self._changes(edits, files)
+        for name, listed in changes.items():
+            self._check_shapes(name, listed, files)
+            whole = any(isinstance(change, Replacement) for change in listed)
+            if whole and name in self.changed:
+                say(f"note: {files.path}: replaces {name}, which {self.changed[name]} changed before")
+            self.changed[name] = files.path
+        self.tensors |= {
+            name: MergedTensor.of(self._tensor(name), tuple(listed), files.path) for name, listed in changes.items()
+        }
+        return changes
+
+    def _tensor(self, name: str) -> TensorSource:
+        """Return a tensor as it is now; of one that was tied until now, the one it was tied to."""
+        return self.tensors[name if name in self.tensors else self.checkpoint.tied_tensors[name]]
+
+    def _changes(self, edits: dict[str, _Edit], files: AdapterFiles) -> dict[str, list[Change]]:
+        """Return the changes of each tensor, those of tied ones under the first's name; untie what becomes two."""
+        pairs = {head: (edits.pop(origin, _Edit()), edits.pop(head, _Edit())) for head, origin in self.tied.items()}
+        changes = {name: edit.changes() for name, edit in edits.items()}
+        for head, (first, second) in pairs.items():
+            origin = self.tied[head]
+            shared = [*first.starts, *second.starts]
+            shared += [base for base in [second.base or first.base] if base]
+            shared += [*first.added, *second.added]
+            apart = bool(first.base and second.base) and not _alike([first.base], [second.base])
+            ends = [edit.changes() if edit.copy or apart else shared for edit in (first, second)]
+            if not (apart or first.copy or second.copy) or _alike(*ends):
+                self._say_shared(origin, head, first, second, files)
+                if ends[0]:
+                    changes[origin] = ends[0]
+                continue
+            say(f"note: {files.path}: {origin} and {head} are one tensor in MODEL, and two with this adapter")
+            del self.tied[head]
+            changes |= dict(zip((origin, head), ends, strict=True))
+        order = [*self.tensors, *(name for name in changes if name not in self.tensors)]
+        return {name: changes[name] for name in order if name in changes}
+
+    def _say_shared(self, origin: str, head: str, first: _Edit, second: _Edit, files: AdapterFiles) -> None:
+        products = [bool(edit.added) and not isinstance(edit.added[0], Rows) for edit in (first, second)]
+        if not any(products):
+            return
+        how = "twice what either is in training" if all(products) else "what is one of the two in training"
+        say(
+            f"note: {files.path}: {origin} and {head} are one tensor in MODEL; it changes by {how}, as in peft's merge "
+            "(untie MODEL first for a change of each)"
+        )
+
+    def _check_shapes(self, name: str, changes: list[Change], files: AdapterFiles) -> None:
+        shape = before = self._tensor(name).shape
+        grows = name in [f"{self.embedding}.weight", f"{self.head}.weight", f"{self.head}.bias"]
+        for change in changes:
+            after = change.shape(shape)
+            may_grow = grows and isinstance(change, Replacement | Rows) and len(after) == len(shape)
+            if isinstance(change, Rows) and max(change.indices, default=0) >= after[0]:
+                raise CheckpointError(
+                    f"{files.weights}: {change.source.name} is of token {max(change.indices)}, and {name} has "
+                    f"{shape[0]} rows",
+                    f"{_OTHER_MODEL}, with the same vocabulary",
+                )
+            if after != shape and not (may_grow and after[1:] == shape[1:] and after[0]):
+                stored = next(iter(change.sources))
+                hint = _OTHER_MODEL
+                if grows and after[1:] == shape[1:]:
+                    hint = (
+                        "the vocabulary was resized before training: resize MODEL alike (resize_token_embeddings, then "
+                        "save_pretrained), or save the adapter with save_embedding_layers=True"
+                    )
+                made = "another shape" if -1 in after else str(list(after))
+                raise CheckpointError(
+                    f"{files.weights}: {stored.name} makes {made} of {name}, which has shape {list(before)}", hint
+                )
+            shape = after
+
+
+def _alike(ones: Sequence[Change | None], others: Sequence[Change | None]) -> bool:
+    """Tell whether two tensors end as one: each replaced, by the same values."""
+    (one, *left), (other, *right) = (ones or [None], others or [None])
+    if left or right or not (isinstance(one, Replacement) and isinstance(other, Replacement)):
+        return False
+    files: dict[Path, Any] = {}
+    return one.source.shape == other.source.shape and bool(
+        one.apply(None, files).float().equal(other.apply(None, files).float())
+    )
+
+
+class _Reader:
+    """Finds, for each tensor of an adapter, the tensor of the model that it is for."""
+
+    def __init__(self, model: _Model, files: AdapterFiles) -> None:
+        self.model, self.files, self.config = model, files, files.config
+        self.found: dict[str, _Edit] = {}
+        names = [*files.parts, *files.copies, *files.bases]
+        self.of_vision = any("language_model." in name for name in names)
+        self.left_out = 0
+
+    def edits(self) -> dict[str, _Edit]:
+        """Return what the adapter does to each tensor of the model."""
+        for module, parts in self.files.parts.items():
+            self._read_parts(module, parts)
+        for name, source in self.files.bases.items():
+            for edit, piece in self._places(name, source):
+                if piece is None:
+                    edit.base = Replacement(source)
+                else:
+                    edit.added.append(Replacement(source, piece))
+        for name, source in self.files.copies.items():
+            for edit, piece in self._places(name, source):
+                edit.copy = Replacement(source, piece)
+        if self.left_out:
+            say(f"note: {self.files.path}: {self.left_out} tensors are of the vision part and left out")
+        if not self.found:
+            raise CheckpointError(f"{self.files.weights}: holds nothing of the text model", _OTHER_MODEL)
+        self._check_saved_modules()
+        return self.found
+
+    def _places(self, name: str, source: TensorSource) -> Iterator[tuple[_Edit, Piece]]:
+        """Yield what is known of each tensor that a name of the adapter means, and which part of it goes there."""
+        places = self._find(name)
+        if places is None:
+            raise UnsupportedError(
+                f"{self.files.weights}: {source.name} fits no tensor of the model, which has no {name}", _OTHER_MODEL
+            )
+        for place, piece in places:
+            yield self.found.setdefault(place, _Edit()), piece
+
+    def _find(self, name: str) -> list[tuple[str, Piece]] | None:
+        """Return the tensors on disk that a name means; none for a part that is not of the text, None if unknown."""
+        named = self._model_name(name)
+        if named in self.model.tensors or named in self.model.tied:
+            return [(named, None)]
+        if named in self._memory:
+            return self._memory[named]
+        if self.of_vision and _VISION.match(name):
+            self.left_out += 1
+            return []
+        return None
+
+    def _model_name(self, name: str) -> str:
+        """Return the name in this model of what was trained in another class: without a head, or with eyes."""
+        prefix = f"{self.model.checkpoint.skeleton.base_model_prefix}."
+        short = re.sub(r"^(?:model\.)?language_model\.(?:model\.)?", prefix, name)
+        for candidate in (name, prefix + name, short, short.removeprefix(prefix)):
+            known = candidate in self.model.tensors or candidate in self.model.tied or candidate in self._memory
+            if known or candidate in self.model.modules:
+                return candidate
+        return name
+
+    @cached_property
+    def _memory(self) -> dict[str, list[tuple[str, Piece]]]:
+        """Where the tensors lie that transformers holds under another name than the disk: fused experts, routers.
+
+        Found with transformers' own way back: a tensor of its elements' numbers comes apart into the parts.
+        """
+        import torch
+        from transformers.core_model_loading import revert_weight_conversion
+
+        skeleton, places = self.model.checkpoint.skeleton, dict[str, list[tuple[str, Piece]]]()
+        for name, tensor in skeleton.state_dict().items():
+            if name in self.model.tensors or name in self.model.checkpoint.tied_tensors or tensor.ndim < 2:
+                continue
+            rows = tensor.shape[-2]
+            numbers = torch.arange(math.prod(tensor.shape[:-1])).reshape(*tensor.shape[:-1], 1)
+            parts: list[tuple[str, Piece]] = []
+            for part, values in revert_weight_conversion(skeleton, {name: numbers}).items():
+                first, last = (int(values.flatten()[i]) for i in (0, -1))
+                piece = None if tensor.ndim == 2 else (first // rows, slice(first % rows, last % rows + 1))
+                parts.append((part, piece))
+            if all(part in self.model.tensors for part, _ in parts):
+                places[name] = parts
+        return places
+
+    def _read_parts(self, module: str, parts: dict[str, TensorSource]) -> None:
+        """Read a module's lora_A, lora_B and so on."""
+        depth = 0
+        while module.endswith(".base_layer"):
+            module, depth = module.removesuffix(".base_layer"), depth + 1
+        parts = dict(parts)
+        delta = parts.pop("token_adapter.trainable_tokens_delta", None)
+        if delta:
+            rows = Rows(delta, self._token_rows(module, delta))
+            for edit, _ in self._places(f"{module}.weight", delta):
+                edit.added.append(rows)
+        if not parts:
+            return
+        parameters = self._targeted_parameters(module)
+        if depth >= max(1, len(parameters)):
+            name = next(iter(parts.values())).name
+            raise UnsupportedError(
+                f"{self.files.weights}: {name} is of a parameter that target_parameters in {CONFIG_FILE} does not name",
                 "config and weights are of different adapters",
             )
-    return LowRank(a, b, factor, embedding=kind == kinds[1])
+        name = f"{module}.{parameters[len(parameters) - 1 - depth] if parameters else 'weight'}"
+        bias = parts.pop("lora_B.bias", None)
+        first = next(iter(parts.values()), bias)
+        assert first is not None
+        scaling = self.config.scaling(name if parameters else module)
+        for edit, piece in self._places(name, first):
+            change = self._product(module, name, parts, scaling, piece)
+            edit.starts += self._starts(module, change, scaling)
+            edit.added.append(change)
+        if bias:
+            for edit, _ in self._places(f"{module}.bias", bias):
+                edit.added.append(Addition(bias, scaling[1]))
 
+    def _targeted_parameters(self, module: str) -> list[str]:
+        """Return the parameters of a module that are adapted themselves; peft wraps the last around those before."""
+        own = self.model.modules.get(self._model_name(module))
+        if own is None or not self.config.target_parameters:
+            return []
+        return [
+            name
+            for name, _ in own.named_parameters(recurse=False)
+            if any(f".{module}.{name}".endswith(f".{target}") for target in self.config.target_parameters)
+        ]
 
-def _drop_tied(
-    wholes: dict[str, Replacement], parts: dict[str, dict[str, TensorSource]], checkpoint: Checkpoint, path: Path
-) -> None:
-    """Drop the second copy of a tied tensor that is replaced; refuse what would make the two differ."""
-    for name, origin in checkpoint.tied_tensors.items():
-        for module in (origin, name):
-            if pair := parts.get(module.removesuffix(".weight")):
-                raise UnsupportedError(
-                    f"{path}: {next(iter(pair.values())).name} would untie {name} from {origin}, which are one tensor "
-                    "in this model",
-                    "untie the model (tie_word_embeddings false, both tensors saved), then convert with the adapter",
-                )
-        pair_of_wholes = [wholes.get(origin), wholes.pop(name, None)]
-        given = [whole for whole in pair_of_wholes if whole]
-        if not given:
-            continue
-        files: dict[Path, Any] = {}
-        copies = [whole.source.read(files).float() for whole in given]
-        if len(copies) < 2 or not copies[0].equal(copies[1]):
+    def _token_rows(self, module: str, delta: TensorSource) -> tuple[int, ...]:
+        """Return the numbers of the tokens whose rows a tensor holds; a tied head's are those of the embedding."""
+        embedding = self.model.embedding
+        same = [module, *([embedding] if f"{self._model_name(module)}.weight" in self.model.tied else [])]
+        for own in same:
+            for name, rows in self.config.tokens.items():
+                ours = own.endswith(name) if name else self._model_name(own) == embedding
+                if ours and len(rows) == delta.shape[0]:
+                    return rows
+        raise CheckpointError(
+            f"{self.files.weights}: {delta.name} has {delta.shape[0]} rows, and trainable_token_indices in "
+            f"{CONFIG_FILE} does not say of which tokens",
+            "config and weights are of different adapters",
+        )
+
+    def _starts(self, module: str, change: LowRank | WeightDecomposed, scaling: tuple[int, float]) -> list[Residual]:
+        product = change.direction if isinstance(change, WeightDecomposed) else change
+        if self.config.starts and product.piece is not None:
             raise UnsupportedError(
-                f"{path}: {given[-1].source.name} would untie {name} from {origin}, which are one tensor in this model",
-                "save the adapter with both in modules_to_save and ensure_weight_tying, or untie the model first",
+                f"{self.config.path}: init_lora_weights: {self.config.starts[0]} is not for parameters of experts "
+                f"({module}), in peft as well",
+                "set it to true if the adapter counts from MODEL's own weights",
             )
+        starts = [] if product.embedding else [Residual(kind, *scaling) for kind in self.config.starts]
+        most = min(product.shape(()))
+        for start in starts:
+            if start.rank > most - (start.kind == "kasa"):
+                raise CheckpointError(
+                    f"{self.files.weights}: {module} has rank {start.rank}, too many components for {start.kind} of a "
+                    f"layer of width {most}",
+                    "config and weights are of different adapters",
+                )
+        return starts
+
+    def _product(
+        self, module: str, name: str, parts: dict[str, TensorSource], scaling: tuple[int, float], piece: Piece
+    ) -> LowRank | WeightDecomposed:
+        weights, kinds = self.files.weights, [("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")]
+        kind = next((kind for kind in kinds if set(kind) <= set(parts)), None)
+        if kind is None:
+            raise CheckpointError(
+                f"{weights}: {module} must have lora_A and lora_B, got {' and '.join(sorted(parts))} alone",
+                "save the adapter again",
+            )
+        more = {"lora_magnitude_vector": self.config.dora, "lora_diag": self.config.diagonal}
+        wanted = {*kind, *(part for part, on in more.items() if on)}
+        for part in sorted(wanted ^ set(parts)):
+            says = "is missing" if part in wanted else f"fits no field of {CONFIG_FILE}"
+            raise CheckpointError(f"{weights}: {module}.{part} {says}", "config and weights are of different adapters")
+        a, b, experts = parts[kind[0]], parts[kind[1]], 1
+        if piece is not None:
+            experts = self.model.checkpoint.skeleton.get_parameter(self._model_name(name)).shape[0]
+        blocks = self.config.blocks_of(module)
+        for source, side, of_blocks in ((a, 0, 1), (b, 1, blocks[1])):
+            if len(source.shape) != 2 or source.shape[side] * of_blocks != scaling[0] * experts:
+                raise CheckpointError(
+                    f"{weights}: {source.name} must have rank {scaling[0]} by {CONFIG_FILE}, got shape "
+                    f"{list(source.shape)}",
+                    "config and weights are of different adapters",
+                )
+        product = LowRank(a, b, scaling[1], kind == kinds[1], parts.get("lora_diag"), blocks, piece, experts)
+        magnitude = parts.get("lora_magnitude_vector")
+        return WeightDecomposed(product, magnitude) if magnitude else product
+
+    def _check_saved_modules(self) -> None:
+        """Check that each module that was trained as a whole is there."""
+        origins = self.model.checkpoint.tied_tensors
+        names = [*self.files.copies, *self.files.bases]
+        names = [self._model_name(name) for name in names]
+        names += [head for head, origin in origins.items() if origin in names]
+        for wanted in self.config.modules_to_save:
+            modules = [name for name in self.model.modules if name.endswith(wanted)]
+            if modules and not any(name.startswith(f"{module}.") for module in modules for name in names):
+                raise CheckpointError(
+                    f"{self.config.path}: modules_to_save names {wanted[:80]!r}, and {self.files.weights.name} has no "
+                    "such tensor of the model",
+                    "save the adapter again; without them the model is not the one that was trained",
+                )
+
+
+# The tokenizer
+
+
+def _tokenizer_dir(folder: Path, checkpoint: Checkpoint, now: Path, rows: int) -> Path:
+    """Return the adapter's folder where its tokenizer has tokens that the other lacks, or its own chat template.
+
+    Args:
+        now: folder of the tokenizer that holds otherwise.
+        rows: of the merged embedding; tokens beyond them the model does not have.
+    """
+    names = ("tokenizer.json", "tokenizer.model")
+    if not any(is_file(folder / name) for name in names):
+        return now
+    texts = [*names, "tokenizer_config.json", "chat_template.jinja"]
+    if all(_bytes(folder / name) == _bytes(now / name) for name in texts):
+        return now
+    try:
+        own = dataclasses.replace(checkpoint, path=folder).load_tokenizer()
+    except CheckpointError as error:
+        raise CheckpointError(
+            str(error), f"delete the tokenizer files in {folder} if MODEL's own tokenizer was used in training"
+        ) from error
+    tokens = own.get_vocab()
+    if (last := max(tokens.values(), default=0)) >= rows:
+        say(f"note: {folder}: its tokenizer has {last + 1} tokens, the model {rows} rows: MODEL's tokenizer is taken")
+        return now
+    if any(is_file(now / name) for name in names):
+        before = dataclasses.replace(checkpoint, path=now).load_tokenizer()
+        others = before.get_vocab()
+        brings = bool(tokens.items() - others.items()) or max(others.values(), default=0) >= rows
+        if not brings and (tokens != others or own.chat_template in (None, before.chat_template)):
+            return now
+    say(f"note: {folder}: the adapter's own tokenizer is taken, with {len(tokens)} tokens")
+    return folder
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if is_file(path) else None
 
 
 # Position scaling
@@ -506,6 +668,8 @@ def _rope_of_config(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
     if not path.exists():
         return None
     config = read_json(path)
+    if isinstance(text := config.get("text_config"), dict):  # of a vision-language model
+        config = text
     if config.get("model_type") != checkpoint.family.model_type:
         raise CheckpointError(
             f"{path}: model_type must be the model's {checkpoint.family.model_type}, got {config.get('model_type')!r}",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, UnsupportedError
+from pi_gguf.files import writes
 from pi_gguf.plots import check_plot, plot_bounds
 from pi_gguf.provenance import provenance
 from pi_gguf.results import BoundsReport
@@ -29,12 +30,14 @@ _TOKENS = 1024
 """Of a held-out novel, whose queries and keys are taken."""
 
 
+@writes("plot")
 def evaluate_bounds(
     model: str,
     *,
     context: int = 32768,
     pairs: int = 256,
     plot: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     device: str = "cpu",
 ) -> BoundsReport:
@@ -45,6 +48,7 @@ def evaluate_bounds(
         context: how far to follow them, in tokens; above the model's window.
         pairs: of a query and a key, drawn over layers, heads and positions of a text.
         plot: file to draw figure 2 of the paper to, e.g. bounds.png.
+        overwrite: replace the plot that is there.
         seed: of the pairs drawn.
         device: taken like everywhere; it runs on the CPU.
 
@@ -53,7 +57,7 @@ def evaluate_bounds(
     """
     import numpy as np
 
-    check_plot(plot)
+    check_plot(plot, overwrite)
     checkpoint = load_checkpoint(model)
     rope = checkpoint.rope
     window = rope.max_position_embeddings

@@ -17,18 +17,21 @@ from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError, ResourceError, TextError
 from pi_gguf.evaluate import Yardstick, k_max, passkey_cells
-from pi_gguf.files import human_bytes, replace_when_complete
+from pi_gguf.files import human_bytes, replace_when_complete, writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import MEASURED as PREFIX
 from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
 from pi_gguf.planning import free_memory
-from pi_gguf.progress import say
+from pi_gguf.progress import say, stage
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
 from pi_gguf.runtime import Model
 
 VERSION = 2
+
+_LARGEST = 3.4e38
+"""Perplexities of models that know nothing are stored as this."""
 
 ROOM_KEY = f"{PREFIX}room"
 ROOM = {ROOM_KEY: " " * 2048}
@@ -89,14 +92,14 @@ class Certificate:
         return asdict(self)
 
     def keys(self) -> dict[str, Any]:
-        """Return the keys of a GGUF header."""
+        """Return the keys of a GGUF header, whose numbers of 32 bits end at `_LARGEST`."""
         found: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if name == "perplexity":
                 found |= {f"{PREFIX}perplexity.{window}": float(p) for window, p in value.items()}
             elif value is not None:
                 found[PREFIX + name] = value
-        return found
+        return {key: min(value, _LARGEST) if isinstance(value, float) else value for key, value in found.items()}
 
     @classmethod
     def read(cls, header: Header) -> Certificate | None:
@@ -228,6 +231,7 @@ class Base:
         return cls(price["before"], {key: price.get(key) for key in ("text", "text_sha256", "largest", "stride")})
 
 
+@stage("certify {path} in llama.cpp")
 def measure(
     path: Path,
     *,
@@ -367,12 +371,14 @@ class Certified:
         return asdict(self)
 
 
+@writes("file")
 def certify(
     file: str | Path,
     *,
     against: str | None = None,
     context: int | None = None,
     method: str = "linear",
+    strict_tokenizer: bool = False,
     require: str | None = None,
     text: Sequence[str] = (),
     seed: int = 0,
@@ -389,6 +395,7 @@ def certify(
         against: MODEL that the file was made from.
         context: window that MODEL was extended to without training; MODEL's own when left out.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
+        strict_tokenizer: as for convert, with --against.
         require: figures and what they must be, e.g. k_max>=32768,ppl_ratio<=1.02. The figures are stored in any case.
         text: text file or folder of them, of which the longest is read; the longest held-out novel of the bundled
             sample when left out. Repeatable.
@@ -407,7 +414,7 @@ def certify(
         checkpoint = load_checkpoint(against)
         rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
         try:
-            check = check_gguf(path, Reference(checkpoint, rope, "quick"))
+            check = check_gguf(path, Reference(checkpoint, rope, "quick", strict_tokenizer=strict_tokenizer))
         except CheckError as error:
             raise CheckError(
                 str(error), f"convert it again, or: pi-gguf repair {path} OUT --against {against}"

@@ -18,12 +18,12 @@ from pi_gguf.errors import CheckError, CheckpointError, OptionError
 from pi_gguf.files import human_bytes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel
-from pi_gguf.progress import say
+from pi_gguf.progress import say, stage
 from pi_gguf.rope import RopeScaling, check_consistent
 from pi_gguf.runtime import Model
-from pi_gguf.sample_texts import sample_texts
 from pi_gguf.scoring import LanguageModel, kl_divergence
-from pi_gguf.vocabulary import end_tokens, reference_ids
+from pi_gguf.token_check import TokenizedTexts, said
+from pi_gguf.vocabulary import end_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,11 @@ EXPERTS_SLACK = 30
 """How many times more a model with experts may differ: where two experts score alike, rounding picks the other one
 for a token, and that token's KL divergence is of another order (5e-2 where its neighbours have 1e-6)."""
 
+_TOKENIZER_HINT = (
+    "put the tokenizer files that the model came with into the folder, and leave out added tokens that are plain words "
+    "or --strict-tokenizer; else run it with transformers"
+)
+
 _SCORED_TOKENS = 256
 _PLAIN_TOKENS = 600
 """Prompt of a quick check where positions are not interpolated."""
@@ -50,7 +55,8 @@ _PLAIN_TOKENS = 600
 class CheckReport:
     """What was compared. `kl_divergence` is the mean in nats of llama.cpp from Hugging Face, `top1_agreement` a share.
 
-    Both are None where the Hugging Face model was not opened.
+    Both are None where the Hugging Face model was not opened. Of the strings, `strings_different` have other tokens in
+    llama.cpp; no prose is among them.
     """
 
     file: str
@@ -59,6 +65,7 @@ class CheckReport:
     rope_freq_scale: float
     vocabulary: int
     strings_compared: int
+    strings_different: list[str]
     prompt_tokens: int | None
     kl_divergence: float | None
     top1_agreement: float | None
@@ -67,9 +74,12 @@ class CheckReport:
         return asdict(self)
 
     def __str__(self) -> str:
+        alike = f"{self.strings_compared} texts tokenized alike"
+        if self.strings_different:
+            alike = f"{self.strings_compared - len(self.strings_different)} of {alike}"
         lines = (
             f"checked {self.quantization}: window {self.context_length}, rope_freq_scale {self.rope_freq_scale:g}, "
-            f"{self.vocabulary} tokens, {self.strings_compared} texts tokenized alike"
+            f"{self.vocabulary} tokens, {alike}"
         )
         if self.kl_divergence is None:
             return lines
@@ -86,9 +96,12 @@ class Reference:
         checkpoint: of the model that was written.
         rope: the scaling that was written.
         level: `quick` reads a prompt a little longer than the original window; `full` the whole new window.
+        strict_tokenizer: special texts must be tokenized alike too, not prose alone.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rope: RopeScaling, level: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, rope: RopeScaling, level: str, *, strict_tokenizer: bool = False
+    ) -> None:
         import numpy as np
         import psutil
 
@@ -99,8 +112,7 @@ class Reference:
         self.vocabulary = checkpoint.vocab_size
         self.slack = EXPERTS_SLACK if "expert_count" in checkpoint.family.keys(checkpoint.hf_config) else 1
         tokenizer = checkpoint.load_tokenizer()
-        texts = [*sample_texts(), *_passages(), *_added_token_texts(checkpoint, tokenizer)]
-        self.tokenized = {text: reference_ids(checkpoint, tokenizer, text) for text in texts}
+        self.texts = TokenizedTexts.of(checkpoint, tokenizer, strict=strict_tokenizer)
         self.ends = end_tokens(checkpoint, tokenizer)
         self.ids: list[int] = []
         self.logits: np.ndarray | None = None
@@ -132,6 +144,7 @@ class Reference:
         lm.close()
 
 
+@stage("check {path} in llama.cpp")
 def check_gguf(path: Path, reference: Reference) -> CheckReport:
     """Open a GGUF file with llama.cpp and compare it with the plan and with Hugging Face.
 
@@ -162,9 +175,8 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
             problems.append(f"{path}: rope.freq_base is {info.rope.rope_theta:g}, planned {rope.rope_theta:g}")
         if model.n_vocab != reference.vocabulary:
             problems.append(f"{path}: llama.cpp reads {model.n_vocab} tokens, the model has {reference.vocabulary}")
-        for text, theirs in reference.tokenized.items():
-            if (ours := model.tokenize(text)) != theirs:
-                problems.append(_token_difference(path, text, ours, theirs))
+        prose, special = reference.texts.compare(model.tokenize)
+        problems += [f"{path}: {difference}" for difference in prose]
         problems += [f"{path}: llama.cpp does not end at token {i}" for i in reference.ends if not model.is_end(i)]
         if reference.logits is not None:
             logits = np.concatenate(list(model.logits_chunks(reference.ids, len(reference.logits))))
@@ -179,13 +191,16 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
             context_length=model.n_ctx_train,
             rope_freq_scale=model.rope_freq_scale_train,
             vocabulary=model.n_vocab,
-            strings_compared=len(reference.tokenized),
+            strings_compared=len(reference.texts),
+            strings_different=[difference.text for difference in special],
             prompt_tokens=len(reference.ids) or None,
             kl_divergence=kl,
             top1_agreement=top1,
         )
     if problems:
-        raise CheckError("\n".join(problems), _hint(reference.unusual))
+        raise CheckError("\n".join(problems), _TOKENIZER_HINT if prose else _hint(reference.unusual))
+    if special:
+        say(said(special, len(reference.texts)))
     return report
 
 
@@ -201,25 +216,6 @@ def _cache_bytes(checkpoint: Checkpoint, length: int) -> int:
     return 8 * checkpoint.n_layers * checkpoint.n_kv_heads * checkpoint.head_dim * length
 
 
-def _added_token_texts(checkpoint: Checkpoint, tokenizer: Any) -> list[str]:
-    """Return texts with added tokens inside; none for a bare SentencePiece model, which reads them as plain text."""
-    if not (checkpoint.tokenizer_dir / "tokenizer.json").exists():
-        return []
-    return [f"one {added.content} two{added.content}three" for added in tokenizer.added_tokens_decoder.values()][:50]
-
-
 def _first_tokens(lm: LanguageModel, text: str, length: int) -> list[int]:
     characters = 8 * length
     return lm.tokenize(text[:characters])[:length]
-
-
-def _passages() -> list[str]:
-    return [novel[1000:3000] for novel in bundled.novels("heldout").values()]
-
-
-def _token_difference(path: Path, text: str, ours: list[int], theirs: list[int]) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return (
-        f"{path}: {text[:40]!r} tokenizes differently from token {at} on: "
-        f"llama.cpp {ours[at : at + 4]}, Hugging Face {theirs[at : at + 4]}"
-    )

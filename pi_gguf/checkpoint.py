@@ -10,6 +10,7 @@ import copy
 import hashlib
 import math
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -333,11 +334,14 @@ class Checkpoint:
 
     # Opening with transformers
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def load_tokenizer(self, *, by_class: bool = False) -> PreTrainedTokenizerBase:
         """Open the tokenizer; tokenizer.json is taken at its word.
 
         The classes that transformers 5 would choose by model_type rebuild parts of it: a Qwen 2 gets Qwen's
         pre-tokenizer and a padding token whatever its file says.
+
+        Args:
+            by_class: open it as that class, for comparison.
 
         Raises:
             CheckpointError: it does not open, or is code of the checkpoint's own, which is never run.
@@ -353,10 +357,15 @@ class Checkpoint:
                 f"{settings_path}: tokenizer_class: the tokenizer {name[:80]!r} is code of its own, which is not run",
                 "remove auto_map if tokenizer.json alone gives the right tokens",
             )
-        kind = PreTrainedTokenizerFast if (self.tokenizer_dir / "tokenizer.json").exists() else AutoTokenizer
+        at_its_word = (self.tokenizer_dir / "tokenizer.json").exists() and not by_class
+        kind = PreTrainedTokenizerFast if at_its_word else AutoTokenizer
         try:
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.tokenizer_dir, trust_remote_code=False)
-        except Exception as error:  # transformers raises many kinds for a broken tokenizer
+            tokenizer.model_max_length = sys.maxsize  # nothing is ever cut, whatever the file says
+            tokenizer("a")
+        except BaseException as error:  # transformers raises many kinds for a broken tokenizer
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             raise CheckpointError(
                 f"{self.tokenizer_dir}: the tokenizer does not open ({one_line(error)})",
                 "tokenizer.json or tokenizer.model must be in the folder",
@@ -659,3 +668,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise CheckpointError(f"{path}: {name} must be a whole number, got {value!r}", "delete the file")
     return record
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell whether an error is that of a Rust library that gave up, which is no Exception."""
+    return type(error).__name__ == "PanicException"

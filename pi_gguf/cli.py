@@ -6,10 +6,12 @@ docstring, each once. Data goes to standard output, progress and messages to sta
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -18,8 +20,9 @@ from typing import Any
 
 import click
 
-from pi_gguf.errors import PiGgufError
-from pi_gguf.progress import process_rank
+from pi_gguf.endings import check_address_space, prepare_streams, print_all, signals, translated
+from pi_gguf.errors import Interrupted
+from pi_gguf.progress import named_frame, process_rank
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
@@ -33,6 +36,13 @@ _REPEATABLE = {
     "set": "KEY=VALUE",
 }
 """What one value of an option that may be repeated is."""
+
+
+_WITH_TORCH = {"conversion", "finetune", "demo", "report", "comparison", "bounds"}
+"""Modules of commands that open Hugging Face models."""
+
+_PROMPT_BYTES = 2**26
+"""Read of standard input at most."""
 
 
 class Numbers(click.ParamType):
@@ -78,11 +88,13 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
         params.append(click.Option(["--json", "as_json"], is_flag=True, help="print JSON"))
 
     def run(as_json: bool = False, **values: Any) -> None:
+        if module in _WITH_TORCH:
+            check_address_space()
         given = [values.pop(argument.name) for argument in params if isinstance(argument, click.Argument)]
         result = function(*given[:-1], *given[-1], **values) if several else function(*given, **values)
         if process_rank() > 0:
             return
-        click.echo(json.dumps(result.to_json(), indent=1) if as_json else show(result))
+        print_all(json.dumps(result.to_json(), indent=1) if as_json else show(result))
 
     arguments = "\n".join(
         f"  {p.name.upper()}: {helps[p.name]}" for p in params if p.name in helps and p.param_type_name == "argument"
@@ -237,11 +249,13 @@ def _show_quantize(path: Path) -> str:
 
 
 def _show_imatrix(report: Any) -> str:
+    from pi_gguf.gguf_header import is_gguf
+
     text = (
         f"wrote {report.path} ({report.tensors} tensors, {report.tokens:,} tokens in {report.windows} windows of "
         f"{report.context})\nnext: pi-gguf "
     )
-    verb = "quantize" if report.model.endswith(".gguf") else "convert"
+    verb = "quantize" if is_gguf(report.model) else "convert"
     return f"{text}{verb} {report.model} OUT.gguf --quant IQ3_XXS --imatrix {report.path}"
 
 
@@ -430,6 +444,26 @@ def _show_passkey(report: Any) -> str:
     return f"{table}\nk_max (at least 20 % found): {report.k_max[name]}"
 
 
+def _read_prompt() -> str:
+    """Read standard input.
+
+    Raises:
+        TextError: it is closed, no text in UTF-8, or longer than any window.
+    """
+    from pi_gguf.errors import TextError
+
+    hint = 'give --prompt "...", or a text in UTF-8: pi-gguf run FILE < text.txt'
+    try:
+        data = sys.stdin.buffer.read(_PROMPT_BYTES + 1)
+        if len(data) > _PROMPT_BYTES:
+            raise TextError(f"standard input: more than {_PROMPT_BYTES:,} bytes fit no window", hint)
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise TextError(f"standard input: not UTF-8 at byte {error.start}", hint) from error
+    except (OSError, ValueError) as error:
+        raise TextError(f"standard input: cannot be read ({error})", hint) from error
+
+
 @click.command("run")
 @click.argument("file", metavar="FILE.gguf")
 @click.option("--prompt", help="text to continue; standard input when left out")
@@ -463,14 +497,14 @@ def run(
     from pi_gguf.runtime import Model
 
     if prompt is None:
-        prompt = sys.stdin.read()
+        prompt = _read_prompt()
     with Model(file, **options) as model:
         say(f"{file}: window {model.n_ctx} tokens, KV cache {human_bytes(model.kv_cache_bytes)}")
         settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         message = [{"role": "user", "content": prompt}]
         for part in model.chat(message, **settings) if chat else model.complete(prompt, **settings):
-            click.echo(part, nl=False)
-        click.echo()
+            print_all(part, end="")
+        print_all("")
 
 
 @click.command("models")
@@ -487,9 +521,9 @@ def models(as_json: bool) -> None:
     header = ("model_type", "models", "GGUF architecture", "Position Interpolation")
     rows = [(f.model_type, f.models, f.arch, "no: ALiBi" if f.alibi else "yes") for f in FAMILIES.values()]
     if as_json:
-        click.echo(json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=1))
+        print_all(json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=1))
     else:
-        click.echo(text_table(f"{len(rows)} families", header, rows, numbers=False))
+        print_all(text_table(f"{len(rows)} families", header, rows, numbers=False))
 
 
 _EVALUATIONS = {
@@ -601,29 +635,54 @@ main = Lazy(
 def _print_version(ctx: click.Context) -> None:
     from pi_gguf.provenance import package_version
 
-    click.echo(package_version())
+    print_all(package_version())
     ctx.exit()
 
 
 def entry_point() -> None:
-    """Run the command line; every `PiGgufError` ends here as two lines and its exit code."""
+    """Run the command line; every error but a bug ends here, as two lines and its exit code."""
+    prepare_streams()  # before anything opens a file
     try:
-        main(standalone_mode=False)
+        with signals():
+            code = _run_main()
+    except KeyboardInterrupt as stop:  # met before anything had begun, or when all was done
+        code = _interrupted(stop)
+    sys.exit(code)
+
+
+def _run_main() -> int:
+    try:
+        named_frame(f"pi-gguf {' '.join(sys.argv[1:])}", main, standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except PiGgufError as error:
-        if "--debug" in sys.argv:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pi-gguf"
+        return _refuse(error.format_message(), f"{path} --help shows how it is used", error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        return _interrupted(stop)
+    except Exception as error:
+        known = translated(error)
+        if known is None or "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return _refuse(str(known), known.hint, known.exit_code)
+    return 0
+
+
+def _refuse(message: str, hint: str, code: int) -> int:
+    _print_error(f"error: {message}\nhint: {hint}")
+    return code
+
+
+def _print_error(text: str) -> None:
+    with contextlib.suppress(OSError):  # a full standard error is no reason for another one
+        print(text, file=sys.stderr, flush=True)
+
+
+def _interrupted(stop: BaseException) -> int:
+    _print_error("interrupted")
+    cause = stop.__cause__ if isinstance(stop, click.Abort) else stop  # click makes one of the other
+    return 128 + (cause.number if isinstance(cause, Interrupted) else signal.SIGINT)
 
 
 if __name__ == "__main__":

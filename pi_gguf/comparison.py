@@ -12,6 +12,7 @@ from typing import Any
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
+from pi_gguf.files import writes
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_perplexity
 from pi_gguf.progress import say
@@ -24,6 +25,7 @@ SUPERHOT_FACTOR = 4
 """Positions times 0.25, whatever the window: kaiokendev's SuperHOT."""
 
 
+@writes("keep", "plot")
 def compare(
     model: str,
     *,
@@ -34,6 +36,7 @@ def compare(
     keys: int = 2,
     keep: str | None = None,
     plot: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> ComparisonReport:
@@ -52,6 +55,7 @@ def compare(
         keys: passkeys tried at each place.
         keep: file that keeps each finished way, in JSON lines; the same command goes on from it.
         plot: file to draw perplexity by window to, e.g. compare.png.
+        overwrite: replace the plot that is there.
         seed: of the keys drawn.
         device: auto, cpu or cuda.
 
@@ -62,7 +66,7 @@ def compare(
     original = checkpoint.rope.max_position_embeddings
     if context <= original:
         raise OptionError(f"context must be above the window of {original} tokens, got {context}")
-    check_plot(plot)
+    check_plot(plot, overwrite)
     kept = Kept(keep)
     windows = doublings(original, context)
     settings = {

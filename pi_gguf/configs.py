@@ -166,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return what an error says, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 

@@ -22,9 +22,9 @@ from pi_gguf.certificate import (
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint, model_name, public_source
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
-from pi_gguf.files import check_free_disk, check_writable, disk_errors, publish, remove
+from pi_gguf.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
 from pi_gguf.finetune import extend
-from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization
+from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
 from pi_gguf.imatrix import read_imatrix
@@ -32,8 +32,8 @@ from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.rope import RopeScaling
-from pi_gguf.vocabulary import check_name, gguf_vocabulary
-from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, write_file
+from pi_gguf.vocabulary import file_name, gguf_vocabulary
+from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class DryRun:
         return asdict(self)
 
 
+@writes("out", unless="dry_run")
 def convert(
     model: str,
     out: str | Path,
@@ -93,6 +94,7 @@ def convert(
     lora_rank: int = 16,
     lora_alpha: int | None = None,
     check: str = "quick",
+    strict_tokenizer: bool = False,
     certify: bool | None = None,
     require: str | None = None,
     seed: int = 0,
@@ -111,10 +113,10 @@ def convert(
     uses it again. A conversion that stops leaves OUT.partial, and the same command goes on behind the last whole
     tensor.
 
-    With --lora, adapters as peft saves them are merged on the way. Where an adapter's folder states the position
-    scaling it was trained with, in config.json or pi_gguf.json, the file has it. An adapter that was trained with
-    scaled positions and states nothing (SuperHOT: positions times 0.25) takes --context 8192 --steps 0 on a model of
-    2048 tokens: factor 4.
+    With --lora, adapters are merged on the way as peft merges them, with the vocabulary and the tokenizer they were
+    trained with where these are their own. Where an adapter's folder states the position scaling it was trained with,
+    in config.json or pi_gguf.json, the file has it. An adapter that was trained with scaled positions and states
+    nothing (SuperHOT: positions times 0.25) takes --context 8192 --steps 0 on a model of 2048 tokens: factor 4.
 
     Args:
         model: Hugging Face folder, Hub id or bundled:tiny.
@@ -141,6 +143,8 @@ def convert(
         lora_rank: rank of the adapters, of lora and qlora.
         lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         check: quick reads a prompt longer than the original window, full the whole new window; none.
+        strict_tokenizer: refuse a file in which any text of the check is tokenized otherwise than in Hugging Face. When
+            left out, prose must be alike; texts that begin with spaces, or have an added token inside, are counted.
         certify: measure the file in llama.cpp at its window, perplexity and passkeys, and write the figures into its
             header; where the whole window would take more than some ten minutes, a half, a quarter and so on of it.
             When left out, unless --check none.
@@ -153,8 +157,8 @@ def convert(
             Repeatable; the first that fits holds.
         split_max_size: of a file, e.g. 4G or 500M (decimal): larger models become OUT-00001-of-00003.gguf and so on;
             one file when left out.
-        lora: folder with a LoRA adapter of the model to merge: adapter_config.json and adapter_model.safetensors.
-            Repeatable. With --context it needs --steps 0.
+        lora: LoRA adapter of the model to merge, as peft saves it: a folder with adapter_config.json and
+            adapter_model.safetensors (or .bin), or the Hub id of one. Repeatable. With --context it needs --steps 0.
         adapter_only: write the adapter alone, as a GGUF file for llama.cpp to apply to the base's; F32 or F16.
         imatrix: importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.
         dry_run: print every tensor with type and bytes, and the exact size, memory and disk needed; write nothing.
@@ -172,6 +176,8 @@ def convert(
         raise OptionError(f"{out}: the name must end in .gguf")
     if check not in LEVELS:
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
+    if strict_tokenizer and check == "none":
+        raise OptionError("strict-tokenizer is for the check, check is none", "leave one of them out")
     certify = check != "none" if certify is None else certify
     requirements = read_requirements(require)
     if requirements and (not certify or adapter_only or dry_run):
@@ -193,7 +199,9 @@ def convert(
     if not adapter_only:
         tokenizer = checkpoint.load_tokenizer()
         vocabulary = gguf_vocabulary(checkpoint, tokenizer)
-        check_name(_general(model, rope, trained, (), method)["general.name"], tokenizer)
+        name = _general(model, rope, trained, (), method)["general.name"]
+        if (chosen := file_name(name, tokenizer)) != name:
+            say(f"note: general.name is {chosen!r}: by phi-3 in it llama.cpp drops the spaces behind special tokens")
     fine_tune = context is not None and steps != 0
     planned = None
     if dry_run and fine_tune:
@@ -218,6 +226,7 @@ def convert(
                     f"must state it: convert it with --context {rope.max_position_embeddings} --steps 0"
                 )
             return [plan_adapter_file(checkpoint, general=general, quantization=quant)]
+        general["general.name"] = file_name(general["general.name"], tokenizer)
         plan = plan_file(
             checkpoint, rope=rope, vocabulary=vocabulary,
             general={**general, **(matrix.keys() if matrix else {}), **(ROOM if certify else {})},
@@ -259,20 +268,21 @@ def convert(
     work_dir = out.with_name(out.name + ".partial")
     finals = split_paths(out, len(plans))
     for final in finals:  # all but the first may be there from a run that was stopped while it gave them their names
-        check_writable(final, overwrite or (final != finals[0] and work_dir.exists()))
-    if not work_dir.exists():
+        check_writable(final, overwrite or (final != finals[0] and has_more(work_dir)))
+    if not has_more(work_dir):
         check_free_disk(out.parent, nbytes)
-        work_dir.mkdir()
     partials = [work_dir / final.name for final in finals]
     checks = []
     try:
         for plan, partial in zip(plans, partials, strict=True):
             write_file(plan, partial, overwrite=overwrite)
         if check != "none" and not adapter_only:
-            checks.append(check_gguf(partials[0], Reference(checkpoint, rope, check)))
+            checks.append(
+                check_gguf(partials[0], Reference(checkpoint, rope, check, strict_tokenizer=strict_tokenizer))
+            )
             say(str(checks[-1]))
     except (CheckError, CheckpointError):
-        remove(work_dir)  # nothing there is worth going on with
+        _clear(partials)  # nothing there is worth going on with
         raise
     certificate = None
     if certify and not adapter_only:
@@ -284,9 +294,19 @@ def convert(
     with disk_errors(out):
         for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
             publish(partial, final)
-    remove(work_dir)
+    _clear(partials)
     check_requirements(missed, str(finals[0]), "fine-tune longer, or require less")
     return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks, certificate, adapter_only)
+
+
+def _clear(partials: Sequence[Path]) -> None:
+    """Delete what a conversion keeps to go on with."""
+    for partial in partials:
+        remove(partial)
+        remove(state_path(partial))
+        remove(partial.with_name(f"{partial.name}.partial"))  # of a certificate whose storing was cut off
+    if has_more(partials[0].parent):
+        say(f"note: {partials[0].parent} holds what this conversion did not make; it stays")
 
 
 def _certify(
@@ -360,12 +380,13 @@ def _read_override(text: str) -> tuple[str, str]:
         re.compile(pattern)
     except re.error as error:
         raise OptionError(f"tensor-type {text!r}: {pattern!r} is not a regular expression ({error})") from error
-    if not pattern or kind.upper() not in tensor_types():
+    known = spelled(kind, tensor_types())
+    if not pattern or known is None:
         raise OptionError(
             f"tensor-type must be PATTERN=TYPE with a tensor type, got {text!r}",
-            "for example --tensor-type attn_v=Q8_0",
+            nearest(kind, tensor_types()) or "for example --tensor-type attn_v=Q8_0",
         )
-    return pattern, kind.upper()
+    return pattern, known
 
 
 def _general(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from pi_gguf.errors import TextError
 from pi_gguf.files import remove, replace_when_complete
 from pi_gguf.progress import progress_bar
 from pi_gguf.provenance import package_version
-from pi_gguf.texts import Texts
+from pi_gguf.texts import LONGEST, Texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,9 @@ _TOKENIZER_FILES = (
     "vocab.json", "merges.txt",
 )  # fmt: skip
 _BATCH_CHARACTERS = 1 << 20
+_PIECE_CHARACTERS = 1 << 22
+_CHARACTERS = 16
+"""More than a token has on average in any text."""
 
 
 class Corpus:
@@ -57,34 +60,66 @@ class Corpus:
         return found
 
 
-def encoder(checkpoint: Checkpoint) -> Callable[[list[str]], list[list[int]]]:
-    """Return what turns texts into token ids, each with the end token behind it where the tokenizer has one."""
+def encoder(checkpoint: Checkpoint) -> Callable[..., list[list[int]]]:
+    """Return what turns texts into token ids, each with the end token behind it where the tokenizer has one.
+
+    What is returned takes a list of texts, and whether each begins a document, and ends one.
+    """
     tokenizer: Any = checkpoint.load_tokenizer()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [ids + end for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    def encode(texts: list[str], *, begins: bool = True, ends: bool = True) -> list[list[int]]:
+        encoded = tokenizer(texts, add_special_tokens=begins, verbose=False)["input_ids"]
+        return [ids + end for ids in encoded] if ends else list(encoded)
 
     return encode
 
 
-def load_corpus(checkpoint: Checkpoint, texts: Texts, folder: Path) -> Corpus:
+def _encoded(encode: Callable[..., list[list[int]]], batch: list[str]) -> Iterator[Iterable[list[int]]]:
+    """Yield the token ids of each text; of a long one, which is a batch's last, piece by piece."""
+    long = len(batch[-1]) > _PIECE_CHARACTERS
+    for ids in encode(batch[:-1] if long else batch) if not long or batch[1:] else ():
+        yield [ids]
+    if long:
+        pieces = list(_pieces(batch[-1]))
+        last = len(pieces) - 1
+        yield (encode([piece], begins=i == 0, ends=i == last)[0] for i, piece in enumerate(pieces))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text where a line or a word begins."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        limit = start + _PIECE_CHARACTERS
+        found = (text.rfind(blank, start + 1, limit) for blank in "\n ")
+        cut = next((at for at in found if at > start), limit)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def load_corpus(checkpoint: Checkpoint, texts: Texts, folder: Path, tokens: int = 0) -> Corpus:
     """Return texts as tokens, from the cache in `folder`; it is made where it is missing or torn.
 
-    The cache is of these texts and this tokenizer: its name is a hash of both.
+    The cache is of these texts and this tokenizer: its name is a hash of both. Of a document that alone has more than a
+    run reads, the rest is left out.
+
+    Args:
+        tokens: that a run reads.
 
     Raises:
         TextError: a text cannot be read, or there is none.
         ResourceError: the disk is full.
     """
-    key = hashlib.sha256(f"{texts.sha256} {_tokenizer_sha256(checkpoint)}".encode()).hexdigest()
+    characters = 1 << (max(LONGEST, _CHARACTERS * tokens) - 1).bit_length()
+    key = hashlib.sha256(f"{texts.sha256} {_tokenizer_sha256(checkpoint)} {characters}".encode()).hexdigest()
     path = folder / f"{CACHE_PREFIX}{key[:16]}"
     corpus = _open(path, texts.name)
     if corpus is None:
         remove(path)
         with replace_when_complete(path) as partial:
             partial.mkdir()
-            _write(checkpoint, texts, partial)
+            _write(checkpoint, texts, partial, characters)
         corpus = _open(path, texts.name)
         assert corpus is not None
     return corpus
@@ -113,16 +148,19 @@ def _open(path: Path, name: str) -> Corpus | None:
     return Corpus(np.asarray(np.memmap(path / "ids.bin", np.int32, mode="r")), offsets, name)
 
 
-def _write(checkpoint: Checkpoint, texts: Texts, folder: Path) -> None:
+def _write(checkpoint: Checkpoint, texts: Texts, folder: Path, characters: int) -> None:
     import numpy as np
 
     encode, offsets = encoder(checkpoint), [0]
     with progress_bar("tokenize", texts.count, "documents") as advance, (folder / "ids.bin").open("wb") as file:
-        for batch in _batches(texts.read()):
-            for ids in encode(batch):
-                if ids:
+        for batch in _batches(texts.read(characters)):
+            for document in _encoded(encode, batch):
+                length = 0
+                for ids in document:
                     file.write(np.array(ids, np.int32).tobytes())
-                    offsets.append(offsets[-1] + len(ids))
+                    length += len(ids)
+                if length:
+                    offsets.append(offsets[-1] + length)
             advance(len(batch), text=f"{offsets[-1] / 1e6:.1f} M tokens")
         file.flush()
         os.fsync(file.fileno())

@@ -9,21 +9,19 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
+from pi_gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
 from pi_gguf.gguf_file import TensorInfo, tensor_types
 from pi_gguf.gguf_header import Entry, Header, type_of_key
+from pi_gguf.loadable import find_fatal
 from pi_gguf.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES, NOPE_FACTOR, RopeScaling, check_consistent
 from pi_gguf.sentencepieces import CONTROL
 from pi_gguf.vocabulary import gguf_vocabulary
 from pi_gguf.writing import model_metadata
-
-SET, REMOVE, ASK, CONVERT = "set", "remove", "ask", "convert"
-"""What mends a finding: `pi-gguf repair` sets or removes the key; the checkpoint or the user must say the value; or no
-change of keys does, only another conversion."""
 
 _TOKENIZER = "tokenizer.ggml."
 _ARRAYS = ("tokens", "token_type", "scores", "merges")
@@ -48,48 +46,6 @@ SAME_SPLITTING: tuple[set[str], ...] = (
     _LLAMA3_NAMES,
 )  # fmt: skip
 """Names of pre-tokenizers that are one and the same in llama.cpp."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong in a file.
-
-    Args:
-        key: of the metadata, or the name of a tensor.
-        found: what is there; None where nothing is.
-        expected: what it should be; None where that is unknown, or where it should not be there.
-        text: one sentence: what is wrong and what follows.
-        remedy: `set`, `remove`, `ask` or `convert`.
-        severity: `defect`, or `note` where it may well be meant so.
-    """
-
-    key: str
-    found: Any
-    expected: Any
-    text: str
-    remedy: str = SET
-    severity: str = "defect"
-
-    @property
-    def repairable(self) -> bool:
-        return self.remedy in (SET, REMOVE)
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "found": in_short(self.found), "expected": in_short(self.expected)}
-
-    def __str__(self) -> str:
-        found = "is missing" if self.found is None else f"is {in_short(self.found)}"
-        expected = f", should be {in_short(self.expected)}" if self.expected is not None else ""
-        return f"{self.key} {found}{expected}: {self.text}"
-
-
-def in_short(value: Any) -> Any:
-    """Return a value as it is shown: long ones only by their length, numbers of 32 bits without the tail of 64."""
-    if isinstance(value, list):
-        return f"{len(value)} values"
-    if isinstance(value, str) and len(value) > 80:
-        return f"{len(value)} characters"
-    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 # What a file should state
@@ -177,7 +133,8 @@ def find_defects(header: Header, tensors: Sequence[TensorInfo], expected: Expect
     findings = list(_against(header, tensors, expected)) if expected is not None else []
     mended = mend(header, findings, expected)
     found = {finding.key for finding in findings}
-    for finding in (*_types(mended), *_positions(mended, tensors), *_tokenizer(mended, tensors)):
+    own = (*_types(mended), *find_fatal(mended, tensors), *_positions(mended, tensors), *_tokenizer(mended, tensors))
+    for finding in own:
         if finding.key not in found and not (expected is not None and _is_meant(finding, expected)):
             findings.append(finding)
             found.add(finding.key)
@@ -441,7 +398,13 @@ def _special_tokens(header: Header, n_tokens: int) -> Iterator[Finding]:
     eos = ids.get("tokenizer.ggml.eos_token_id")
     if eos is None:
         yield Finding("tokenizer.ggml.eos_token_id", None, None, "generation does not know where to end.", ASK)
-    elif types is not None and types.type == "[INT32]" and types.length == n_tokens and eos in range(n_tokens):
+    elif (
+        types is not None
+        and types.type == "[INT32]"
+        and types.length == n_tokens
+        and isinstance(eos, int)
+        and eos in range(n_tokens)
+    ):
         kind = types.value[eos]
         if kind != CONTROL:
             text = f"this token is of type {kind}, an end token must be of type {CONTROL} (control)."

@@ -15,11 +15,11 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.conversion import convert
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
-from pi_gguf.files import write_json
+from pi_gguf.files import open_folder, write_json, write_text, writes
 from pi_gguf.finetune import extend
 from pi_gguf.plots import plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
-from pi_gguf.provenance import provenance
+from pi_gguf.provenance import provenance, without_folders
 from pi_gguf.results import PasskeyCell, PerplexityRow
 from pi_gguf.tables import markdown_table
 from pi_gguf.targets import doublings
@@ -53,7 +53,8 @@ class DemoReport:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found: dict[str, Any] = without_folders(asdict(self))
+        return found
 
     def __str__(self) -> str:
         from pi_gguf.tables import text_table
@@ -78,6 +79,10 @@ def table_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+_FILES = ("perplexity.png", "passkey.png", "results.json", "table.md")
+
+
+@writes("out", parents=True)
 def demo(
     *,
     out: str = "out/demo",
@@ -124,10 +129,11 @@ def demo(
     settings = {key: value for key, value in locals().items() if key not in ("heldout", "out")}
     out_dir = Path(out)
     texts_dir = out_dir / "texts"
-    texts_dir.mkdir(parents=True, exist_ok=True)
+    open_folder(out_dir, _FILES, texts_dir.name)
+    texts_dir.mkdir(exist_ok=True)
     texts = []
     for name, body in heldout[:documents]:
-        (texts_dir / name).write_text(body, encoding="utf-8")
+        write_text(texts_dir / name, body)
         texts.append(str(texts_dir / name))
 
     hf_dir = out_dir / f"{_stem(context)}-hf"
@@ -168,7 +174,7 @@ def demo(
     curves = {row.name: row.perplexity for row in rows}
     plot_perplexity(curves, out_dir / "perplexity.png", original=2048)
     write_json(out_dir / "results.json", report.to_json())
-    (out_dir / "table.md").write_text(markdown_table(*table_cells(report.to_json())), encoding="utf-8")
+    write_text(out_dir / "table.md", markdown_table(*table_cells(report.to_json())))
     return report
 
 

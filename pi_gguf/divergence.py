@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError
+from pi_gguf.files import writes
 from pi_gguf.plots import check_plot, plot_divergence
 from pi_gguf.progress import progress_bar
 from pi_gguf.provenance import provenance, sha256
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+@writes("plot")
 def evaluate_kl(
     model: str,
     *,
@@ -35,6 +37,7 @@ def evaluate_kl(
     context: int | None = None,
     method: str = "linear",
     plot: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> DivergenceReport:
@@ -51,6 +54,7 @@ def evaluate_kl(
         context: extend Hugging Face models to this window, in tokens, without training.
         method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
         plot: file to draw it by position to, e.g. kl.png.
+        overwrite: replace the plot that is there.
         seed: recorded; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -66,7 +70,7 @@ def evaluate_kl(
     options: dict[str, Any] = {"context": context, "method": method, "device": device}
     check_targets((model,), servers=False, type_k=type_k, type_v=type_v, **options)
     check_targets((against,), servers=False, **options)
-    check_plot(plot)
+    check_plot(plot, overwrite)
     found = read_texts(text) if text else bundled.novels("heldout")
     chosen = sorted(found.items(), key=lambda item: -len(item[1]))[:documents]
     with (

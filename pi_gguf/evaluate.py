@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError
+from pi_gguf.files import writes
 from pi_gguf.kept import Kept
 from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
 from pi_gguf.plots import check_plot, plot_passkeys, plot_perplexity
@@ -85,6 +86,7 @@ class Yardstick:
         return {"text": self.name, "text_sha256": sha256([self.text]), "largest": self.largest, "stride": self.stride}
 
 
+@writes("keep", "plot")
 def evaluate_perplexity(
     *models: str | LanguageModel,
     text: Sequence[str] = (),
@@ -98,6 +100,7 @@ def evaluate_perplexity(
     type_v: str = "f16",
     keep: str | None = None,
     plot: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> PerplexityReport:
@@ -121,6 +124,7 @@ def evaluate_perplexity(
         type_v: V cache of GGUF files.
         keep: file that keeps each finished document, in JSON lines; the same command goes on from it.
         plot: file to draw perplexity by window to, e.g. perplexity.png.
+        overwrite: replace the plot that is there.
         seed: recorded; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -137,7 +141,7 @@ def evaluate_perplexity(
         raise OptionError(f"stride must be from 1 to {min(windows) - 1}, below the smallest window, got {stride}")
     if samples is not None and samples < 1:
         raise OptionError(f"samples must be at least 1, got {samples}")
-    check_plot(plot)
+    check_plot(plot, overwrite)
     kept = Kept(keep)
     documents = read_texts(text, characters=2 * largest) if text else _heldout()
     hashed = sha256(list(documents.values()))
@@ -206,7 +210,8 @@ def measure_documents(
     """
     largest = largest or max(windows)
     kept = kept or Kept(None)
-    tokenized = {name: lm.tokenize(body) for name, body in documents.items()}
+    need = max(max_tokens, largest) if samples is None else None
+    tokenized = {name: _tokenize(lm, body, need) for name, body in documents.items()}
     for name, ids in tokenized.items():
         if len(ids) < largest:
             raise TextError(
@@ -238,6 +243,15 @@ def measure_documents(
                 kept.put(item, {"scored": _sums(nll), "first_pass": _by_position(nll[0], largest) if whole else []})
         found[window] = [kept.get(item) for item in items.values()]
     return found
+
+
+def _tokenize(lm: LanguageModel, body: str, need: int | None) -> list[int]:
+    """Return the tokens of a document; where no more than the first `need` are used, those at least."""
+    if need is not None and len(body) > 16 * need:  # few tokens have so many characters
+        ids = lm.tokenize(body[: 16 * need])
+        if len(ids) > need:
+            return ids
+    return lm.tokenize(body)
 
 
 def _sums(nll: Sequence[np.ndarray]) -> list[float]:
@@ -309,6 +323,7 @@ def sampled_windows(
     return [(bos + ids[end - window + len(bos) : end], stride) for end in ends]
 
 
+@writes("keep", "plot")
 def evaluate_passkey(
     *models: str | LanguageModel,
     windows: Sequence[int] | None = None,
@@ -323,6 +338,7 @@ def evaluate_passkey(
     tokenizer: str | None = None,
     keep: str | None = None,
     plot: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> PasskeyReport:
@@ -350,6 +366,7 @@ def evaluate_passkey(
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
         keep: file that keeps each answer, in JSON lines; the same command goes on from it.
         plot: file to draw the share found, by window and distance, to, e.g. passkey.png; of one model unless growing.
+        overwrite: replace the plot that is there.
         seed: of the keys drawn.
         device: auto, cpu or cuda.
 
@@ -366,7 +383,7 @@ def evaluate_passkey(
     for name, value in (("distances", distances), ("keys", keys)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
-    check_plot(plot, of_one=() if growing else models)
+    check_plot(plot, overwrite, of_one=() if growing else models)
     windows = choose_windows(windows, models, **options)
     kept = Kept(keep)
     names, cells = [], []

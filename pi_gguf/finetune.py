@@ -19,7 +19,7 @@ from pi_gguf.batches import PACKINGS, training_batches
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, public_source, read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
-from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json
+from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json, writes
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
 from pi_gguf.progress import process_count, say
@@ -38,6 +38,7 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+@writes("out_dir")
 def extend(
     model: str,
     out_dir: str | Path,
@@ -174,13 +175,13 @@ def extend(
             check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
             _begin_or_resume(work_dir, {**record, "sharded": spread.fsdp}, overwrite)
         try:
-            corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir)
+            corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir, training.tokens)
             batches = training_batches(
                 checkpoint, training, corpus, seed, packing=packing, longest_first=longest_first
             )  # fmt: skip
         except PiGgufError:
             if is_first_process() and not any(work_dir.glob("checkpoint-*")):
-                remove(work_dir)
+                _clear(work_dir)
             raise
     say(
         f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {method}, "
@@ -195,7 +196,7 @@ def extend(
             _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
         else:
             _write_folder(checkpoint, rope, out_dir, record, trained, lambda after: validation.price(after, device))
-        remove(work_dir)
+        _clear(work_dir)
     wait_for_everyone(device)
     return out_dir
 
@@ -239,16 +240,20 @@ def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) ->
             "repeat the first command to go on with it, or start anew with --overwrite",
         )
     if key:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        for old in list(work_dir.iterdir()):
-            if not old.name.startswith(CACHE_PREFIX):  # its name says which texts and tokenizer it is of
-                remove(old)
+        _clear(work_dir, corpora=False)  # their names say which texts and tokenizer they are of
         write_json(path, record)
     for checkpoint_dir in work_dir.glob("checkpoint-*"):
         try:
             read_json(checkpoint_dir / "trainer_state.json")  # written last
         except CheckpointError:
             remove(checkpoint_dir)
+
+
+def _clear(work_dir: Path, *, corpora: bool = True) -> None:
+    """Delete what a run keeps to go on with."""
+    for pattern in ("run.json*", "checkpoint-*", "adapter", *([f"{CACHE_PREFIX}*"] if corpora else [])):
+        for old in list(work_dir.glob(pattern)):
+            remove(old)
 
 
 def _write_folder(

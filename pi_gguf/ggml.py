@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import os
 import re
 import threading
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.gguf_file import read_gguf, tensor_types
-from pi_gguf.progress import progress_bar
+from pi_gguf.gguf_file import tensor_types
+from pi_gguf.progress import progress_bar, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,16 @@ NEED_IMPORTANCE_MATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M
 TENSORS_NEED_IMPORTANCE = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"}
 """Types of a single tensor for which the same holds."""
 
+
+class NativePath(str):
+    """A path as the file system's bytes, where llama_cpp encodes a text: not every name of a file is UTF-8."""
+
+    __slots__ = ()
+
+    def encode(self, *_: str) -> bytes:
+        return os.fsencode(str(self))
+
+
 log: list[str] = []
 """What llama.cpp has said, in pieces of lines."""
 
@@ -41,6 +52,7 @@ _callbacks: list[Any] = []  # ctypes callbacks must outlive the library's use of
 @cache
 def llama_cpp_library() -> Any:
     """Import llama_cpp, and collect what it says in `log`."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # children that look for a debugger outlive what they look at
     import llama_cpp
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -84,7 +96,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
-    """Open a file with llama-cpp-python's `Llama`.
+    """Open a file with llama-cpp-python's `Llama`, without its chat templates: it compiles each as soon as it opens.
 
     Args:
         fast_buffers: whether weights are held in the forms that are fast on this CPU; `Llama` has no argument for it.
@@ -101,15 +113,23 @@ def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
             params.use_extra_bufts = fast_buffers
             self._model_params = params
 
+        @property
+        def metadata(self) -> dict[str, str]:
+            return self._metadata
+
+        @metadata.setter
+        def metadata(self, metadata: dict[str, str]) -> None:
+            self._metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.chat_template")}
+
         def eval(self, tokens: Sequence[int]) -> None:
             compute(super().eval, tokens)
 
-    return Llama(str(path), **options)
+    return Llama(NativePath(path), **options)
 
 
 def last_error() -> str:
-    """Return the first line of the log that tells of an error, or an empty string."""
-    lines = [line.strip() for line in log if "error" in line.lower() or "failed" in line.lower()]
+    """Return the first line of the log that tells of an error, or an empty string; without breaks."""
+    lines = [" ".join(line.split()) for line in log if "error" in line.lower() or "failed" in line.lower()]
     return lines[0] if lines else ""
 
 
@@ -129,8 +149,41 @@ def quantizations() -> dict[str, int]:
     return {match[1]: int(getattr(llama_cpp, name)) for name, match in found.items() if match}
 
 
+_SPELLINGS = {
+    "FP32": "F32", "FLOAT32": "F32", "FP16": "F16", "FLOAT16": "F16", "HALF": "F16", "BFLOAT16": "BF16",
+    "NOT_QUANTIZED": "F16", "FAST_QUANTIZED": "Q8_0", "QUANTIZED": "Q4_K_M", "MXFP4": "MXFP4_MOE",
+    "Q8": "Q8_0", "INT8": "Q8_0", "Q6": "Q6_K", "Q5": "Q5_K_M", "Q4": "Q4_K_M", "INT4": "Q4_K_M", "Q3": "Q3_K_M",
+    "Q2": "Q2_K", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "Q3_K_XL": "Q3_K_L",
+}  # fmt: skip
+"""What other tools call file types. Those that are named like a tensor type are as llama-quantize has them."""
+
+
+def spelled(name: str, known: Collection[str]) -> str | None:
+    """Return the name that llama.cpp has for what people write: in any case, with other or without separators.
+
+    Args:
+        name: as it was written, e.g. `q4_k_m`, `Q4-K-M`, `q4km`, `fp16`.
+        known: names that there are.
+    """
+    given = re.sub(r"[\s.-]+", "_", name.strip()).upper()
+    given = given.removeprefix("GGML_TYPE_").removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_")
+    bare = {other.replace("_", ""): other for other in sorted(known)}
+    mixture = re.sub(r"_[SML]$|(?<=Q4_0)(_[48]){2}$", "", given)  # Q6_K_L and the like, Q4_0 ordered for a CPU
+    for name in (given, mixture):
+        for candidate in (name, _SPELLINGS.get(name), bare.get(name.replace("_", ""))):
+            if candidate in known:
+                return candidate
+    return None
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return a hint with the names that are most like one that is not known; empty where none is."""
+    close = difflib.get_close_matches(name.upper(), sorted(known), 3, 0.6)
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
 def check_quantization(name: str, *, importance: bool = False) -> str:
-    """Return `name` in upper case if llama.cpp has that quantization.
+    """Return llama.cpp's name of a quantization, and say so where another one was written.
 
     Args:
         name: file type, e.g. q4_k_m.
@@ -139,19 +192,22 @@ def check_quantization(name: str, *, importance: bool = False) -> str:
     Raises:
         OptionError: otherwise, with the list; or it needs an importance matrix, or has no use for one.
     """
-    if name.upper() not in quantizations():
+    known = spelled(name, quantizations())
+    if known is None:
         raise OptionError(
             f"quant must be one of {', '.join(sorted(quantizations()))}, got {name}",
-            "Q4_K_M is a good choice for most, Q8_0 is close to exact",
+            nearest(name, quantizations()) or "Q4_K_M is a good choice for most, Q8_0 is close to exact",
         )
-    if name.upper() in NEED_IMPORTANCE_MATRIX and not importance:
+    if known != name.upper():
+        say(f"note: {name} is taken for {known}")
+    if known in NEED_IMPORTANCE_MATRIX and not importance:
         raise OptionError(
             f"quant {name}: llama.cpp writes it with an importance matrix only",
             "make one with pi-gguf imatrix and give it with --imatrix, or take Q2_K or a larger type",
         )
-    if name.upper() in UNQUANTIZED and importance:
+    if known in UNQUANTIZED and importance:
         raise OptionError(f"imatrix is for quantized files, quant is {name}", "give --quant Q4_K_M or another")
-    return name.upper()
+    return known
 
 
 def apply_adapters(llama: Any, paths: Sequence[str | Path]) -> None:
@@ -167,9 +223,8 @@ def apply_adapters(llama: Any, paths: Sequence[str | Path]) -> None:
     llama_cpp = llama_cpp_library()
     adapters = (llama_cpp.llama_adapter_lora_p_ctypes * len(paths))()
     for i, path in enumerate(paths):
-        read_gguf(Path(path))
         log.clear()
-        adapters[i] = llama_cpp.llama_adapter_lora_init(llama.model, str(path).encode())
+        adapters[i] = llama_cpp.llama_adapter_lora_init(llama.model, os.fsencode(path))
         if not adapters[i]:
             raise GgufError(
                 f"{path}: llama.cpp does not apply it to {llama.model_path} ({last_error()})",
@@ -209,7 +264,7 @@ def mixture(
     if importance:
         params.imatrix = _importance_list(importance)
     log.clear()
-    result = llama_cpp.llama_model_quantize(str(header).encode(), b"", ctypes.byref(params))
+    result = llama_cpp.llama_model_quantize(os.fsencode(header), b"", ctypes.byref(params))
     said = re.findall(
         r"\[ *\d+/ *\d+\] +(\S+) +- \[[^\]]*\], type = +(\w+), size = [ \d.]+MiB(?: -> [ \d.]+MiB \((\w+)\))?",
         "".join(log),
@@ -311,7 +366,7 @@ def quantize_file(
     result: list[int] = []
     worker = threading.Thread(
         target=lambda: result.append(
-            llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+            llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
         ),
         daemon=True,  # Ctrl-C ends the process without waiting for it
     )
@@ -324,7 +379,10 @@ def quantize_file(
             bar(now - done)
             done = now
     if result != [0]:
-        raise GgufError(f"{source}: llama.cpp did not quantize it ({last_error()})")
+        raise GgufError(
+            f"{source}: llama.cpp did not quantize it ({last_error()})",
+            f"pi-gguf inspect {source} shows what it states; or copy or convert it again",
+        )
 
 
 def _key_list(keys: Mapping[str, int | str]) -> Any:

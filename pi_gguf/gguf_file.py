@@ -7,12 +7,11 @@ imported nowhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pi_gguf.errors import GgufError
 from pi_gguf.gguf_header import ALIGNMENT, Header, read_header
@@ -36,12 +35,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufInfo:
-    """What a GGUF file states: its scalar metadata, the length of its arrays, and its tensors."""
+    """What a GGUF file states: its scalar metadata, the length of its arrays, its tensors, and all as it lies there."""
 
     path: Path
     metadata: dict[str, Any]
     array_lengths: dict[str, int]
     tensors: list[TensorInfo]
+    header: Header = field(repr=False)
 
     @property
     def arch(self) -> str:
@@ -61,12 +61,15 @@ class GgufInfo:
             return "unknown"
 
     def hyperparameter(self, name: str) -> int:
-        """Return a positive integer key of the architecture.
+        """Return a positive integer key of the architecture, the largest where it is given layer by layer.
 
         Raises:
             GgufError: it is missing or below 1.
         """
-        value = self.metadata.get(f"{self.arch}.{name}")
+        entry = self.header.entries.get(f"{self.arch}.{name}")
+        value = None if entry is None else entry.value
+        if isinstance(value, list) and entry is not None and entry.type != "[STRING]":
+            value = max(value, default=0)
         if not isinstance(value, int) or value < 1:
             got = "it is missing" if value is None else f"got {value!r}"
             raise GgufError(
@@ -88,6 +91,7 @@ def read_gguf(path: Path) -> GgufInfo:
         header.metadata,
         {key: entry.length for key, entry in header.entries.items() if entry.type[0] == "["},
         tensors_of(header),
+        header,
     )
 
 
@@ -95,56 +99,41 @@ def tensors_of(header: Header) -> list[TensorInfo]:
     """Return the tensors that a header describes.
 
     Raises:
-        GgufError: an unknown type, or a tensor that goes beyond the end of the file.
+        GgufError: an unknown type, a shape that cannot be, or a tensor that goes beyond the end of the file.
     """
-    import gguf
-
-    size, tensors = header.path.stat().st_size, []
+    size = header.path.stat().st_size
+    names = {layout.number: name for name, layout in _layouts().items()}
+    tensors = []
     for t in header.tensors:
-        try:
-            kind = gguf.GGMLQuantizationType(t.type)
-        except ValueError as error:
-            reason = f"{t.name} is of type {t.type}"
-            raise GgufError(f"{header.path}: truncated or not a GGUF file ({reason})", _AGAIN) from error
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = math.prod(t.sides) * block_bytes // block
-        if header.data_offset + t.offset + nbytes > size:
-            raise GgufError(f"{header.path}: truncated or not a GGUF file ({t.name} goes beyond the end)", _AGAIN)
-        tensors.append(TensorInfo(t.name, tuple(reversed(t.sides)), kind.name, nbytes))
+        kind = names.get(t.type)
+        elements, columns = math.prod(t.sides), (*t.sides, 1)[0]
+        if kind is None:
+            wrong = f"{t.name} is of type {t.type}, which there is none of" + (" any more" if t.type < 40 else "")
+        elif not 0 < elements < 2**63:
+            wrong = f"{t.name} is of shape {' x '.join(map(str, t.sides))}"
+        elif columns % (layout := _layouts()[kind]).block:
+            wrong = f"{t.name} has rows of {columns}, {kind} is in blocks of {layout.block}"
+        else:
+            nbytes = elements // layout.block * layout.nbytes
+            tensors.append(TensorInfo(t.name, tuple(reversed(t.sides)), kind, nbytes))
+            if header.data_offset + t.offset + nbytes <= size:
+                continue
+            wrong = f"{t.name} goes beyond the end"
+        raise GgufError(f"{header.path}: truncated or not a GGUF file ({wrong})", _AGAIN)
     return tensors
 
 
-def read_array(path: Path, key: str) -> list[Any]:
-    """Read an array of a file's metadata; an empty one when it is not there."""
-    with _reader(path) as reader:
-        field = reader.fields.get(key)
-        return list(field.contents()) if field is not None and len(field.data) else []
-
-
-def read_values(path: Path) -> dict[str, np.ndarray]:
+def read_values(header: Header) -> dict[str, np.ndarray]:
     """Read the values of all F32 tensors of a file, by name, in the shapes that torch has."""
     import numpy as np
 
-    with _reader(path) as reader:
-        return {t.name: np.array(t.data, np.float32) for t in reader.tensors if t.tensor_type.name == "F32"}
-
-
-@contextmanager
-def _reader(path: Path) -> Iterator[Any]:
-    """Open a file with gguf, and turn what can go wrong inside into a `GgufError`."""
-    import gguf
-
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        is_file = False
-    if not is_file:
-        raise GgufError(f"{path}: no such file", "check the spelling")
-    try:
-        yield gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise GgufError(f"{path}: truncated or not a GGUF file ({reason})", "copy or convert the file again") from error
+    values = {}
+    with header.path.open("rb") as file:
+        for t, place in zip(tensors_of(header), header.tensors, strict=True):
+            if t.type == "F32":
+                file.seek(header.data_offset + place.offset)
+                values[t.name] = np.frombuffer(file.read(t.nbytes), "<f4").reshape(t.shape)
+    return values
 
 
 def padded(nbytes: int) -> int:
@@ -170,9 +159,8 @@ def write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Se
     for key, value in metadata.items():
         add.get(type(value), writer.add_array)(key, value)
     for t in tensors:
-        writer.add_tensor_info(
-            t.name, t.shape, np.dtype(np.float32), t.nbytes, gguf.GGMLQuantizationType(tensor_types()[t.type])
-        )
+        number: Any = tensor_types()[t.type]  # gguf has no name for the newest ones
+        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, number)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -192,23 +180,32 @@ def write_values(path: Path, arch: str, metadata: Mapping[str, Any], values: Map
             file.write(data + bytes(padded(len(data)) - len(data)))
 
 
+class _Layout(NamedTuple):
+    """How a tensor type lies in a file: ggml's number of it, and the elements and bytes of a block."""
+
+    number: int
+    block: int
+    nbytes: int
+
+
+@cache
+def _layouts() -> dict[str, _Layout]:
+    import gguf
+
+    found = {kind.name: _Layout(int(kind), *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
+    return {**found, "Q8_1": _Layout(9, 32, 36), "Q2_0": _Layout(42, 64, 18)}  # where gguf is not as llama.cpp
+
+
 @cache
 def tensor_types() -> dict[str, int]:
     """Return ggml's number of each tensor type, by name such as `Q4_K`."""
-    import gguf
-
-    return {kind.name: int(kind) for kind in gguf.GGMLQuantizationType}
+    return {name: layout.number for name, layout in _layouts().items()}
 
 
 def tensor_nbytes(kind: str, shape: Sequence[int]) -> int:
     """Return the bytes of a tensor's data; its rows must be whole blocks of the type."""
-    import gguf
-
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor_types()[kind])]
-    rows = 1
-    for n in shape[:-1]:
-        rows *= n
-    return int(rows * (shape[-1] // block) * size)
+    layout = _layouts()[kind]
+    return math.prod(shape[:-1]) * (shape[-1] // layout.block) * layout.nbytes
 
 
 def quantization_version() -> int:

@@ -29,6 +29,11 @@ ALIGNMENT = 32
 MEASURED = "pi_gguf."
 """What the keys of a file's own measurements begin with."""
 
+_MAGIC = b"GGUF"
+
+_MOST_SIDES, _MOST_TENSORS, _MOST_STRINGS, _LONGEST_NAME, _LONGEST_VALUE = 4, 2**20, 2**22, 2**16, 2**28
+"""No model comes near; beyond them a file is damaged, and reading it would take minutes or all memory."""
+
 _BLOCK = 2**25
 """Bytes copied at once."""
 
@@ -98,12 +103,17 @@ class Entry:
         """The value, a list for an array; text that is not UTF-8 has replacement characters."""
         if self.type[0] != "[":
             return self.data[8:].decode(errors="replace") if self.type == "STRING" else self._numbers(self.data, 1)[0]
-        values, at = [], 12
         if self.type != "[STRING]":
-            return self._numbers(self.data[at:], self.length)
+            return self._numbers(self.data[12:], self.length)
+        return [text.decode(errors="replace") for text in self.texts]
+
+    @cached_property
+    def texts(self) -> list[bytes]:
+        """The values of an array of text, as they lie in the file."""
+        values, at = [], 12
         for _ in range(self.length):
             (length,) = struct.unpack_from("<Q", self.data, at)
-            values.append(self.data[at + 8 : at + 8 + length].decode(errors="replace"))
+            values.append(self.data[at + 8 : at + 8 + length])
             at += 8 + length
         return values
 
@@ -188,12 +198,12 @@ class Header:
     def to_bytes(self) -> bytes:
         """Return the header up to the first byte of data."""
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
-        parts = [b"GGUF", struct.pack("<IQQ", self.version, len(self.tensors), len(self.entries))]
+        parts = [_MAGIC, struct.pack("<IQQ", self.version, len(self.tensors), len(self.entries))]
         for key, entry in self.entries.items():
             number = TYPES.index("ARRAY" if entry.type[0] == "[" else entry.type)
             parts += [_encode(key, "STRING"), struct.pack("<I", number), entry.data]
         header = b"".join([*parts, self.tensor_infos])
-        return header + bytes(-len(header) % alignment)
+        return header + bytes(-len(header) % alignment if self.tensors else 0)
 
 
 def read_header(path: Path) -> Header:
@@ -216,57 +226,100 @@ def read_header(path: Path) -> Header:
         raise GgufError(f"{path}: truncated or not a GGUF file ({reason})", "copy or convert the file again") from error
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Tell whether a file is a GGUF file: by its first bytes, whatever its name, or by a name that claims so."""
+    try:
+        if not Path(path).is_file():
+            return Path(path).suffix == ".gguf"
+        with Path(path).open("rb") as file:
+            return file.read(4) == _MAGIC or Path(path).suffix == ".gguf"
+    except (OSError, ValueError):  # not to be read, or a name that no file can have
+        return Path(path).suffix == ".gguf"
+
+
 def _scan_header(path: Path, data: mmap.mmap) -> Header:
-    version, n_tensors, n_entries = struct.unpack_from("<IQQ", data, 4)
-    if data[:4] != b"GGUF":
+    if data[:4] != _MAGIC:
         raise ValueError("it does not begin with GGUF")
+    version, n_tensors, n_entries = struct.unpack_from("<IQQ", data, 4)
     if version % 2**16 == 0:
         raise GgufError(f"{path}: its numbers are big-endian, which is not read", "convert the checkpoint again")
     if version not in (2, 3):
         raise ValueError(f"it is of version {version}")
+    if n_tensors > _MOST_TENSORS:
+        raise ValueError(f"it has {n_tensors} tensors")
     at = 24
     entries: dict[str, Entry] = {}
-
-    def skip(kind: str, at: int) -> int:
-        return at + (8 + struct.unpack_from("<Q", data, at)[0] if kind == "STRING" else struct.calcsize(_FORMATS[kind]))
-
     for _ in range(n_entries):
-        end = skip("STRING", at)
-        key = data[at + 8 : end].decode()
+        key, at = _scan_name(data, at, "a key")
         if key in entries:
             raise ValueError(f"{key} is there twice")
-        kind, at = TYPES[struct.unpack_from("<I", data, end)[0]], end + 4
-        end = at
-        if kind == "ARRAY":
-            number, count = struct.unpack_from("<IQ", data, at)
-            item, end = TYPES[number], at + 12
-            if item == "ARRAY":
-                raise ValueError(f"{key} is an array of arrays")
-            if item == "STRING":
-                for _ in range(count):
-                    end = skip(item, end)
-            else:
-                end += count * struct.calcsize(_FORMATS[item])
-            kind = f"[{item}]"
-        else:
-            end = skip(kind, end)
-        if end > len(data):
-            raise ValueError(f"{key} goes beyond the end")
-        entries[key] = Entry(kind, data[at:end])
-        at = end
+        entries[key], at = _scan_value(data, at, key)
     begin, tensors = at, []
+    names: set[str] = set()
     for _ in range(n_tensors):
-        end = skip("STRING", at)
-        name, (n_sides,) = data[at + 8 : end].decode(), struct.unpack_from("<I", data, end)
-        *sides, kind_number, offset = struct.unpack_from(f"<{n_sides}QIQ", data, end + 4)
-        tensors.append(TensorPlace(name, tuple(sides), kind_number, offset))
-        at = end + 4 + 8 * n_sides + 12
-    if len({t.name for t in tensors}) < n_tensors:
-        raise ValueError("a tensor is there twice")
+        tensor, at = _scan_tensor(data, at)
+        if tensor.name in names:
+            raise ValueError(f"{tensor.name} is there twice")
+        names.add(tensor.name)
+        tensors.append(tensor)
     alignment = entries["general.alignment"].value if "general.alignment" in entries else ALIGNMENT
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {str(alignment)[:20]}, no power of two")
-    return Header(path, version, entries, tensors, data[begin:at], -(-at // alignment) * alignment)
+    data_offset = -(-at // alignment) * alignment if tensors else at
+    if data_offset > len(data):
+        raise ValueError("the data of its tensors is missing")
+    return Header(path, version, entries, tensors, data[begin:at], data_offset)
+
+
+def _scan_name(data: mmap.mmap, at: int, what: str) -> tuple[str, int]:
+    """Return a key or a name and where it ends."""
+    (length,) = struct.unpack_from("<Q", data, at)
+    if not 0 < length <= _LONGEST_NAME or at + 8 + length > len(data):
+        raise ValueError(f"{what} has {length} bytes")
+    return data[at + 8 : at + 8 + length].decode(), at + 8 + length
+
+
+def _scan_value(data: mmap.mmap, at: int, key: str) -> tuple[Entry, int]:
+    """Return the value behind a key, from the number of its type on, and where it ends."""
+    (number,) = struct.unpack_from("<I", data, at)
+    kind, at = _type(number, key), at + 4
+    end = at
+    if kind == "ARRAY":
+        number, count = struct.unpack_from("<IQ", data, at)
+        kind, end = _type(number, key), at + 12
+        if kind == "ARRAY":
+            raise ValueError(f"{key} is an array of arrays")
+        if kind == "STRING":
+            if count > min(_MOST_STRINGS, len(data) // 8):
+                raise ValueError(f"{key} has {count} values")
+            for _ in range(count):
+                end += 8 + struct.unpack_from("<Q", data, end)[0]
+        else:
+            end += count * struct.calcsize(_FORMATS[kind])
+        kind = f"[{kind}]"
+    else:
+        end += 8 + struct.unpack_from("<Q", data, at)[0] if kind == "STRING" else struct.calcsize(_FORMATS[kind])
+    if end > len(data):
+        raise ValueError(f"{key} goes beyond the end")
+    if end - at > _LONGEST_VALUE:
+        raise ValueError(f"{key} has {end - at} bytes")
+    return Entry(kind, data[at:end]), end
+
+
+def _scan_tensor(data: mmap.mmap, at: int) -> tuple[TensorPlace, int]:
+    """Return a tensor's description and where it ends."""
+    name, at = _scan_name(data, at, "the name of a tensor")
+    (n_sides,) = struct.unpack_from("<I", data, at)
+    if n_sides > _MOST_SIDES:
+        raise ValueError(f"{name} has {n_sides} sides")
+    *sides, kind, offset = struct.unpack_from(f"<{n_sides}QIQ", data, at + 4)
+    return TensorPlace(name, tuple(sides), kind, offset), at + 4 + 8 * n_sides + 12
+
+
+def _type(number: int, key: str) -> str:
+    if number >= len(TYPES):
+        raise ValueError(f"{key} is of type {number}")
+    return TYPES[number]
 
 
 def write_changed(header: Header, target: Path) -> None:

@@ -6,7 +6,7 @@ again. Importance is the mean square of a column's inputs.
 
 from __future__ import annotations
 
-import tempfile
+import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
-from pi_gguf.files import check_writable, replace_when_complete
+from pi_gguf.files import check_writable, replace_when_complete, temporary, writes
 from pi_gguf.ggml import ProductWatch
-from pi_gguf.gguf_file import read_array, read_gguf, read_values, write_values
-from pi_gguf.progress import progress_bar, say
+from pi_gguf.gguf_file import read_gguf, read_values, write_values
+from pi_gguf.gguf_header import is_gguf
+from pi_gguf.progress import progress_bar, say, stage
 from pi_gguf.runtime import Model
 from pi_gguf.texts import read_texts
 from pi_gguf.vocabulary import gguf_vocabulary
@@ -37,6 +38,8 @@ _COLLECTED = "blk."
 
 _CHARACTERS = 8
 """More than a token has in any text that is worth reading."""
+
+_AGAIN = "make it again with pi-gguf imatrix"
 
 _KEY_BYTES = 127
 """What llama.cpp keeps of a text that it writes into a quantized file."""
@@ -112,28 +115,37 @@ class ImportanceMatrix:
 
 
 def _short(name: str) -> str:
-    return name.encode()[:_KEY_BYTES].decode(errors="ignore")
+    return name.encode(errors="replace")[:_KEY_BYTES].decode(errors="ignore")
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
-    """Read an importance matrix that this package or llama.cpp wrote.
+    """Read an importance matrix that this package or llama.cpp wrote, in llama.cpp's older binary form, too.
 
     Raises:
         GgufError: the file is none, or a value in it cannot be.
     """
-    import numpy as np
-
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise GgufError(f"{path}: cannot be read ({reason})", "check the spelling") from error
-    if magic != b"GGUF":
-        raise GgufError(
-            f"{path}: not a GGUF file; llama.cpp's older binary form of an importance matrix is not read",
-            "llama-imatrix --in-file OLD.dat -o NEW.gguf writes it anew, or make one with pi-gguf imatrix",
-        )
+    matrix = _read_gguf_form(path) if magic == b"GGUF" or path.suffix == ".gguf" else _read_older_form(path)
+    for parts, part in ((matrix.sums, "in_sum2"), (matrix.counts, "counts")):
+        for name, values in parts.items():
+            _check_values(path, f"{name}.{part}", values)
+    return matrix
+
+
+def _check_values(path: Path, name: str, values: np.ndarray) -> None:
+    import numpy as np
+
+    wrong = np.argwhere(~(np.isfinite(values) & (values >= 0)))
+    if len(wrong):
+        raise GgufError(f"{path}: {name} must hold numbers from 0 on, got {values[tuple(wrong[0])]:g}", _AGAIN)
+
+
+def _read_gguf_form(path: Path) -> ImportanceMatrix:
     info = read_gguf(path)
     if (kind := info.metadata.get("general.type")) != "imatrix":
         got = "it is missing" if kind is None else f"got {kind!r}"
@@ -145,31 +157,64 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         value = info.metadata.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
             got = "it is missing" if value is None else f"got {value!r}"
-            raise GgufError(f"{path}: {key} must be a whole number, {got}", "make it again with pi-gguf imatrix")
+            raise GgufError(f"{path}: {key} must be a whole number, {got}", _AGAIN)
         numbers[key] = value
-    datasets = [str(name) for name in read_array(path, "imatrix.datasets")]
-    values = read_values(path)
-    names = sorted({t.name.rpartition(".")[0] for t in info.tensors})
+    datasets = info.header.entries.get("imatrix.datasets")
+    values = read_values(info.header)
     sums, counts = {}, {}
-    for name in names:
+    for name in sorted({t.name.rpartition(".")[0] for t in info.tensors}):
         for part in ("in_sum2", "counts"):
-            array = values.get(f"{name}.{part}")
-            if array is None:
-                raise GgufError(f"{path}: {name}.{part} is missing or not F32", "make it again with pi-gguf imatrix")
-            wrong = np.argwhere(~(np.isfinite(array) & (array >= 0)))
-            if len(wrong):
-                raise GgufError(
-                    f"{path}: {name}.{part} must hold numbers from 0 on, got {array[tuple(wrong[0])]:g}",
-                    "make it again with pi-gguf imatrix",
-                )
-        many = values[f"{name}.counts"].size
-        total = values[f"{name}.in_sum2"].size
-        if not many or not total or total % many:
-            raise GgufError(f"{path}: {name} has {many} counts for {total} sums", "make it again with pi-gguf imatrix")
+            if f"{name}.{part}" not in values:
+                raise GgufError(f"{path}: {name}.{part} is missing or not F32", _AGAIN)
+        total, many = (values[f"{name}.{part}"].size for part in ("in_sum2", "counts"))
+        if total % many:
+            raise GgufError(f"{path}: {name} has {many} counts for {total} sums", _AGAIN)
         sums[name], counts[name] = values[f"{name}.in_sum2"].reshape(many, -1), values[f"{name}.counts"].reshape(-1)
     if not sums or len(info.tensors) != 2 * len(sums):
-        raise GgufError(f"{path}: it holds no pairs of in_sum2 and counts", "make it again with pi-gguf imatrix")
-    return ImportanceMatrix(path, sums, counts, datasets, numbers["imatrix.chunk_count"], numbers["imatrix.chunk_size"])
+        raise GgufError(f"{path}: it holds no pairs of in_sum2 and counts", _AGAIN)
+    read = [str(text) for text in datasets.value] if datasets is not None and datasets.type == "[STRING]" else []
+    return ImportanceMatrix(path, sums, counts, read, numbers["imatrix.chunk_count"], numbers["imatrix.chunk_size"])
+
+
+def _read_older_form(path: Path) -> ImportanceMatrix:
+    """Read what `llama-imatrix` wrote before it wrote GGUF: entries of a name, calls and mean squares times calls.
+
+    Numbers are of 32 bits; texts have their length before them. Behind the entries may be the chunks and a data set.
+    """
+    import numpy as np
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def number() -> int:
+            return int(struct.unpack("<i", file.read(4))[0])
+
+        def piece(length: int) -> bytes:
+            if not 0 < length <= size - file.tell():
+                raise ValueError(f"{length} bytes of {size - file.tell()}")
+            return file.read(length)
+
+        sums, counts = {}, {}
+        try:
+            entries = number()
+            if entries < 1:
+                raise ValueError(f"{entries} entries")
+            for _ in range(entries):
+                name = piece(number()).decode()
+                if name in sums:
+                    raise ValueError(f"{name} is there twice")
+                calls = max(1, number())  # 0 where the means are not multiplied
+                sums[name] = np.frombuffer(piece(4 * number()), "<f4").reshape(1, -1)
+                counts[name] = np.array([calls], np.float32)
+            chunks = max(0, number()) if file.tell() < size else 0
+            length = number() if file.tell() < size else 0
+            datasets = [piece(length).decode(errors="replace")] if length else []
+        except (struct.error, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise GgufError(
+                f"{path}: no importance matrix, neither GGUF nor the older form ({reason})", _AGAIN
+            ) from error
+    return ImportanceMatrix(path, sums, counts, datasets, chunks, 0)
 
 
 def write_imatrix(matrix: ImportanceMatrix, arch: str) -> None:
@@ -250,6 +295,8 @@ class ImatrixReport:
         return asdict(self)
 
 
+@writes("out")
+@stage("compute an importance matrix of {model} in llama.cpp")
 def compute_imatrix(
     model: str,
     out: str | Path,
@@ -383,7 +430,7 @@ def _opened(path: Path, context: int, device: str, watch: ProductWatch) -> Itera
 @contextmanager
 def _as_gguf(model: str, out: Path) -> Iterator[Path]:
     """Give a GGUF file, or one of a Hugging Face MODEL that is deleted again, of the type its weights are stored in."""
-    if Path(model).suffix == ".gguf":
+    if is_gguf(model):
         yield Path(model)
         return
     checkpoint = load_checkpoint(model)
@@ -392,8 +439,9 @@ def _as_gguf(model: str, out: Path) -> Iterator[Path]:
         checkpoint, rope=checkpoint.rope, vocabulary=gguf_vocabulary(checkpoint, checkpoint.load_tokenizer()),
         general={"general.type": "model"}, finetuned=True, quantization=types.pop() if len(types) == 1 else "F32",
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as folder:
-        path = Path(folder) / "model.gguf"
+    with temporary(out, "model") as folder:
+        folder.mkdir()
+        path = folder / "model.gguf"
         write_file(plan, path)
         yield path
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from pi_gguf.certificate import Certificate
 from pi_gguf.checkpoint import load_checkpoint
-from pi_gguf.defects import ASK, Finding, expect, find_defects
+from pi_gguf.defects import expect, find_defects
 from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.findings import ASK, Finding
 from pi_gguf.gguf_file import GgufInfo, read_gguf
-from pi_gguf.gguf_header import read_header
+from pi_gguf.gguf_header import is_gguf, read_header
 from pi_gguf.rope import RopeScaling, check_consistent
 
 
@@ -61,7 +62,7 @@ def inspect(path: str | Path, *, against: str | None = None, seed: int = 0, devi
     Example:
         pi-gguf inspect model.gguf --against ./my-llama
     """
-    if Path(path).suffix == ".gguf":
+    if is_gguf(path):
         return _inspect_gguf(Path(path), against)
     if against is not None:
         raise OptionError(f"against is for GGUF files, {path} is none", "leave --against out")

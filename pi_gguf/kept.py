@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.errors import OptionError
+from pi_gguf.files import check_writable, disk_errors
 
 
 class Kept:
@@ -20,7 +21,7 @@ class Kept:
         path: JSONL file, made when the first item is finished; None keeps nothing.
 
     Raises:
-        OptionError: the file holds something else, or has no folder.
+        OptionError: the file holds something else, or cannot be written.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -28,8 +29,7 @@ class Kept:
         self._values: dict[str, Any] = {}
         if self._path is None:
             return
-        if not self._path.parent.is_dir():
-            raise OptionError(f"keep: no such folder as {self._path.parent}", "make it first")
+        check_writable(self._path, overwrite=True)
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -52,7 +52,7 @@ class Kept:
         if self._path is None:
             return
         whole = self._path.read_bytes() if self._path.exists() else b""
-        with self._path.open("r+b" if whole else "wb") as file:
+        with disk_errors(self._path), self._path.open("r+b" if whole else "wb") as file:
             file.truncate(whole.rfind(b"\n") + 1)  # what a kill cut off
             file.seek(0, os.SEEK_END)
             file.write(json.dumps({"item": item, "value": value}).encode() + b"\n")

@@ -7,10 +7,12 @@ position.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError
+from pi_gguf.files import writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_matrix
@@ -22,6 +24,7 @@ from pi_gguf.targets import identity
 from pi_gguf.texts import read_texts
 
 
+@writes("keep", "plot")
 def evaluate_matrix(
     *models: str,
     against: str,
@@ -31,6 +34,7 @@ def evaluate_matrix(
     documents: int = 1,
     keep: str | None = None,
     plot: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> MatrixReport:
@@ -45,6 +49,7 @@ def evaluate_matrix(
         documents: texts to read, the longest first.
         keep: file that keeps each finished cell, in JSON lines; the same command goes on from it.
         plot: file to draw it to, e.g. matrix.png.
+        overwrite: replace the plot that is there.
         seed: recorded; nothing is random here.
         device: auto, cpu or cuda.
 
@@ -57,7 +62,7 @@ def evaluate_matrix(
     for kind in kinds:
         if kind not in CACHE_TYPES:
             raise OptionError(f"cache-types must be some of {', '.join(CACHE_TYPES)}, got {kind!r}")
-    check_plot(plot)
+    check_plot(plot, overwrite)
     kept = Kept(keep)
     infos = {model: read_gguf(Path(model)) for model in models}
     window = window or infos[models[0]].rope.max_position_embeddings
@@ -75,7 +80,7 @@ def evaluate_matrix(
                     model, against=against, window=window, text=text, documents=documents, type_k=kind, type_v=kind,
                     seed=seed, device=device,
                 )  # fmt: skip
-                found = report.to_json()
+                found = asdict(report)
                 kept.put(item, found)
             cells.append(DivergenceReport.from_json(found))
     report_of_all = MatrixReport(against, cells)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from urllib.parse import quote
 
 from pi_gguf.certificate import Certificate
 from pi_gguf.errors import OptionError
-from pi_gguf.files import check_writable, human_bytes, replace_when_complete
+from pi_gguf.files import check_writable, human_bytes, write_text, writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import read_header, tensors_sha256
 from pi_gguf.report import (
@@ -32,6 +33,9 @@ from pi_gguf.results import PageReport
 from pi_gguf.rope import RopeScaling
 from pi_gguf.tables import markdown_table
 
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+"""What JSON lets stand and YAML does not, or breaks lines at."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -44,6 +48,7 @@ class Card:
         return asdict(self)
 
 
+@writes("out")
 def card(
     file: str | Path,
     *,
@@ -82,8 +87,7 @@ def card(
     if out is not None:
         for name, draw in plots.items():
             draw(Path(out).with_name(name))
-        with replace_when_complete(Path(out)) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(Path(out), text)
     return Card(text, out)
 
 
@@ -160,6 +164,7 @@ def _text(
     certificate: Certificate | None,
     tables: list[str],
 ) -> str:
+    file = shlex.quote(re.sub(r"[\s`]+", " ", path.name))
     source = str(metadata.get("general.source.repository", ""))
     name = metadata.get("general.name", path.stem)
     window, original = rope.max_position_embeddings, rope.original_max_position_embeddings
@@ -175,9 +180,9 @@ def _text(
             facts.append([what, str(metadata[key])])
     lines = ["---", "library_name: gguf", "tags: [gguf, llama.cpp, long-context, position-interpolation]"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        lines.append(f"base_model: {source}")
+        lines.append(f"base_model: {_yaml(source)}")
     if "general.license" in metadata:
-        lines.append(f"license: {metadata['general.license']}")
+        lines.append(f"license: {_yaml(metadata['general.license'])}")
     lines += ["---", "", f"# {_escaped(name)}, {quantization}, {window:,} tokens", ""]
     lines += [markdown_table(["", ""], [[what, _escaped(value)] for what, value in facts])]
     if certificate is not None:
@@ -190,12 +195,19 @@ def _text(
             "",
         ]
     elif not tables:
-        lines += ["## Not measured", "", f"It has no certificate: `pi-gguf certify {path.name}` measures it.", ""]
-    lines += [*tables, "## Run", "", "```", f"pi-gguf run {path.name} < long-document.txt", "```", ""]
-    lines += [f"Or in llama.cpp, with the whole window: `llama-cli -m {path.name} -c {window}`.", ""]
+        lines += ["## Not measured", "", f"It has no certificate: `pi-gguf certify {file}` measures it.", ""]
+    lines += [*tables, "## Run", "", "```", f"pi-gguf run {file} < long-document.txt", "```", ""]
+    lines += [f"Or in llama.cpp, with the whole window: `llama-cli -m {file} -c {window}`.", ""]
     return "\n".join(lines)
 
 
 def _escaped(text: Any) -> str:
-    """Return text for a cell of a Markdown table."""
-    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|")
+    """Return text for a cell of a Markdown table or a title: one line, and no markup of HTML."""
+    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML's front matter takes it, which reads JSON: whatever it holds, it stays one value."""
+    text = json.dumps(value if isinstance(value, list) else str(value), ensure_ascii=False)
+    text = text.encode(errors="replace").decode()
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

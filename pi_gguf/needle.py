@@ -14,6 +14,7 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError
+from pi_gguf.files import writes
 from pi_gguf.haystack import Item, ask, fit, hide, sentences
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_needle
@@ -27,6 +28,7 @@ from pi_gguf.texts import read_texts
 INTRODUCTION = "The pages below tell secret numbers of things. Keep them in mind: one is asked for at the end.\n\n"
 
 
+@writes("keep", "plot")
 def evaluate_needle(
     *models: str | LanguageModel,
     windows: Sequence[int] | None = None,
@@ -40,6 +42,7 @@ def evaluate_needle(
     tokenizer: str | None = None,
     keep: str | None = None,
     plot: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> NeedleReport:
@@ -64,6 +67,7 @@ def evaluate_needle(
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
         keep: file that keeps each finished place, in JSON lines; the same command goes on from it.
         plot: file to draw the share found, by window and depth, to, e.g. needle.png; of one model.
+        overwrite: replace the plot that is there.
         seed: of the needles drawn.
         device: auto, cpu or cuda.
 
@@ -78,7 +82,7 @@ def evaluate_needle(
     for name, value in (("depths", depths), ("needles", needles)):
         if value < 1:
             raise OptionError(f"{name} must be at least 1, got {value}")
-    check_plot(plot, of_one=models)
+    check_plot(plot, overwrite, of_one=models)
     windows = choose_windows(windows, models, **options)
     documents = read_texts(text) if text else bundled.novels("heldout")
     prose, hashed = sentences(documents.values()), sha256(list(documents.values()))

@@ -423,10 +423,12 @@ def plan(
     Example:
         pi-gguf plan bundled:tiny --context 32768 --quant Q4_K_M
     """
+    from pi_gguf.ggml import spelled
     from pi_gguf.runtime import CACHE_TYPES, kv_cache_bytes
 
     checkpoint = load_checkpoint(model, config_only=True)
-    if quant.upper() not in BITS_PER_WEIGHT:
+    known = spelled(quant, BITS_PER_WEIGHT)
+    if known is None:
         raise OptionError(
             f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}",
             "convert --dry-run gives the exact size of any type, from the weights",
@@ -448,9 +450,9 @@ def plan(
         )
         seconds = operations / _operations_a_second(device)
         activations, memory = fit_activations(checkpoint, training, device)
-    output = int(n * BITS_PER_WEIGHT[quant.upper()] / 8)
+    output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
-    unquantized = 0 if quant.upper() in ("F32", "F16", "BF16") else 4 * n
+    unquantized = 0 if known in ("F32", "F16", "BF16") else 4 * n
     sizes = {
         name: kv_cache_bytes(
             n_layers=checkpoint.n_layers, n_kv_heads=checkpoint.n_kv_heads, head_dim=checkpoint.head_dim,
@@ -466,7 +468,7 @@ def plan(
         rope_theta=rope.rope_theta,
         original_window=rope.original_max_position_embeddings,
         context=rope.max_position_embeddings,
-        quant=quant.upper(),
+        quant=known,
         training=training,
         training_seconds=seconds,
         training_memory_bytes=memory,

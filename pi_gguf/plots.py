@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.errors import OptionError
-from pi_gguf.files import replace_when_complete
+from pi_gguf.files import check_writable, replace_when_complete
 from pi_gguf.progress import say
 
 _LEAST = 1e-12
 """Nats; what is below is rounding, and zero has no place on a logarithmic axis."""
 
 
-def check_plot(path: str | None, *, of_one: Sequence[Any] = ()) -> None:
+def check_plot(path: str | None, overwrite: bool, *, of_one: Sequence[Any] = ()) -> None:
     """Check before long work that a plot can be written.
 
     Args:
+        overwrite: whether a file that is there may be replaced.
         of_one: models, of which the plot can show one only.
 
     Raises:
-        OptionError: no format that matplotlib writes, no such folder, or several models.
+        OptionError: no format that matplotlib writes, no such folder, something is there, or several models.
     """
     if path is None:
         return
@@ -36,8 +37,7 @@ def check_plot(path: str | None, *, of_one: Sequence[Any] = ()) -> None:
     kinds = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix.lstrip(".") not in kinds:
         raise OptionError(f"plot must end in one of {', '.join(sorted(kinds))}, got {path}", f"try {path}.png")
-    if not Path(path).parent.is_dir():
-        raise OptionError(f"plot: no such folder as {Path(path).parent}", "make it first")
+    check_writable(Path(path), overwrite)
 
 
 def plot_perplexity(curves: Mapping[str, Sequence[Any]], path: str | Path, *, original: int | None = None) -> None:

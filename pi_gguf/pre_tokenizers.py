@@ -105,6 +105,12 @@ _TABLE = (
 # Thai and vowelled Arabic. The name used here has the marks.
 
 
+_NOT_HERE = (
+    "if tokenizer.json was edited, put the one that the model came with there; else run the model with transformers, "
+    "and report the pattern"
+)
+
+
 def recognize_pre_tokenizer(parsed: dict[str, Any], path: str) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json, by its structure.
 
@@ -119,18 +125,20 @@ def recognize_pre_tokenizer(parsed: dict[str, Any], path: str) -> str:
     if not found:
         raise UnsupportedError(
             f"{path}: pre_tokenizer: llama.cpp has no equivalent known here for {list(steps)} (ignore_merges {skips})",
-            "report this pattern, so that it can be added",
+            _NOT_HERE,
         )
     splitting = next((s for s in found if s.ignore_merges == skips), found[0])
     if splitting.ignore_merges != skips and (token := _unreachable_token(parsed)) is not None:
         raise UnsupportedError(
             f"{path}: ignore_merges {skips} matters for the token {token!r}, which merges do not reach, "
-            f"and llama.cpp has this pre_tokenizer only with {not skips}: {list(steps)}"
+            f"and llama.cpp has this pre_tokenizer only with {not skips}: {list(steps)}",
+            _NOT_HERE,
         )
     if not splitting.exact and (token := _spanning_token(parsed)) is not None:
         raise UnsupportedError(
             f"{path}: the token {token!r} spans a place where pre_tokenizer splits, and llama.cpp does not: "
-            f"{list(steps)}"
+            f"{list(steps)}",
+            _NOT_HERE,
         )
     return splitting.name
 

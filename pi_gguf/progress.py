@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from types import FunctionType
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Advance = Callable[..., None]
 """Called with the work done since the last call, and optionally `text=` to show beside the bar."""
@@ -51,7 +57,39 @@ def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance
 def say(message: str) -> None:
     """Print a line for the user on standard error; of many processes the first one speaks."""
     if process_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full standard error ends no work
+            print(message, file=sys.stderr, flush=True)
+
+
+def stage(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Say what a function does, to whoever sees it crash in native code.
+
+    Args:
+        text: with its arguments in braces, e.g. "check {path}".
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def staged(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs).arguments
+            result: R = named_frame(text.format(**given), function, *args, **kwargs)
+            return result
+
+        return staged
+
+    return decorate
+
+
+def named_frame(text: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call a function with a text on the stack: all that faulthandler can print when the process is dying is names."""
+    code = _call.__code__.replace(co_filename=f"crashed while: {text}")
+    return FunctionType(code, {})(function, args, kwargs)
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
 
 
 def process_rank() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _STARTED = time.time()
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/:'\"]+/)+")
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
 
 
@@ -43,6 +45,31 @@ def provenance(*, seed: int, device: str, **more: Any) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(),
         **more,
     }
+
+
+def without_folders(value: Any) -> Any:
+    """Return a report in JSON's types without the folders of this machine: absolute paths become their last names.
+
+    Two that would be the same are numbered. Inside of a text what looks like one is shortened, too.
+    """
+    names: dict[str, str] = {}
+
+    def shown(text: str) -> str:
+        if not Path(text).is_absolute() or "\n" in text:
+            return _FOLDERS.sub("", text)
+        if text not in names:
+            alike = sum(Path(other).name == Path(text).name for other in names)
+            names[text] = f"{Path(text).name} ({alike + 1})" if alike else Path(text).name
+        return names[text]
+
+    def walk(inner: Any) -> Any:
+        if isinstance(inner, str):
+            return shown(inner)
+        if isinstance(inner, dict):
+            return {walk(key): walk(item) for key, item in inner.items()}
+        return [walk(item) for item in inner] if isinstance(inner, (list, tuple)) else inner
+
+    return walk(value)
 
 
 def peak_memory(device: str = "cpu") -> int | None:

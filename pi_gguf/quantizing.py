@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.files import check_free_disk, check_writable, replace_when_complete
+from pi_gguf.files import check_free_disk, check_writable, replace_when_complete, writes
 from pi_gguf.ggml import UNQUANTIZED, check_quantization, mixture, quantize_file
 from pi_gguf.gguf_file import read_gguf
-from pi_gguf.gguf_header import read_header
 from pi_gguf.imatrix import read_imatrix
-from pi_gguf.progress import say
+from pi_gguf.loadable import check_loadable
+from pi_gguf.progress import say, stage
 from pi_gguf.trial import check_quantizes
 
 
+@writes("target")
+@stage("quantize {source} in llama.cpp")
 def quantize(
     source: str | Path,
     target: str | Path,
@@ -45,10 +47,11 @@ def quantize(
     quant = check_quantization(quant, importance=imatrix is not None)
     matrix = read_imatrix(Path(imatrix)) if imatrix is not None else None
     info = read_gguf(source)
+    check_loadable(info, texts=False)
     check_writable(target, overwrite)
     if target.exists() and target.samefile(source):
         raise OptionError(f"{target}: source and target are the same file", "give another target")
-    check_quantizes(read_header(source), quant)
+    check_quantizes(info.header, quant)
     importance = matrix.importance if matrix else {}
     if matrix:
         types = mixture(source, quant, importance=importance)

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 
 _SECONDS = 600
 """To wait for an answer."""
+
+_ANSWER_BYTES = 2**26
+
+
+class _SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect on the host that was asked only: the key is for nobody else."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        asked, other = urlsplit(req.full_url), urlsplit(newurl)
+        if (asked.scheme, asked.hostname, asked.port) != (other.scheme, other.hostname, other.port):
+            raise OptionError(
+                f"{asked.hostname}: the server sends to another host, {other.scheme}://{other.netloc}",
+                "give that URL if it is the right one",
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class RemoteModel(HfTokens):
@@ -37,13 +53,16 @@ class RemoteModel(HfTokens):
     """
 
     def __init__(self, url: str, checkpoint: Checkpoint, n_ctx: int | None) -> None:
-        self.name, self._url = url, url.rstrip("/")
+        self._url = url.rstrip("/")
+        address = urlsplit(self._url)
+        self.name = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"  # goes into reports
+        self._open = urllib.request.build_opener(_SameHost).open
         self.window = n_ctx or checkpoint.rope.max_position_embeddings
         self._tokenizer = checkpoint.load_tokenizer()
         try:
             self._model = self._ask("models", None)["data"][0]["id"]
         except (KeyError, IndexError, TypeError) as error:
-            raise OptionError(f"{url}: lists no models", "give the URL that ends in /v1") from error
+            raise OptionError(f"{self.name}: lists no models", "give the URL that ends in /v1") from error
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -52,11 +71,12 @@ class RemoteModel(HfTokens):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._url}/{path}", data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-                return json.load(answer)
+            with self._open(request, timeout=_SECONDS) as answer:
+                return json.loads(answer.read(_ANSWER_BYTES))
         except urllib.error.HTTPError as error:
             said = " ".join(error.read(300).decode(errors="replace").split())
-            raise OptionError(f"{self.name}: the server refuses {path} with {error.code} ({said})") from error
+            hint = "check OPENAI_API_KEY" if error.code in (401, 403) else "see what the server logs"
+            raise OptionError(f"{self.name}: the server refuses {path} with {error.code} ({said})", hint) from error
         except (OSError, ValueError) as error:
             raise OptionError(f"{self.name}: no answer of a server ({error})", "is it running there?") from error
 
@@ -67,7 +87,7 @@ class RemoteModel(HfTokens):
         try:
             return str(self._ask("completions", body)["choices"][0]["text"])
         except (KeyError, IndexError, TypeError) as error:
-            raise OptionError(f"{self.name}: an answer without choices") from error
+            raise OptionError(f"{self.name}: an answer without choices", "give the URL that ends in /v1") from error
 
     def predicts(self, ids: Sequence[int], last: int) -> bool:
         expected = self.detokenize(ids[-last:]).strip()

@@ -15,9 +15,10 @@ from typing import Any
 
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import load_checkpoint
-from pi_gguf.defects import CONVERT, Expectation, Finding, expect, find_defects, in_short, mend
+from pi_gguf.defects import Expectation, expect, find_defects, mend
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.files import check_writable, replace_when_complete
+from pi_gguf.files import check_writable, replace_when_complete, writes
+from pi_gguf.findings import CONVERT, Finding, in_short
 from pi_gguf.gguf_file import TensorInfo, tensors_of
 from pi_gguf.gguf_header import TYPES, Entry, Header, read_header, type_of_key, write_changed
 from pi_gguf.progress import say
@@ -58,6 +59,7 @@ class Repair:
         return {**asdict(self), "left": [finding.to_json() for finding in self.left]}
 
 
+@writes("out")
 def repair(
     source: str | Path,
     out: str | Path,
@@ -65,6 +67,7 @@ def repair(
     against: str | None = None,
     set: Sequence[str] = (),
     check: str = "quick",
+    strict_tokenizer: bool = False,
     overwrite: bool = False,
     seed: int = 0,
     device: str = "cpu",
@@ -81,6 +84,7 @@ def repair(
         set: KEY=VALUE: state this, whatever else is found. A key that is there keeps its type, a new one gets the type
             that GGUF has for it. Repeatable.
         check: as for convert; without --against llama.cpp only has to open the file. none skips it.
+        strict_tokenizer: as for convert, with --against.
         overwrite: replace the file that is there.
         seed: taken like everywhere; nothing is random here.
         device: taken like everywhere; the check runs on the CPU.
@@ -117,7 +121,9 @@ def repair(
         if check != "none":
             _open(partial)
             if expected is not None and checkpoint is not None:
-                checks.append(check_gguf(partial, Reference(checkpoint, expected.rope, check)))
+                checks.append(
+                    check_gguf(partial, Reference(checkpoint, expected.rope, check, strict_tokenizer=strict_tokenizer))
+                )
                 say(str(checks[-1]))
     return Repair(str(source), str(out), changes, left, checks)
 
@@ -188,13 +194,15 @@ def read_assignment(text: str, header: Header) -> tuple[str, Entry]:
         raise OptionError(f"set {key}: the file has no such key, and its type is not known", "check the spelling")
     try:
         return key, Entry.of(_parse(value, kind), kind)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise OptionError(f"set {key} must be {_said(kind)}, got {value[:80]!r}", "check the value") from error
 
 
 def _parse(text: str, kind: str) -> Any:
     if kind[0] == "[":
         values = json.loads(text)
+        if not isinstance(values, list):
+            raise ValueError("no list")
         item = kind.strip("[]")
         return [_parse(part if isinstance(part, str) else json.dumps(part), item) for part in values]
     if kind == "STRING":

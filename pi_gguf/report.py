@@ -21,11 +21,11 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError, PiGgufError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity, k_max
-from pi_gguf.files import replace_when_complete, write_json
-from pi_gguf.gguf_header import tensors_sha256
+from pi_gguf.files import open_folder, write_json, write_text, writes
+from pi_gguf.gguf_header import is_gguf, tensors_sha256
 from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
-from pi_gguf.provenance import provenance
+from pi_gguf.provenance import provenance, without_folders
 from pi_gguf.results import (
     BoundsReport,
     DivergenceReport,
@@ -71,6 +71,11 @@ PAPER_SHORT = {
 """Percent correct of LLaMA 7B, before and after PI to 32768."""
 
 
+_FILES = ("perplexity.png", "passkeys.png", "divergence.png", "figure-2.png", "report.json", "report.html")
+_KEPT = "kept.jsonl"
+
+
+@writes("out", parents=True)
 def evaluate_all(
     base: str,
     *models: str,
@@ -117,9 +122,9 @@ def evaluate_all(
         told = ", ".join(f"{model} {window}" for model, window in reached.items())
         raise OptionError(f"models must have one window above the base's {original} tokens, got {told}")
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    open_folder(folder, _FILES, _KEPT)
     labels = _labels(base, models)
-    common: dict[str, Any] = {"keep": str(folder / "kept.jsonl"), "seed": seed, "device": device}
+    common: dict[str, Any] = {"keep": str(folder / _KEPT), "seed": seed, "device": device}
     asked = [(label, name, context if "untrained" in label else None) for label, name in labels.items()]
     windows = doublings(original, context)
     missing = []
@@ -155,7 +160,7 @@ def evaluate_all(
         say(f"tasks: {tasks}")
         short = evaluate_short(base, *models, tasks=tasks, limit=limit, **common)
     except PiGgufError as error:
-        missing.append(f"Table 5 was not measured: {error}")
+        missing.append(without_folders(f"Table 5 was not measured: {error}"))
         say(f"note: {missing[-1]}")
     report = PageReport(
         str(folder / "report.html"), base, context, files, first, first_read, second, second_read, passkeys, steps,
@@ -165,13 +170,12 @@ def evaluate_all(
     )  # fmt: skip
     _draw(report, folder)
     write_json(folder / "report.json", report.to_json())
-    with replace_when_complete(Path(report.path)) as partial:
-        partial.write_text(_page(report, folder), encoding="utf-8")
+    write_text(Path(report.path), _page(report, folder))
     return report
 
 
 def _is_gguf(model: str) -> bool:
-    return not is_url(model) and Path(model).suffix == ".gguf"
+    return not is_url(model) and is_gguf(model)
 
 
 def _labels(base: str, models: Sequence[str]) -> dict[str, str]:

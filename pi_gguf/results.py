@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
+from pi_gguf.provenance import without_folders
+
 
 class Report:
     """A dataclass with provenance: versions, commit, seed, device, hashes, time and memory."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        found: dict[str, Any] = without_folders(asdict(self))  # type: ignore[call-overload]
+        return found
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:

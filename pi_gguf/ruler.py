@@ -20,6 +20,7 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError
+from pi_gguf.files import writes
 from pi_gguf.haystack import Item, ask, fit, hide, sentences
 from pi_gguf.kept import Kept
 from pi_gguf.needle import needle_item
@@ -50,6 +51,7 @@ FREQUENT = 3
 """Most frequent words that are asked for; the word of rank r is written 1 / r^2 times as often as the first."""
 
 
+@writes("keep", "plot")
 def evaluate_ruler(
     *models: str | LanguageModel,
     windows: Sequence[int] | None = None,
@@ -63,6 +65,7 @@ def evaluate_ruler(
     tokenizer: str | None = None,
     keep: str | None = None,
     plot: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> RulerReport:
@@ -88,6 +91,7 @@ def evaluate_ruler(
         tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
         keep: file that keeps each finished task and window, in JSON lines; the same command goes on from it.
         plot: file to draw the mean score by window to, e.g. ruler.png.
+        overwrite: replace the plot that is there.
         seed: of the items drawn.
         device: auto, cpu or cuda.
 
@@ -106,7 +110,7 @@ def evaluate_ruler(
         raise OptionError(f"items must be at least 1, got {items}")
     if not 0 <= threshold <= 100:
         raise OptionError(f"threshold must be from 0 to 100 percent, got {threshold}")
-    check_plot(plot)
+    check_plot(plot, overwrite)
     windows = choose_windows(windows, models, least=LEAST, **options)
     kept = Kept(keep)
     names, rows = [], []

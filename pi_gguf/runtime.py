@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.files import human_bytes
 from pi_gguf.ggml import (
     UNQUANTIZED,
@@ -24,9 +24,10 @@ from pi_gguf.ggml import (
     open_llama,
 )
 from pi_gguf.gguf_file import GgufInfo, read_gguf
-from pi_gguf.gguf_header import read_header
+from pi_gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
 from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel, common_prefix
+from pi_gguf.templates import render_chat
 from pi_gguf.trial import check_opens, fast_buffers_work
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (
 
 _QUANTIZED = ("q8_0", "q4_0")
 """Those in blocks of 32 elements of a head."""
+
+_TEMPLATE_NAMES = {
+    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
+    "mask": "mask_token",
+}  # fmt: skip
+"""Special tokens: GGUF's word -> the one of chat templates."""
 
 _BATCH = 512
 
@@ -85,7 +92,12 @@ class Model(LanguageModel):
         watch: ProductWatch | None = None,
     ) -> None:
         info = read_gguf(Path(path))
+        check_loadable(info)
+        adapters = [read_gguf(Path(adapter)) for adapter in lora]
+        for adapter in adapters:
+            check_adapter(adapter, info)
         self.info, self.path, self.name = info, Path(path), str(path)
+        self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
         if self.n_ctx < 1:
@@ -110,9 +122,7 @@ class Model(LanguageModel):
         if not on_gpu:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
         threads = n_threads or cores()
-        from jinja2 import TemplateError
-
-        check_opens(read_header(self.path), [read_header(Path(adapter)) for adapter in lora])
+        check_opens(info.header, [adapter.header for adapter in adapters])
         quantized_weights = any(t.type not in UNQUANTIZED for t in info.tensors)
         log.clear()
         try:
@@ -134,9 +144,10 @@ class Model(LanguageModel):
             if watch:
                 self._reopen(watch)
         except (ValueError, RuntimeError) as error:
-            raise GgufError(f"{path}: llama.cpp does not open it ({last_error() or error})") from error
-        except TemplateError as error:
-            raise GgufError(f"{path}: tokenizer.chat_template is broken ({error})", "write the file again") from error
+            raise GgufError(
+                f"{path}: llama.cpp does not open it ({last_error() or error})",
+                f"pi-gguf inspect {path} shows what it states; or copy or convert it again",
+            ) from error
         try:
             apply_adapters(self._llama, lora)
         except GgufError:
@@ -186,9 +197,24 @@ class Model(LanguageModel):
     # Text
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Return token ids; special tokens written out in the text are recognized."""
-        ids: list[int] = self._llama.tokenize(text.encode(), add_bos=add_special, special=True)
-        return ids
+        """Return token ids; special tokens written out in the text are recognized.
+
+        Raises:
+            TextError: the vocabulary has not all bytes, and a character of the text needs some that are not there.
+        """
+        if self._pieces is not None and (lost := unreadable(self._pieces, frozenset(text))):
+            raise TextError(
+                f"{self.path}: its vocabulary has no token and no bytes for {min(lost)!r}, at which llama.cpp ends",
+                "leave such characters out of the text",
+            )
+        llama_cpp, data = llama_cpp_library(), text.encode()
+        vocabulary, room = llama_cpp.llama_model_get_vocab(self._llama.model), len(data) + 3
+        while True:  # a token has a byte or more, but for those that are put before and behind a text
+            ids = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, True)
+            if count >= 0:
+                return list(ids[:count])
+            room = -count
 
     def detokenize(self, ids: Sequence[int]) -> str:
         text: bytes = self._llama.detokenize(list(ids))
@@ -215,13 +241,20 @@ class Model(LanguageModel):
         Raises:
             OptionError: prompt and `max_tokens` do not fit the window; nothing is ever cut.
         """
-        ids = self.tokenize(prompt)
+        yield from self._continue(self.tokenize(prompt), max_tokens, temperature, seed, stop)
+
+    def _continue(
+        self, ids: list[int], max_tokens: int | None, temperature: float, seed: int, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
         limit = self._check_fits(len(ids), max_tokens)
         self._evaluated = []
-        for part in self._llama.create_completion(
-            ids, max_tokens=limit, temperature=temperature, seed=seed, stop=list(stop), stream=True
-        ):
-            yield part["choices"][0]["text"]
+        try:
+            for part in self._llama.create_completion(
+                ids, max_tokens=limit, temperature=temperature, seed=seed, stop=list(stop), stream=True
+            ):
+                yield part["choices"][0]["text"]
+        except RuntimeError as error:
+            raise self._stopped(error) from error
 
     def chat(
         self,
@@ -240,21 +273,31 @@ class Model(LanguageModel):
             seed: as in `complete`.
 
         Raises:
-            GgufError: the file has no chat template.
+            GgufError: the file has no chat template, or none that can be run.
             OptionError: conversation and `max_tokens` do not fit the window.
         """
-        if "tokenizer.chat_template" not in self.info.metadata:
+        metadata = self.info.metadata
+        if "tokenizer.chat_template" not in metadata:
             raise GgufError(f"{self.path}: tokenizer.chat_template is missing", "use complete for a base model")
-        length = sum(len(self.tokenize(m["content"], add_special=False)) + 8 for m in messages)
-        limit = self._check_fits(length, max_tokens)
-        self._evaluated = []
-        try:
-            for part in self._llama.create_chat_completion(
-                list(messages), max_tokens=limit, temperature=temperature, seed=seed, stream=True
-            ):
-                yield part["choices"][0]["delta"].get("content") or ""
-        except ValueError as error:  # the template itself made it too long
-            raise OptionError(f"the conversation does not fit the window of {self.n_ctx} tokens ({error})") from error
+        prompt = render_chat(metadata["tokenizer.chat_template"], messages, self._special_tokens(), str(self.path))
+        # The template has written the begin token where it is wanted.
+        yield from self._continue(self.tokenize(prompt, add_special=False), max_tokens, temperature, seed)
+
+    def _special_tokens(self) -> dict[str, str]:
+        """Return the spellings of the file's special tokens by the names that chat templates know."""
+        llama_cpp = llama_cpp_library()
+        vocab, found = llama_cpp.llama_model_get_vocab(self._llama.model), {}
+        for key, name in _TEMPLATE_NAMES.items():
+            index = self.info.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            if isinstance(index, int) and 0 <= index < self.n_vocab:
+                found[name] = llama_cpp.llama_vocab_get_text(vocab, index).decode(errors="replace")
+        return found
+
+    def _stopped(self, error: RuntimeError) -> GgufError:
+        reason = last_error() or error
+        return GgufError(
+            f"{self.path}: llama.cpp does not go on ({reason})", "its weights may be damaged: copy it again"
+        )
 
     def _check_fits(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self.n_ctx - prompt_tokens
@@ -335,12 +378,13 @@ def open_model(path: str | Path, **options: Any) -> Model:
 
 def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> int:
     """Return the bytes that the KV cache of a GGUF file takes at `n_ctx` tokens."""
-    heads = info.hyperparameter("attention.head_count")
-    if f"{info.arch}.attention.head_count_kv" in info.metadata:
-        info.hyperparameter("attention.head_count_kv")
+    layers, name = info.hyperparameter("block_count"), "attention.head_count_kv"
+    if f"{info.arch}.{name}" not in info.header.entries:
+        name = "attention.head_count"
+    heads, each = info.hyperparameter(name), info.header.entries[f"{info.arch}.{name}"].value
     return kv_cache_bytes(
-        n_layers=info.hyperparameter("block_count"),
-        n_kv_heads=int(info.metadata.get(f"{info.arch}.attention.head_count_kv", heads)),
+        n_layers=1,
+        n_kv_heads=sum(each) if isinstance(each, list) else layers * heads,
         head_dim=_head_size(info, "key_length"),
         n_ctx=n_ctx,
         type_k=type_k,
@@ -350,8 +394,9 @@ def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> in
 
 def _head_size(info: GgufInfo, name: str) -> int:
     """Return the elements of a head, by the name of its key: key_length or value_length."""
-    default = info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
-    return int(info.metadata.get(f"{info.arch}.attention.{name}", default))
+    if f"{info.arch}.attention.{name}" in info.header.entries:
+        return info.hyperparameter(f"attention.{name}")
+    return info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
 
 
 def _scores_batch(info: GgufInfo, n_ctx: int) -> int:

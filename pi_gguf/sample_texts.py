@@ -1,4 +1,9 @@
-"""Texts that are tokenized with both libraries: what people write, and what tells tokenizers apart.
+"""Texts that are tokenized with both libraries, in two kinds.
+
+Prose is what people write: sentences of many languages, code, numbers, emoji. llama.cpp must tokenize it as Hugging
+Face does, or a file is of no use. Special texts tell tokenizers apart: they begin with white space or are nothing else,
+hold control characters, or mix scripts and signs at random. Where some of these differ, a file is of use, and it is
+said. Texts with a model's own added tokens are special too (`token_check`).
 
 All are in composed form (NFC), as llama.cpp composes nothing.
 """
@@ -8,9 +13,8 @@ from __future__ import annotations
 import random
 import unicodedata
 
-_WRITTEN = (
+PROSE = (
     "Hello, world! It's 12:30 on 2024-02-29, and pi is 3.14159.",
-    "  leading, inner   and trailing spaces  ",
     "line one\nline two\n\n\nline five\r\n\ttabbed\tonce",
     "def f(x):\n    return {'a': [1, 2, 3], \"b\": x ** 2}  # comment\n",
     "for (int i = 0; i < n; ++i) { *p++ ^= 0xFF; }\t// <b>&amp;</b>\n\n#include <map>\n",
@@ -25,13 +29,17 @@ _WRITTEN = (
     "don't won't I'll we've THEY'RE o'clock 'quoted' \"double\" it’s",
     "1 22 333 4444 55555 1234567890 1,234,567.89 ٣٤٥ १२३४ 007",
     "a",
+    "a \n b\t\n  c   \n\n    d\u00a0e\u2003f",
+    "ALLCAPS camelCase snake_case kebab-case https://example.org/a?b=c&d=%20",
+    "!!! ... --- === ((( ))) [[[ ]]] <<< >>> *** ### $$$ @@@ ~~~ ``` ''' \"\"\"",
+)
+
+_EDGES = (
+    "  leading, inner   and trailing spaces  ",
     " ",
     "\n",
     "   ",
     "\n\n \t \n",
-    "a \n b\t\n  c   \n\n    d\u00a0e\u2003f",
-    "ALLCAPS camelCase snake_case kebab-case https://example.org/a?b=c&d=%20",
-    "!!! ... --- === ((( ))) [[[ ]]] <<< >>> *** ### $$$ @@@ ~~~ ``` ''' \"\"\"",
     "\x00\x01\x7f\u200b\u2028\ufeffcontrol and invisible",
 )
 
@@ -43,10 +51,15 @@ _ALPHABETS = (
 )  # fmt: skip
 
 
-def sample_texts(n_random: int = 40, seed: int = 0) -> list[str]:
-    """Return the texts: written ones, then random mixtures of scripts, digits, white space, signs and bytes."""
+def special_texts(n_random: int = 40, seed: int = 0) -> list[str]:
+    """Return the special texts: written ones, then random mixtures of scripts, digits, white space, signs and bytes."""
     source = random.Random(seed)
-    return [*_WRITTEN, *(unicodedata.normalize("NFC", _mixture(source)) for _ in range(n_random))]
+    return [*_EDGES, *(unicodedata.normalize("NFC", _mixture(source)) for _ in range(n_random))]
+
+
+def sample_texts(n_random: int = 40, seed: int = 0) -> list[str]:
+    """Return texts of both kinds."""
+    return [*PROSE, *special_texts(n_random, seed)]
 
 
 def _mixture(source: random.Random) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,13 @@ _UNIGRAM, _BPE = 1, 2
 _SPACE = "▁"
 _REPLACED_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 
+_MERGED_UNPREFIXED = "white space is merged, with no space before a text (llama.cpp's Unigram puts one)"
+
+ANOTHER_PROGRAM = (
+    "if the model came with another tokenizer file (tokenizer.model, or tokenizer.json as it was before an edit), put "
+    "that one alone into the folder; else run the model with transformers"
+)
+
 
 @cache
 def open_sentencepiece(path: str) -> Any:
@@ -35,7 +44,7 @@ def open_sentencepiece(path: str) -> Any:
 
     try:
         return SentencePieceProcessor(model_file=path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a SentencePiece model", "download this file again") from error
 
 
@@ -50,7 +59,10 @@ def keys_of_model(path: str) -> dict[str, Any]:
 
     open_sentencepiece(path)
     model = proto.ModelProto()
-    model.ParseFromString(Path(path).read_bytes())
+    try:
+        model.ParseFromString(Path(path).read_bytes())
+    except Exception as error:  # protobuf has kinds of its own
+        raise CheckpointError(f"{path}: not a SentencePiece model ({error})", "download this file again") from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     unigram = trainer.model_type == _UNIGRAM
     types = [int(piece.type) for piece in model.pieces]
@@ -63,12 +75,16 @@ def keys_of_model(path: str) -> dict[str, Any]:
         f"normalizer_spec.name {normalizer.name!r} of a BPE model (llama.cpp normalizes nothing there)": not unigram
         and bool(normalizer.precompiled_charsmap),
         "normalizer_spec.remove_extra_whitespaces of a BPE model": not unigram and normalizer.remove_extra_whitespaces,
-        **_white_space_problems(unigram, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces),
+        _MERGED_UNPREFIXED: unigram and normalizer.remove_extra_whitespaces and not normalizer.add_dummy_prefix,
         f"the user-defined piece {next((p.piece for p in model.pieces if p.type == USER_DEFINED), '')!r} with "
         "add_dummy_prefix (llama.cpp puts the space behind it again)": USER_DEFINED in types
         and normalizer.add_dummy_prefix,
     }
     _refuse(path, problems)
+    if not unigram:
+        _check_bytes([piece.piece for piece in model.pieces], path)
+    if not all(math.isfinite(piece.score) for piece in model.pieces):
+        raise CheckpointError(f"{path}: a score is no number", "download this file again")
     return _keys(
         unigram,
         tokens=[piece.piece for piece in model.pieces],
@@ -90,44 +106,82 @@ def keys_of_bpe_json(parsed: dict[str, Any], tokens: list[str | None], path: str
         UnsupportedError: it does something to texts that llama.cpp does not; the message shows it.
     """
     model = parsed["model"]
-    space_prefix = check_space_prefix(parsed, path)
+    space_prefix = _space_prefix(parsed, tokens, path)
     # SentencePiece joins the pair whose result scores highest; a merge list joins the pair that comes first.
     rank: dict[str, int] = {}
     for i, merge in enumerate(model["merges"]):
-        rank.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), i)
+        rank.setdefault("".join(merge), i)
     types = [BYTE if token and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens]
     if model.get("unk_token") in tokens:
         types[tokens.index(model["unk_token"])] = UNKNOWN
     scores = [-float(rank.get(token or "", len(rank))) for token in tokens]
+    _check_bytes(tokens, path)
     return _keys(False, tokens=tokens, scores=scores, types=types, space_prefix=space_prefix)
 
 
-def check_space_prefix(parsed: dict[str, Any], path: str) -> bool:
+def _space_prefix(parsed: dict[str, Any], tokens: Sequence[str | None], path: str) -> bool:
     """Tell whether a SentencePiece BPE tokenizer.json puts a space before each text, as llama.cpp can.
+
+    llama.cpp puts it behind each special token too, and before another space. Hugging Face does both where a normalizer
+    puts it, neither with Metaspace and "first", the former alone with "always". Prose is the same with all of them.
 
     Raises:
         UnsupportedError: normalizer and pre_tokenizer do something else; the message shows them.
     """
     normalizer, pre = parsed.get("normalizer"), parsed.get("pre_tokenizer")
-    parts = _parts(normalizer, "normalizers")
-    metaspace = pre if isinstance(pre, dict) and pre.get("type") == "Metaspace" else None
-    if parts == [{"type": "Prepend", "prepend": _SPACE}, _REPLACED_SPACES] and pre is None:
-        return True
+    normalizers, splitters = _parts(normalizer, "normalizers"), _parts(pre, "pretokenizers")
+    by_regex = {**_REPLACED_SPACES, "pattern": {"Regex": " "}}
+    normalizers = [_REPLACED_SPACES if part == by_regex else part for part in normalizers]
     cut = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-    if parts == [_REPLACED_SPACES] and pre in (None, cut):  # no space is left that could be cut at
-        return False
-    if not parts and metaspace and metaspace.get("replacement") == _SPACE and not metaspace.get("split", True):
-        scheme = metaspace.get("prepend_scheme", "always")
-        if scheme == "never":
-            return False
+    prefix = None
+    if normalizers == [{"type": "Prepend", "prepend": _SPACE}, _REPLACED_SPACES]:
+        prefix = True
+    elif normalizers == [_REPLACED_SPACES] and splitters in ([], [cut]):  # no space is left that could be cut at
+        prefix = False
+    if splitters and splitters != [cut]:
+        scheme = _metaspace_scheme(splitters)
+        if scheme is not None and (prefix or normalizers in ([], [_REPLACED_SPACES])):
+            prefix = prefix or scheme != "never"
+            if splitters[0].get("split") and (inside := _inside_space(tokens)):
+                raise UnsupportedError(
+                    f"{path}: pre_tokenizer.split with the token {inside!r}, which has a space inside, and llama.cpp "
+                    "splits nothing here",
+                    ANOTHER_PROGRAM,
+                )
+        else:
+            prefix = None
+    if prefix is None:
         raise UnsupportedError(
-            f"{path}: pre_tokenizer.prepend_scheme {scheme!r}: llama.cpp puts a space before each text and behind each "
-            f"special token, even before another space, or nowhere ({json.dumps(pre, ensure_ascii=False)})"
+            f"{path}: llama.cpp has no equivalent known here for normalizer {_shown(normalizer)} with pre_tokenizer "
+            f"{_shown(pre)}",
+            ANOTHER_PROGRAM,
         )
-    raise UnsupportedError(
-        f"{path}: llama.cpp has no equivalent known here for normalizer {json.dumps(normalizer, ensure_ascii=False)} "
-        f"with pre_tokenizer {json.dumps(pre, ensure_ascii=False)}"
-    )
+    return prefix
+
+
+def _metaspace_scheme(splitters: list[dict[str, Any]]) -> str | None:
+    """Return where Metaspace puts a space: `always`, `first` or `never`; None where this is not all that is done."""
+    part = splitters[0]
+    if len(splitters) > 1 or part.get("type") != "Metaspace" or part.get("replacement") != _SPACE:
+        return None
+    return str(part.get("prepend_scheme", "always"))
+
+
+def _inside_space(tokens: Iterable[str | None]) -> str:
+    """Return a token with a space behind another character, or the empty text."""
+    return next((token for token in tokens if token and _SPACE in token[1:].lstrip(_SPACE)), "")
+
+
+def _check_bytes(tokens: Iterable[str | None], path: str) -> None:
+    """Check that every byte has a token: llama.cpp ends the process where it looks for one that is not there."""
+    known = set(tokens)
+    missing = [b for b in range(256) if f"<0x{b:02X}>" not in known and not (0 < b < 128 and chr(b) in known)]
+    if missing:
+        raise UnsupportedError(
+            f"{path}: no token for {len(missing)} of the 256 bytes, the first is <0x{missing[0]:02X}>; llama.cpp needs "
+            "them for characters without a token",
+            ANOTHER_PROGRAM,
+        )
 
 
 def keys_of_unigram_json(parsed: dict[str, Any], rows: int, path: str) -> dict[str, Any]:
@@ -150,10 +204,10 @@ def keys_of_unigram_json(parsed: dict[str, Any], rows: int, path: str) -> dict[s
     if len(vocab) > rows:
         raise CheckpointError(
             f"{path}: the tokenizer has {len(vocab)} tokens, config.json's vocab_size is {rows}",
-            "tokenizer and weights are of different models",
+            "tokenizer and weights are of different models: copy the tokenizer of this one there",
         )
-    if not isinstance(unk, int):
-        raise UnsupportedError(f"{path}: model.unk_id must be a token, got {unk}")
+    if not isinstance(unk, int) or not 0 <= unk < len(vocab):
+        raise UnsupportedError(f"{path}: model.unk_id must be a token, got {unk}", ANOTHER_PROGRAM)
     tokens = [token for token, _ in vocab]
     parts = _parts(parsed.get("normalizer"), "normalizers")
     charsmap = b""
@@ -165,26 +219,25 @@ def keys_of_unigram_json(parsed: dict[str, Any], rows: int, path: str) -> dict[s
     strip = {"type": "Strip", "strip_left": False, "strip_right": True}
     merged = {"type": "Replace", "pattern": {"Regex": " {2,}"}}
     merge_spaces = parts in [[strip, {**merged, "content": _SPACE}], [strip, {**merged, "content": " "}]]
-    pre = parsed.get("pre_tokenizer") or {}
-    scheme = pre.get("prepend_scheme", "always") if pre.get("type") == "Metaspace" else None
-    inside = next((token for token in tokens if _SPACE in token[1:].lstrip(_SPACE)), "")
+    splitters = _parts(parsed.get("pre_tokenizer"), "pretokenizers")
+    scheme = _metaspace_scheme(splitters) if splitters else None
+    inside = _inside_space(tokens)
     problems = {
         "model.byte_fallback (llama.cpp gives the unknown token)": model.get("byte_fallback"),
-        f"normalizer {json.dumps(parts, ensure_ascii=False)[:300]}": parts and not (merge_spaces and charsmap),
-        f"pre_tokenizer {json.dumps(pre, ensure_ascii=False)}": scheme is None or pre.get("replacement") != _SPACE,
-        "pre_tokenizer.prepend_scheme 'first' (llama.cpp puts a space before each text and behind each special "
-        "token, or nowhere)": scheme == "first",
-        f"the token {inside!r} with a space inside, and pre_tokenizer.split": inside and pre.get("split", True),
+        f"normalizer {_shown(parts)}": parts and not (merge_spaces and charsmap),
+        f"pre_tokenizer {_shown(parsed.get('pre_tokenizer'))}": scheme is None,
+        f"the token {inside!r} with a space inside, and pre_tokenizer.split": inside
+        and any(part.get("split", True) for part in splitters),
         "normalizer Precompiled with white space that is not merged (Hugging Face makes one space of a line end of "
         "two characters)": charsmap and not merge_spaces,
-        **_white_space_problems(True, scheme == "always", merge_spaces),
+        _MERGED_UNPREFIXED: merge_spaces and scheme == "never",
     }
     _refuse(path, problems)
     types = [NORMAL] * len(tokens)
     types[unk] = UNKNOWN
     return _keys(
         True, tokens=tokens, scores=[float(score) for _, score in vocab], types=types,
-        space_prefix=scheme == "always", charsmap=charsmap, merge_spaces=merge_spaces,
+        space_prefix=scheme != "never", charsmap=charsmap, merge_spaces=merge_spaces,
     )  # fmt: skip
 
 
@@ -214,17 +267,6 @@ def _keys(
     return keys
 
 
-def _white_space_problems(unigram: bool, space_prefix: bool, merge_spaces: bool) -> dict[str, bool]:
-    """Return what llama.cpp's Unigram does otherwise: merging spaces always puts one first, a prefix needs a word."""
-    return {
-        "white space is merged, with no space before a text (llama.cpp puts one)": unigram
-        and merge_spaces
-        and not space_prefix,
-        "a space before each text, and white space is not merged (llama.cpp puts none before a text of spaces "
-        "only)": unigram and space_prefix and not merge_spaces,
-    }
-
-
 def _parts(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     """Return the parts of a Sequence, or a single step as a list of one."""
     if step is None:
@@ -235,4 +277,8 @@ def _parts(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
 def _refuse(path: str, problems: dict[str, Any]) -> None:
     found = [problem for problem, present in problems.items() if present]
     if found:
-        raise UnsupportedError(f"{path}: llama.cpp has no equivalent for {'; '.join(found)}")
+        raise UnsupportedError(f"{path}: llama.cpp has no equivalent for {'; '.join(found)}", ANOTHER_PROGRAM)
+
+
+def _shown(part: Any) -> str:
+    return json.dumps(part, ensure_ascii=False)[:300]

@@ -19,6 +19,7 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError
+from pi_gguf.files import writes
 from pi_gguf.hf_model import HfTokens
 from pi_gguf.kept import Kept
 from pi_gguf.progress import Advance, progress_bar
@@ -46,6 +47,7 @@ _RUNS_CODE = {"class", "custom_dataset", "hf_evaluate", "unsafe_code", "use_prom
 """Keys of a task file with which the harness may run what the file names."""
 
 
+@writes("keep")
 def evaluate_short(
     *models: str | LanguageModel,
     tasks: str = "boolq,piqa,race_middle,race,winogrande",

@@ -14,6 +14,7 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError
+from pi_gguf.files import writes
 from pi_gguf.kept import Kept
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import provenance, sha256
@@ -29,6 +30,7 @@ CUE = "\n\nNow summarize the above article.\n\nSummary:"
 MEASURES = ("rouge1", "rouge2", "rougeL")
 
 
+@writes("keep")
 def evaluate_summaries(
     *models: str | LanguageModel,
     data: str | None = None,

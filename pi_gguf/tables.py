@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -17,10 +18,10 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(columns[i] if columns else "", justify="right" if numbers and i else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    drawn = io.StringIO()
+    terminal = sys.stdout.isatty()
+    Console(file=drawn, force_terminal=terminal, width=None if terminal else 120).print(table)
+    return drawn.getvalue().rstrip()
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

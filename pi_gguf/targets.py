@@ -14,6 +14,7 @@ from typing import Any
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf_header import is_gguf
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions
 from pi_gguf.scoring import LanguageModel
@@ -48,7 +49,7 @@ def opened(
         from pi_gguf.remote import RemoteModel
 
         lm = RemoteModel(model, load_checkpoint(str(tokenizer), weights=False), n_ctx)
-    elif Path(model).suffix == ".gguf":
+    elif is_gguf(model):
         from pi_gguf.runtime import Model
 
         if at_most is not None:
@@ -85,7 +86,7 @@ def _what(model: str | LanguageModel) -> dict[str, Any]:
         return {"model": model.name}
     if is_url(model):
         return {"model": model}
-    if Path(model).suffix == ".gguf":
+    if is_gguf(model):
         if not Path(model).is_file():
             raise GgufError(f"{model}: no such file")
         stat = Path(model).stat()
@@ -131,7 +132,7 @@ def check_targets(
                 raise OptionError(f"context and cache types are the server's to choose, {model} is a URL")
             if tokenizer is None:
                 raise OptionError(f"{model}: tokenizer must name the MODEL whose tokenizer the server's model has")
-        elif Path(model).suffix == ".gguf":
+        elif is_gguf(model):
             if context is not None:
                 raise OptionError(f"context is for Hugging Face models; {model} holds its scaling")
         elif of_files:
@@ -167,7 +168,7 @@ def window_of(model: str | LanguageModel, *, context: int | None = None, tokeniz
     """Return the window that a target states, in tokens, without its weights; of a server its tokenizer's model's."""
     if isinstance(model, LanguageModel):
         return model.window
-    if not is_url(model) and Path(model).suffix == ".gguf":
+    if not is_url(model) and is_gguf(model):
         return read_gguf(Path(model)).rope.max_position_embeddings
     source = str(tokenizer) if is_url(model) else model
     return context or load_checkpoint(source, weights=False).rope.max_position_embeddings

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.configs import note, one_line, read_json
 from pi_gguf.errors import CheckpointError, UnsupportedError
+from pi_gguf.weights import WeightFile
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +87,8 @@ class TensorSource:
         Args:
             files: opened files by path, filled as they are needed.
         """
-        from safetensors import safe_open
-
         if self.path not in files:
-            files[self.path] = safe_open(self.path, framework="pt")
+            files[self.path] = WeightFile(self.path)
         tensor: torch.Tensor = files[self.path].get_tensor(self.name)
         return tensor
 
@@ -144,7 +143,11 @@ class ExpertPart(TensorSource):
     first_row: int
 
     def read(self, files: dict[Path, Any]) -> torch.Tensor:
-        return self.of.read(files)[self.expert, self.first_row : self.first_row + self.shape[0]]
+        place = self.path / "experts"  # all of one tensor, as its parts are read one after another
+        if files.get(place, (None, None))[0] != self.of:
+            files[place] = self.of, self.of.read(files)
+        part: torch.Tensor = files[place][1][self.expert, self.first_row : self.first_row + self.shape[0]]
+        return part
 
 
 # Files

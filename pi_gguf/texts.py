@@ -6,6 +6,7 @@ data set is run.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.errors import TextError
-from pi_gguf.progress import progress_bar
+from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import sha256
 
 SUFFIXES = (".txt", ".md")
@@ -38,6 +39,15 @@ Proof-pile, whose files are not of a kind that is read without running code. Wit
 HUB_DOCUMENTS = 128
 """Read of a data set of the Hub, at most: the paper's number."""
 
+LONGEST = 2**23
+"""Characters of a document that evaluations read, at most: more than any novel has."""
+
+_LINE_BYTES = 2**28
+"""A line of JSON at most."""
+
+_BLOCK = 2**20
+"""Characters of a text that are read at once."""
+
 
 def read_texts(sources: Sequence[str], *, characters: int = 1) -> dict[str, str]:
     """Read texts to evaluate on, one document each.
@@ -55,15 +65,18 @@ def read_texts(sources: Sequence[str], *, characters: int = 1) -> dict[str, str]
         if _is_on_hub(source) or (source in TEXT_SETS and not Path(source).exists()):
             name, branch = TEXT_SETS.get(source, (source, None))
             long = (text for text in hub_documents(name, branch or _hub_revision(name)) if len(text) >= characters)
-            some = {f"{source} {i}": text for i, text in enumerate(itertools.islice(long, HUB_DOCUMENTS), 1)}
+            some = {f"{source} {i}": text[:LONGEST] for i, text in enumerate(itertools.islice(long, HUB_DOCUMENTS), 1)}
             if not some:
                 raise TextError(f"{source}: no document has {characters} characters", "give smaller --windows")
             found |= some
         elif Path(source).suffix in TABLES:
             (path,) = _find_files(source, TABLES)
-            found |= {f"{path}:{i}": text for i, text in enumerate(_file_documents(path), 1)}
+            found |= {f"{path}:{i}": text[:LONGEST] for i, text in enumerate(_file_documents(path), 1)}
         else:
-            found |= {str(path): _read_text(path) for path in _find_files(source, SUFFIXES)}
+            found |= {str(path): _read_text(path, LONGEST) for path in _find_files(source, SUFFIXES)}
+    for name, text in found.items():
+        if len(text) == LONGEST:
+            say(f"note: {name}: the first {LONGEST:,} characters are read")
     return found
 
 
@@ -75,14 +88,14 @@ class Texts:
         names: of the files or data sets, as messages give them.
         labels: the same, as a record gives them: without folders.
         sha256: hash of what is in them.
-        read: begins to read; yields the text of one document after another.
+        read: begins to read; yields the text of one document after another, each to so many characters at most.
         count: documents, where it is known before they are read.
     """
 
     names: list[str]
     labels: list[str]
     sha256: str
-    read: Callable[[], Iterator[str]]
+    read: Callable[[int], Iterator[str]]
     count: int | None = None
 
     @property
@@ -95,7 +108,7 @@ def held_texts(documents: dict[str, str]) -> Texts:
     """Return documents that are in memory already, in the order of their names."""
     names = sorted(documents)
     bodies = [documents[name] for name in names]
-    return Texts(names, names, sha256(bodies), lambda: iter(bodies), len(names))
+    return Texts(names, names, sha256(bodies), lambda _: iter(bodies), len(names))
 
 
 def open_texts(sources: Sequence[str]) -> Texts:
@@ -130,11 +143,11 @@ def open_texts(sources: Sequence[str]) -> Texts:
     for name, revision in revisions.items():
         digest.update(f"hub {name} {revision}\n".encode())
 
-    def read() -> Iterator[str]:
+    def read(characters: int) -> Iterator[str]:
         for path in paths:
-            yield from _file_documents(path)
+            yield from _file_documents(path, characters)
         for name, revision in revisions.items():
-            yield from hub_documents(name, revision)
+            yield from (text[:characters] for text in hub_documents(name, revision))
 
     only_texts = not revisions and all(path.suffix not in TABLES for path in paths)
     return Texts(
@@ -147,8 +160,12 @@ def open_texts(sources: Sequence[str]) -> Texts:
 
 
 def _is_on_hub(source: str) -> bool:
-    local = Path(source).expanduser()
-    return not local.exists() and bool(_HUB_NAME.fullmatch(source)) and local.suffix not in SUFFIXES + TABLES
+    try:
+        local = Path(source).expanduser()
+        there = local.exists()
+    except (OSError, ValueError, RuntimeError):  # no name of a file, nor of a data set
+        return False
+    return not there and bool(_HUB_NAME.fullmatch(source)) and local.suffix not in SUFFIXES + TABLES
 
 
 PAIR_SETS = {"govreport": "ccdv/govreport-summarization:test"}
@@ -192,33 +209,60 @@ def read_pairs(source: str) -> list[tuple[str, str]]:
 
 def _find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
     """Return a file, or all files in a folder that end in one of `suffixes`, sorted."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.suffix in suffixes)
-        if not inside:
-            raise TextError(f"{path}: no {' or '.join(suffixes)} files in this folder")
-        return inside
-    if not path.is_file():
-        raise TextError(f"{path}: no such file or folder")
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            named = sorted(p for p in path.rglob("*") if p.suffix in suffixes)
+            inside = [p for p in named if p.is_file()]
+            for other in sorted(set(named) - set(inside)):
+                if not other.is_dir():
+                    say(f"note: {other} is left out: a pipe, a device or a link to nothing")
+            if not inside:
+                raise TextError(f"{path}: no {' or '.join(suffixes)} files in this folder", "give text files in UTF-8")
+            return inside
+        if not path.is_file():
+            kind = "is a pipe or a device, not a file" if path.exists() else "no such file or folder"
+            raise TextError(f"{path}: {kind}", "check the spelling, or write the text to a file first")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TextError(f"{name}: cannot be read ({_one_line(error)})", "check the spelling") from error
     return [path]
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, characters: int) -> str:
+    """Read the first characters of a file.
+
+    Raises:
+        TextError: it cannot be read, is no UTF-8 or blank.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    parts, size, at = [], 0, 0
     try:
-        body = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            while size < characters:
+                data = file.read(_BLOCK)
+                pending = len(decoder.getstate()[0])
+                parts.append(decoder.decode(data, final=not data))
+                size, at = size + len(parts[-1]), at + len(data)
+                if not data:
+                    break
     except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8 at byte {error.start}", "convert it with iconv -t UTF-8") from error
+        at += error.start - pending
+        raise TextError(f"{path}: not UTF-8 at byte {at}", "convert it with iconv -t UTF-8") from error
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read ({error.strerror})", "check that it may be read") from error
+    body = "".join(parts)[:characters].replace("\r\n", "\n").replace("\r", "\n")
     if not body.strip():
-        raise TextError(f"{path}: the text is empty")
+        raise TextError(f"{path}: the text is empty", "give a text that is longer than the window")
     return body
 
 
-def _file_documents(path: Path) -> Iterator[str]:
+def _file_documents(path: Path, characters: int = LONGEST) -> Iterator[str]:
+    """Yield the documents of a file, of each so many characters at most."""
     if path.suffix == ".jsonl":
-        return _jsonl_documents(path)
+        return (text[:characters] for text in _jsonl_documents(path))
     if path.suffix == ".parquet":
-        return _parquet_documents(path)
-    return iter([_read_text(path)])
+        return (text[:characters] for text in _parquet_documents(path))
+    return iter([_read_text(path, characters)])
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
@@ -230,8 +274,15 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the object of each line that is not blank, with its place."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            line = file.readline(_LINE_BYTES)
+            if not line:
+                break
             where = f"{path}:{number}"
+            if len(line) == _LINE_BYTES:
+                raise TextError(
+                    f"{where}: a line of more than {_LINE_BYTES:,} bytes", "a document a line, not all in one"
+                )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

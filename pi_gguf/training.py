@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf.batches import BatchDataset
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.data import Row
-from pi_gguf.errors import OptionError, PiGgufError, ResourceError
+from pi_gguf.endings import handled_signals
+from pi_gguf.errors import Interrupted, OptionError, PiGgufError, ResourceError
 from pi_gguf.files import human_bytes
 from pi_gguf.lora import add_adapters, save_adapter
 from pi_gguf.losses import chunked_loss
@@ -197,7 +198,7 @@ def run_training(
             result = trainer.train(resume_from_checkpoint=last)
     if stop.asked and trainer.state.global_step < training.steps and not progress.reached:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
-        raise KeyboardInterrupt
+        raise Interrupted(stop.number)
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     validations = [
@@ -311,29 +312,33 @@ def rate_share(step: int, training: TrainingPlan) -> float:
 
 
 class _StopOnInterrupt:
-    """Turns the first Ctrl-C into a request to stop after the step; a second one interrupts at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop after the step; a second interrupts at once."""
 
     asked = False
+    number: int = signal.SIGINT
 
     def __init__(self, processes: int) -> None:
         self._alone = processes == 1  # others may be at another step; the run goes on from its last checkpoint then
 
     def __enter__(self) -> None:
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
         if not self._alone:
             return
-        with suppress(ValueError):  # not in the main thread: leave Ctrl-C to whoever is
-            self._before = signal.signal(signal.SIGINT, self._ask)
+        with suppress(ValueError):  # not in the main thread: leave them to whoever is
+            for number in handled_signals():
+                if signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL):
+                    self._before[number] = signal.signal(number, self._ask)
 
-    def _ask(self, *_: Any) -> None:
+    def _ask(self, number: int, _: Any) -> None:
+        self.number = number
         if self.asked:
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         self.asked = True
         say("stopping after this step; a checkpoint is saved")
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _printer() -> Any:

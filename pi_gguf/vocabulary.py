@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import Checkpoint, read_json
@@ -16,23 +17,26 @@ from pi_gguf.errors import CheckpointError, UnsupportedError
 from pi_gguf.pre_tokenizers import recognize_pre_tokenizer
 from pi_gguf.progress import say
 from pi_gguf.sentencepieces import (
+    ANOTHER_PROGRAM,
     CONTROL,
     NORMAL,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    check_space_prefix,
     keys_of_bpe_json,
     keys_of_model,
     keys_of_unigram_json,
     open_sentencepiece,
 )
+from pi_gguf.templates import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOWEST_SCORE = -1000.0
 """Of tokens that are never to be chosen."""
+
+_OTHER_MODEL = "tokenizer and weights are of different models: copy the tokenizer of this one there"
 
 _ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
@@ -54,16 +58,24 @@ _FILL_IN_THE_MIDDLE = {
 _KEEPS_SPACE_RIGHT = ("<unk>", "<s>", "<|endoftext|>")
 """The only special tokens of a file named phi-3 behind which llama.cpp keeps spaces."""
 
+_PHI3_TOKENS = ("</s>", *_KEEPS_SPACE_RIGHT)
+"""Those that a file of this name must have."""
+
 
 def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the `tokenizer.*` metadata.
+
+    Args:
+        checkpoint: the model.
+        tokenizer: its tokenizer, opened.
 
     Raises:
         CheckpointError: tokenizer files are missing or do not fit the embedding.
         UnsupportedError: a kind of tokenizer, or a part of it, that llama.cpp has no equivalent for.
     """
     json_path, model_path = checkpoint.tokenizer_dir / "tokenizer.json", checkpoint.tokenizer_dir / "tokenizer.model"
-    parsed = read_json(json_path) if json_path.exists() else {}
+    # As it was opened: the library has filled in defaults and spelled out older forms.
+    parsed = json.loads(tokenizer.backend_tokenizer.to_str()) if json_path.exists() else {}
     rows, path = checkpoint.vocab_size, str(json_path)
     model = parsed.get("model") or {}
     kind = model.get("type")
@@ -74,35 +86,96 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
     elif parsed and (kind != "BPE" or not model.get("byte_fallback")):
         raise UnsupportedError(
             f"{path}: model must be Unigram, byte-level BPE or BPE with byte_fallback, got {kind!r}",
-            "put the original tokenizer.model alone into the folder",
+            "put the original tokenizer.model alone into the folder, if there is one; else run it with transformers",
         )
-    elif model_path.exists():
-        keys = keys_of_model(str(model_path))
-        if parsed:
-            keys["tokenizer.ggml.add_space_prefix"] = check_space_prefix(parsed, path)
     elif parsed:
         keys = keys_of_bpe_json(parsed, _tokens_by_id(model, rows, path), path)
+    elif model_path.exists():
+        keys = keys_of_model(str(model_path))
     else:
         raise CheckpointError(
             f"{checkpoint.tokenizer_dir}: no tokenizer.json or tokenizer.model", "copy the tokenizer of the model there"
         )
-    _check_added_tokens(parsed, tokenizer, path)
-    _add_tokens(keys, tokenizer)
+    _add_tokens(keys, tokenizer, checkpoint)
     _pad_to_embedding(keys, checkpoint)
     _special_tokens(keys, checkpoint, tokenizer)
-    keys |= _chat_templates(tokenizer, str(checkpoint.tokenizer_dir))
-    if not parsed:
-        keys["tokenizer.ggml.add_bos_token"] = _begins(checkpoint, tokenizer)
-    return keys
+    return keys | _chat_templates(tokenizer, str(checkpoint.tokenizer_dir))
 
 
-def reference_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+@dataclass(frozen=True)
+class Surroundings:
+    """Tokens that Hugging Face puts before and behind each text, and what llama.cpp can do of it.
+
+    Args:
+        bos: the begin token.
+        eos: the end token.
+        before: tokens before a text.
+        behind: tokens behind it.
+        add_bos: whether llama.cpp puts the begin token before a text.
+        add_eos: whether it puts the end token behind it.
+    """
+
+    bos: int | None
+    eos: int | None
+    before: list[int]
+    behind: list[int]
+    add_bos: bool
+    add_eos: bool
+
+    @property
+    def exact(self) -> bool:
+        return self.before == [self.bos] * self.add_bos and self.behind == [self.eos] * self.add_eos
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Surroundings:
+        """Read them off the behaviour of an opened tokenizer."""
+        bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        before, behind = whole[:start], whole[start + len(bare) :]
+        bos = tokenizer.bos_token_id
+        if not (checkpoint.tokenizer_dir / "tokenizer.json").exists():
+            before = [bos] if _begins(checkpoint, tokenizer) else []
+        if bos is None:
+            bos = before[0] if before else getattr(checkpoint.hf_config, "bos_token_id", None)
+        elif len(before) == 1 and "bos_token" not in str(tokenizer.chat_template):
+            bos = before[0]  # nobody asks for the other one
+        ends = end_tokens(checkpoint, tokenizer)
+        eos = behind[0] if len(behind) == 1 and behind[0] in ends else next(iter(ends), None)
+        return cls(bos, eos, before, behind, before == [bos], behind == [eos])
+
+    def note(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Say what llama.cpp does otherwise."""
+        said, template = [], str(tokenizer.chat_template)
+        if self.before != [self.bos] * self.add_bos:
+            tokens = tokenizer.convert_ids_to_tokens(self.before)
+            written = all(t in template or (t == tokenizer.bos_token and "bos_token" in template) for t in tokens)
+            who = "the chat template writes them" if written else "write them yourself"
+            said.append(f"{''.join(tokens)} before each text, add_bos_token is false: {who} before a prompt")
+        if self.behind != [self.eos] * self.add_eos:
+            tokens = "".join(tokenizer.convert_ids_to_tokens(self.behind))
+            said.append(f"{tokens} behind each text, add_eos_token is false: a prompt that goes on has none")
+        return f"note: llama.cpp cannot put what Hugging Face does, {'; '.join(said)}"
+
+
+def reference_ids(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, text: str, surroundings: Surroundings | None = None
+) -> list[int]:
     """Return the ids that a text must have: Hugging Face's, or SentencePiece's own where there is only its model.
 
     transformers 5 opens a bare `tokenizer.model` with a splitter that drops the leading space of a text that begins
     with one (or follows a special token); the model was trained with SentencePiece, which keeps it, as llama.cpp does.
+
+    Args:
+        checkpoint: the model.
+        tokenizer: its tokenizer, opened.
+        text: to tokenize.
+        surroundings: with those that llama.cpp can put around a text; as in Hugging Face when None.
     """
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if surroundings is not None and not surroundings.exact:
+        ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
+        begin = [surroundings.bos] if surroundings.add_bos and surroundings.bos is not None else []
+        ids = begin + ids + ([surroundings.eos] if surroundings.add_eos and surroundings.eos is not None else [])
     model_path = checkpoint.tokenizer_dir / "tokenizer.model"
     if (checkpoint.tokenizer_dir / "tokenizer.json").exists() or not model_path.exists():
         return ids
@@ -126,53 +199,57 @@ def _begins(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids at which generation ends in Hugging Face, the tokenizer's end token first."""
-    path = checkpoint.path / "generation_config.json"
-    settings = read_json(path) if path.exists() else {}
-    named = settings.get("eos_token_id") or getattr(checkpoint.hf_config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return [int(i) for i in dict.fromkeys(ids) if isinstance(i, int) and 0 <= i < checkpoint.vocab_size]
-
-
-def check_name(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a `general.name` by which llama.cpp would treat the spaces behind special tokens otherwise.
+    """Return the ids at which generation ends in Hugging Face, the tokenizer's end token first.
 
     Raises:
-        UnsupportedError: llama.cpp drops them in files that have phi-3 in their name, and only there.
+        CheckpointError: eos_token_id is neither an id nor a list of them.
     """
-    added = tokenizer.added_tokens_decoder.values()
-    drops = any(word in name.lower() for word in ("phi-3", "phi3"))
-    said = "llama.cpp drops the spaces behind special tokens in a file with phi-3 in its name"
-    if drops and not _drops_space_right(tokenizer):
-        raise UnsupportedError(
-            f"{name}: {said}, and this tokenizer does not", "rename the folder, without phi-3 or phi3 in its name"
+    path = checkpoint.path / "generation_config.json"
+    named = read_json(path).get("eos_token_id") if path.exists() else None
+    if named is None or named == []:
+        path, named = checkpoint.path / "config.json", getattr(checkpoint.hf_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    if any(isinstance(i, bool) or not isinstance(i, int | None) for i in listed):
+        raise CheckpointError(
+            f"{path}: eos_token_id must be a token's id or a list of ids, got {str(named)[:80]}", "correct it"
         )
-    if not drops and (token := next((added.content for added in added if added.rstrip), None)):
-        raise UnsupportedError(
-            f"{name}: added token {token!r}: rstrip: {said} only", "rename the folder, with phi-3 in its name"
-        )
+    found = dict.fromkeys([tokenizer.eos_token_id, *listed])
+    return [i for i in found if i is not None and 0 <= i < checkpoint.vocab_size]
 
 
-def _drops_space_right(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether exactly those tokens have rstrip that llama.cpp gives it in Phi 3."""
-    added = {added.content: added.rstrip for added in tokenizer.added_tokens_decoder.values()}
-    needed = all(token in added for token in ("</s>", *_KEEPS_SPACE_RIGHT))
-    return needed and all(rstrip == (token not in _KEEPS_SPACE_RIGHT) for token, rstrip in added.items())
+def file_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return `general.name` such that llama.cpp treats the spaces behind special tokens as this tokenizer does.
+
+    In a file with phi-3 or phi3 in its name, and there only, it drops those behind all special tokens but three, and
+    does not open a file without these tokens. Where either is wrong for some token, the name by which fewer are holds.
+    """
+    added = {added.content: bool(added.rstrip) for added in tokenizer.added_tokens_decoder.values()}
+    opens = set(_PHI3_TOKENS) <= tokenizer.get_vocab().keys()
+    right = sum(rstrip == (token not in _KEEPS_SPACE_RIGHT) for token, rstrip in added.items())
+    named = re.search("phi-?3", name, re.IGNORECASE) is not None
+    if opens and 2 * right > len(added):
+        return name if named else f"{name} (tokens of phi-3)"
+    return re.sub("(phi)-?3", r"\1_3", name, flags=re.IGNORECASE)
 
 
 def _byte_level_bpe(parsed: dict[str, Any], rows: int, path: str) -> dict[str, Any]:
     model = parsed.get("model") or {}
     if model.get("type") != "BPE":
-        raise UnsupportedError(f"{path}: model.type must be BPE with ByteLevel, got {model.get('type')!r}")
+        raise UnsupportedError(
+            f"{path}: model.type must be BPE with ByteLevel, got {model.get('type')!r}", ANOTHER_PROGRAM
+        )
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
-            raise UnsupportedError(f"{path}: model.{field} must be empty with ByteLevel, got {model[field]!r}")
+            raise UnsupportedError(
+                f"{path}: model.{field} must be empty with ByteLevel, got {model[field]!r}", ANOTHER_PROGRAM
+            )
     normalizer = parsed.get("normalizer")
     parts = normalizer.get("normalizers", [normalizer]) if normalizer else []
     if any(part.get("type") != "NFC" for part in parts):
         raise UnsupportedError(
             f"{path}: normalizer must be null or NFC, llama.cpp normalizes nothing here; got "
-            f"{json.dumps(normalizer, ensure_ascii=False)[:300]}"
+            f"{json.dumps(normalizer, ensure_ascii=False)[:300]}",
+            ANOTHER_PROGRAM,
         )
     if parts:
         say(
@@ -180,7 +257,7 @@ def _byte_level_bpe(parsed: dict[str, Any], rows: int, path: str) -> dict[str, A
             "gets other ids there, as macOS file names do"
         )
     tokens = _tokens_by_id(model, rows, path)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    merges = [" ".join(merge) for merge in model["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": recognize_pre_tokenizer(parsed, path),
@@ -198,74 +275,64 @@ def _tokens_by_id(model: dict[str, Any], rows: int, path: str) -> list[str | Non
     if max(vocab.values()) >= rows:
         raise CheckpointError(
             f"{path}: the tokenizer has {max(vocab.values()) + 1} tokens, config.json's vocab_size is {rows}",
-            "tokenizer and weights are of different models",
+            _OTHER_MODEL,
         )
     tokens: list[str | None] = [None] * (max(vocab.values()) + 1)
     for token, index in vocab.items():
+        if (other := tokens[index]) is not None:
+            raise CheckpointError(
+                f"{path}: model.vocab: {other!r} and {token!r} both have the id {index}", "give one of them another id"
+            )
         tokens[index] = token
     return tokens
 
 
-def _check_added_tokens(parsed: dict[str, Any], tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Refuse added tokens that llama.cpp would find in other places than Hugging Face."""
-    if not parsed:
-        return
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    normalizer = getattr(backend, "normalizer", None)
-    problems = []
-    for added in tokenizer.added_tokens_decoder.values():
-        flags = {
-            "single_word": added.single_word,
-            "lstrip": added.lstrip,
-            "rstrip": added.rstrip and not _drops_space_right(tokenizer),
-            f"normalized to {added.normalized and normalizer and normalizer.normalize_str(added.content)!r}": (
-                added.normalized and normalizer and normalizer.normalize_str(added.content) != added.content
-            ),
-        }
-        problems += [f"{added.content!r} is {flag}" for flag, present in flags.items() if present]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UnsupportedError(
-            f"{path}: added tokens: llama.cpp finds them exactly as they are spelled: {', '.join(problems[:5])}{more}",
-            "set the flag to false if the model does not depend on it",
-        )
-
-
-def _add_tokens(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def _add_tokens(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> None:
     """Enter the added tokens: special ones as control tokens, others as words never split."""
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    scores = keys.get("tokenizer.ggml.scores")
-    for index, added in sorted(tokenizer.added_tokens_decoder.items()):
-        while len(tokens) <= index:
-            tokens.append(None)
-            types.append(UNUSED)
-            if scores is not None:
-                scores.append(_LOWEST_SCORE)
+    _fill(keys, max(tokenizer.added_tokens_decoder, default=-1) + 1, checkpoint)
+    for index, added in tokenizer.added_tokens_decoder.items():
         tokens[index] = added.content
         if types[index] != UNKNOWN:
             types[index] = CONTROL if added.special else USER_DEFINED
 
 
-def _pad_to_embedding(keys: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Fill holes, and rows of the embedding beyond the vocabulary, with unused tokens."""
-    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    rows = checkpoint.vocab_size
-    if len(tokens) > rows:
+def _fill(keys: dict[str, Any], length: int, checkpoint: Checkpoint) -> None:
+    """Fill a vocabulary up to `length` with unused tokens.
+
+    Raises:
+        CheckpointError: it is, or would be, larger than the embedding.
+    """
+    tokens = keys["tokenizer.ggml.tokens"]
+    if (longest := max(length, len(tokens))) > checkpoint.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer has {len(tokens)} tokens, config.json's vocab_size is {rows}",
-            "tokenizer and weights are of different models",
+            f"{checkpoint.path}: the tokenizer has {longest} tokens, config.json's vocab_size is "
+            f"{checkpoint.vocab_size}",
+            _OTHER_MODEL,
         )
-    missing = rows - len(tokens)
+    missing = length - len(tokens)
     tokens += [None] * missing
-    types += [UNUSED] * missing
+    keys["tokenizer.ggml.token_type"] += [UNUSED] * missing
     if "tokenizer.ggml.scores" in keys:
         keys["tokenizer.ggml.scores"] += [_LOWEST_SCORE] * missing
+
+
+def _pad_to_embedding(keys: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Fill holes, and rows of the embedding beyond the vocabulary, with unused tokens; so tokens none can spell."""
+    _fill(keys, checkpoint.vocab_size, checkpoint)
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    for index, token in enumerate(tokens):
+        if token is not None and (not token or "\0" in token):
+            say(
+                f"note: the token {index}, {token!r}, is left unused: llama.cpp reads a token up to its first zero byte"
+            )
+            tokens[index] = None
     seen: dict[str, int] = {}
     for index, token in enumerate(tokens):
         if token is not None and (before := seen.setdefault(token, index)) != index:
             raise CheckpointError(
                 f"{checkpoint.path}: the tokens {before} and {index} are both {token!r}",
-                "llama.cpp needs a spelling of its own for each",
+                "llama.cpp needs a spelling of its own for each: rename one of them in tokenizer.json",
             )
     for index, token in enumerate(tokens):
         if token is None:
@@ -276,20 +343,10 @@ def _pad_to_embedding(keys: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 
 def _special_tokens(keys: dict[str, Any], checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    before, behind = whole[:start], whole[start + len(bare) :]
-    ends = end_tokens(checkpoint, tokenizer)
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        bos = before[0] if before else getattr(checkpoint.hf_config, "bos_token_id", None)
-    eos = ends[0] if ends else None
-    if before not in ([], [bos]) or behind not in ([], [eos]):
-        put = [tokenizer.convert_ids_to_tokens(ids) for ids in (before, behind)]
-        raise UnsupportedError(
-            f"{checkpoint.path}: {put[0]} come before a text and {put[1]} behind it; llama.cpp can put the begin token "
-            f"{bos} before it and the end token {eos} behind it"
-        )
+    around = Surroundings.of(checkpoint, tokenizer)
+    if not around.exact:
+        say(around.note(tokenizer))
+    ends, eos = end_tokens(checkpoint, tokenizer), around.eos
     kind, tokens = keys["tokenizer.ggml.model"], keys["tokenizer.ggml.tokens"]
     plain = {token for token, type in zip(tokens, keys["tokenizer.ggml.token_type"], strict=True) if type == NORMAL}
     if taken := sorted(plain & _ENDS):
@@ -302,46 +359,39 @@ def _special_tokens(keys: dict[str, Any], checkpoint: Checkpoint, tokenizer: Pre
             f"{checkpoint.path}: no end token; llama.cpp would take the token {11 if kind == 'gpt2' else 1} for one",
             "name eos_token in tokenizer_config.json or eos_token_id in config.json",
         )
-    named = {"bos": bos, "eos": eos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    named = {"bos": around.bos, "eos": eos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     named |= {"seperator": getattr(tokenizer, "sep_token_id", None), "mask": getattr(tokenizer, "mask_token_id", None)}
     unnamed = [i for i in ends if i != eos and tokens[i] not in _ENDS]
     if len(unnamed) > 2:
         raise UnsupportedError(
             f"{checkpoint.path}: eos_token_id: llama.cpp can end at two tokens more than {tokens[eos]!r}, "
-            f"got {[tokens[i] for i in unnamed]}"
+            f"got {[tokens[i] for i in unnamed]}",
+            "leave those that do not end an answer out of eos_token_id in generation_config.json",
         )
     named |= dict(zip(("eot", "eom"), unnamed, strict=False))
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     for name, spellings in _FILL_IN_THE_MIDDLE.items():
         named[name] = next((added[token] for token in spellings.split() if token in added), None)
     for name, index in named.items():
-        if index is not None and 0 <= int(index) < len(tokens):
-            keys[f"tokenizer.ggml.{name}_token_id"] = int(index)
-    keys["tokenizer.ggml.add_bos_token"] = bool(before)
-    keys["tokenizer.ggml.add_eos_token"] = bool(behind)
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            keys[f"tokenizer.ggml.{name}_token_id"] = index
+    keys["tokenizer.ggml.add_bos_token"] = around.add_bos
+    keys["tokenizer.ggml.add_eos_token"] = around.add_eos
 
 
 def _chat_templates(tokenizer: PreTrainedTokenizerBase, path: str) -> dict[str, Any]:
-    """Return the chat templates: the default one, and others by name. They are compiled, not run."""
-    from jinja2 import Environment, TemplateError
-
+    """Return the chat templates: the default one, and others by name."""
     templates = tokenizer.chat_template or {}
-    if isinstance(templates, str):
+    if not isinstance(templates, dict):
         templates = {"default": templates}
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     for name, template in templates.items():
-        try:
-            environment.compile(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))  # a tag of transformers alone
-        except TemplateError as error:
-            raise CheckpointError(
-                f"{path}: chat_template {name!r} is broken ({str(error).splitlines()[0]})", "correct or remove it"
-            ) from error
+        check_template(template, f"{path}: chat_template {name!r}")
     keys: dict[str, Any] = {}
-    others = sorted(name for name in templates if name != "default")
+    others = sorted((name for name in templates if name != "default"), key=str)
     for name in others:
-        if not re.fullmatch(r"[a-z0-9_]+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
             raise UnsupportedError(
-                f"{path}: chat_template {name!r}: a name in GGUF is made of a-z, 0-9 and _", "rename it"
+                f"{path}: chat_template {name!r}: a name in GGUF is made of a-z, 0-9 and _", "rename it in the folder"
             )
         keys[f"tokenizer.chat_template.{name}"] = templates[name]
     if others:

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.adapters import AdaptedCheckpoint, ScaledTensor, low_rank_changes
+from pi_gguf.adapters import AdaptedCheckpoint, low_rank_changes
 from pi_gguf.agreement import check_sizes
 from pi_gguf.checkpoint import Checkpoint, TensorSource
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
@@ -44,7 +44,8 @@ from pi_gguf.gguf_file import (
     write_header,
 )
 from pi_gguf.gguf_header import read_header
-from pi_gguf.progress import progress_bar, say
+from pi_gguf.merging import ScaledTensor
+from pi_gguf.progress import progress_bar, say, stage
 from pi_gguf.rope import RopeScaling
 from pi_gguf.trial import trust
 
@@ -57,9 +58,6 @@ _NUMBERED = re.compile(r"(\.experts)\.\d+\.|\.norms\.\d+\.")
 
 _F16_LIMIT = 65520
 """What no longer rounds to F16's largest number, 65504."""
-
-_MAPPED_BYTES = 2**26
-"""Bytes read of the checkpoint before its files are closed and opened anew: mapped pages count as memory in use."""
 
 _WRITE_BYTES = 2**16
 """Bytes written at once: a new file's pages come in pieces of this size, and large ones can cost several times
@@ -301,7 +299,7 @@ def plan_adapter_file(checkpoint: AdaptedCheckpoint, *, general: dict[str, Any],
         by = change.scaling * change.rank / alpha if alpha else 0.0
         b = change.b
         if not math.isclose(by, 1, rel_tol=1e-12):
-            b = ScaledTensor(b.path, b.name, b.shape, "F32", by)
+            b = ScaledTensor.of(b, by)
         swap = _maker(lambda tensor, _: tensor.T, config, stacked=False)
         parts = {
             "lora_a": (change.a, swap if change.embedding else _maker(None, config, stacked=False)),
@@ -355,6 +353,7 @@ def _typed(output: Output, kind: str) -> Output:
 # Writing
 
 
+@stage("write {path}")
 def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
     """Write a planned file to `path`; go on where a run of the same plan stopped.
 
@@ -369,19 +368,17 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         OptionError: the file there is of another plan, or the source changed since; it stays.
         ResourceError: not enough disk; what was written stays.
     """
-    state_path = path.with_name(path.name + ".state")
     identity = _identity(plan)
-    done = _resume(plan, path, state_path, identity, overwrite)
+    done = _resume(plan, path, identity, overwrite)
     if done:
         say(f"go on with {path}: {done} of {len(plan.outputs)} tensors are there")
     left = plan.outputs[done:]
     check_free_disk(path.parent, sum(padded(output.nbytes) for output in left))
     files: dict[Path, Any] = {}
-    mapped = 0
     with (
         disk_errors(path),
         path.open("ab") as file,
-        state_path.open("a", encoding="utf-8") as state,
+        state_path(path).open("a", encoding="utf-8") as state,
         progress_bar(f"write {plan.quantization}", sum(o.nbytes for o in plan.outputs), "bytes") as advance,
         _stopping(ThreadPoolExecutor(cores())) as workers,
         _stopping(ThreadPoolExecutor(1)) as reader,
@@ -390,11 +387,6 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         advance(sum(output.nbytes for output in plan.outputs[:done]))
 
         def read(output: Output) -> torch.Tensor:
-            nonlocal mapped
-            if mapped > _MAPPED_BYTES:
-                files.clear()
-                mapped = 0
-            mapped += sum(source.nbytes for source in output.sources)
             return _values(output, files)
 
         def put(output: Output, data: np.ndarray) -> None:
@@ -434,9 +426,14 @@ def _stopping(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _resume(plan: FilePlan, path: Path, state_path: Path, identity: dict[str, str], overwrite: bool) -> int:
+def state_path(path: Path) -> Path:
+    """Return the name of the file that says what of an unfinished file is there."""
+    return path.with_name(f"{path.name}.state")
+
+
+def _resume(plan: FilePlan, path: Path, identity: dict[str, str], overwrite: bool) -> int:
     """Bring file and state to the last whole tensor, or begin both; return how many tensors are there."""
-    before, recorded = _read_state(state_path) if path.exists() else (None, [])
+    before, recorded = _read_state(state_path(path)) if path.exists() else (None, [])
     difference = before is not None and next((key for key in identity if before.get(key) != identity[key]), "")
     if difference and not overwrite:
         what = "with other settings" if difference == "settings" else f"of what {difference} was before it changed"
@@ -450,7 +447,7 @@ def _resume(plan: FilePlan, path: Path, state_path: Path, identity: dict[str, st
         end = len(plan.header) + sum(padded(output.nbytes) for output in plan.outputs[: len(whole)])
         os.truncate(path, end)
         lines = [identity, *whole]
-        state_path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        state_path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return len(whole)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -14,6 +15,7 @@ _server.set_forkserver_preload(["transformers.trainer", "peft", "datasets", "pi_
 
 
 def _run(arguments: list[str], environment: dict[str, str], exact: bool, streams: tuple[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell; the command takes it back
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment)
@@ -58,10 +60,23 @@ class Command:
             process.kill()
         self.wait()
 
-    def wait(self) -> tuple[int, str, str]:
-        """Return the exit code (the first that is not 0), standard output and standard error."""
+    def send(self, number: int) -> None:
+        """Send every process a signal."""
         for process in self._processes:
-            process.join(300)
+            if process.pid and process.is_alive():
+                os.kill(process.pid, number)
+
+    @property
+    def running(self) -> bool:
+        return any(process.is_alive() for process in self._processes)
+
+    def wait(self, seconds: float = 300) -> tuple[int, str, str]:
+        """Return the exit code (the first that is not 0), standard output and standard error; nothing runs on."""
+        for process in self._processes:
+            process.join(seconds)
+            if process.is_alive():
+                process.kill()
+                process.join()
         codes = [process.exitcode for process in self._processes]
         out, err = (Path(path).read_text() for path in self._streams)
         self._folder.cleanup()

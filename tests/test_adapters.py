@@ -72,6 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "bfloat16": make_llama(root / "bfloat16", dtype="bfloat16"),
         "tied": make_llama(root / "tied", tie_word_embeddings=True),
         "mixtral": make_model(root / "mixtral", "mixtral", {}),
+        "qwen3_moe": make_model(root / "qwen3_moe", "qwen3_moe", {}),
     }
 
 
@@ -117,6 +118,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {"target_modules": ["query_key_value", "dense_h_to_4h"]}),
     "gemma, offset norms": ("gemma", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
     "mixtral, attention": ("mixtral", {"target_modules": ["q_proj", "o_proj"]}),
+    "mixtral, every linear layer, experts and routers among them": ("mixtral", {"target_modules": "all-linear"}),
+    "qwen3_moe, one parameter of experts": (
+        "qwen3_moe", {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
+    "llama, weight-decomposed, embeddings and head too": (
+        "llama", {"target_modules": [*LLAMA_MODULES, "embed_tokens", "lm_head"], "use_dora": True},
+    ),
+    "llama, rows of tokens": (
+        "llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [4]}},
+    ),
+    "llama, principal components": ("llama", {"target_modules": LLAMA_MODULES, "init_lora_weights": "pissa"}),
+    "llama, orthogonal start": ("llama", {"target_modules": LLAMA_MODULES, "init_lora_weights": "olora"}),
+    "tied, embedding alone": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied, head alone": ("tied", {"target_modules": ["lm_head"], "use_dora": True}),
+    "tied, embedding replaced": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "tied, both replaced": (
+        "tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "tied, rows of tokens": ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 9]}),
 }  # fmt: skip
 
 
@@ -128,12 +148,12 @@ def test_a_merged_adapter_is_what_peft_merges(case, models, tmp_path):
     theirs = merge_with_peft(base, [adapter], tmp_path / "merged")
     pi_gguf.convert(str(theirs), tmp_path / "theirs.gguf", quant="F32", check="none")
     pi_gguf.convert(str(base), tmp_path / "base.gguf", quant="F32", check="none")
-    result = pi_gguf.convert(str(base), tmp_path / "ours.gguf", quant="F32", lora=[str(adapter)])
-    assert result.checks[0].kl_divergence < 1e-4
+    result = pi_gguf.convert(str(base), tmp_path / "ours.gguf", quant="F32", lora=[str(adapter)], certify=False)
+    assert result.checks[0].kl_divergence < (1e-3 if "experts" in case else 1e-4)
     plain, merged, expected = (values(tmp_path / f"{name}.gguf") for name in ("base", "ours", "theirs"))
     assert list(merged) == list(expected)
-    changed = [name for name in merged if not np.array_equal(merged[name], plain[name])]
-    assert changed == [name for name in expected if not np.array_equal(expected[name], plain[name])] != []
+    changed = [name for name in merged if not np.array_equal(merged[name], plain.get(name))]
+    assert changed == [name for name in expected if not np.array_equal(expected[name], plain.get(name))] != []
     for name in merged:
         np.testing.assert_allclose(merged[name], expected[name], rtol=2e-6, atol=1e-6, err_msg=name)
 
@@ -413,12 +433,22 @@ def refused(cli, base: Path, folder: Path, said: str, *options: Any) -> str:
     ("change", "said"),
     [
         ({"peft_type": "LOHA"}, "peft_type must be LORA, got 'LOHA'"),
-        ({"use_dora": True}, "use_dora must be unset, got True"),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters must be unset"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens must be unset"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication must be unset"),
+        ({"use_dora": True}, "proj.lora_magnitude_vector is missing"),
+        ({"use_dora": 1}, "use_dora must be true or false"),
+        ({"use_dora": True, "kasa_config": {"beta": 1}}, "use_dora and kasa_config exclude each other"),
+        ({"kasa_config": {"beta": 1}}, "proj.lora_diag is missing"),
+        ({"use_bdlora": [1]}, "use_bdlora must have fields"),
+        ({"use_bdlora": {"nblocks": 0}}, "nblocks must be a positive integer"),
+        ({"target_parameters": "x"}, "target_parameters must be a list of names"),
+        ({"trainable_token_indices": [1.5]}, "trainable_token_indices must list token numbers"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "trainable_token_indices must list token numbers"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens cannot be merged"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config cannot be merged"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication cannot be merged"),
         ({"some_future_field": 3}, "some_future_field must be unset, got 3"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base weights"),
+        ({"init_lora_weights": "corda"}, "'corda' changes the base weights before training"),
+        ({"init_lora_weights": "loftq"}, "'loftq' changes the base weights before training"),
+        ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights must be true, false or a name that peft knows"),
         ({"init_lora_weights": [1]}, "init_lora_weights"),
         ({"r": 0}, "r must be a positive integer, got 0"),
         ({"r": 8}, "must have rank 8 by adapter_config.json, got shape [4,"),
@@ -446,9 +476,21 @@ WRONG_TENSORS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
         {f"{NOWHERE}.lora_A.weight": torch.ones(4, 8), f"{NOWHERE}.lora_B.weight": torch.ones(8, 4)},
         "visual.lora_A.weight fits no tensor of the model, which has no visual.weight",
     ),
-    "left over": ({f"{FIRST}.lora_magnitude_vector": torch.ones(128)}, "lora_magnitude_vector fits no tensor"),
+    "left over": ({f"{FIRST}.lora_magnitude_vector": torch.ones(128)}, "lora_magnitude_vector fits no field"),
     "too wide": ({f"{FIRST}.lora_A.weight": torch.ones(4, 65)}, "makes [128, 65] of"),
-    "resized": ({f"{HEAD}.weight": torch.ones(412, 64)}, "lm_head.weight makes [412, 64] of"),
+    "resized alone": ({f"{HEAD}.weight": torch.ones(412, 64)}, "lm_head.weight has 412 rows"),
+    "of another width": ({f"{HEAD}.weight": torch.ones(410, 32)}, "lm_head.weight makes [410, 32] of"),
+    "of two adapters": (
+        {f"{HEAD}.lora_A.one.weight": torch.ones(4, 64), f"{HEAD}.lora_B.two.weight": torch.ones(410, 4)},
+        "holds several adapters: one, two",
+    ),
+    "rows of no tokens": (
+        {f"{HEAD}.token_adapter.trainable_tokens_delta": torch.ones(2, 64)}, "does not say of which tokens",
+    ),
+    "of a parameter that is not named": (
+        {f"{HEAD}.base_layer.lora_A.weight": torch.ones(4, 64), f"{HEAD}.base_layer.lora_B.weight": torch.ones(410, 4)},
+        "is of a parameter that target_parameters",
+    ),
     "not gathered": ({f"{FIRST}.lora_A.weight": torch.ones(0)}, "must have rank 4 by adapter_config.json"),
     "whole numbers": ({f"{FIRST}.lora_A.weight": torch.ones(4, 64, dtype=torch.int64)}, "must be F32, F16 or BF16"),
     "no number": ({f"{FIRST}.lora_A.weight": torch.full((4, 64), float("nan"))}, "lora_A.weight holds NaN"),
@@ -480,37 +522,6 @@ def test_a_missing_or_broken_file_is_an_error(models, adapter_copy, tmp_path, cl
         refused(cli, models["llama"], tmp_path, "adapter_config.json is missing", "--lora", nowhere)
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A would untie lm_head.weight"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.lora_A.weight would untie"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "embed_tokens.weight would untie"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, "lm_head.weight would untie"),
-    ],
-)
-def test_tied_embeddings_stay_tied(models, tmp_path, cli, config, said):
-    adapter = make_adapter(models["tied"], tmp_path / "adapter", **config)
-    refused(cli, models["tied"], tmp_path, said, "--lora", adapter)
-
-
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"trainable_token_indices": [1, 2]}])
-def test_what_peft_itself_saves_of_other_methods_is_refused(models, tmp_path, cli, config):
-    adapter = make_adapter(models["llama"], tmp_path / "adapter", target_modules=["q_proj"], **config)
-    refused(cli, models["llama"], tmp_path, f"{next(iter(config))} must be unset", "--lora", adapter)
-
-
-def test_experts_of_newer_releases_are_refused(models, tmp_path, cli):
-    adapter = make_adapter(models["mixtral"], tmp_path / "adapter", target_modules="all-linear")
-    refused(cli, models["mixtral"], tmp_path, "target_parameters must be unset", "--lora", adapter)
-
-
-def test_a_replaced_tensor_belongs_to_one_adapter(models, tmp_path, cli):
-    replacing = make_adapter(models["llama"], tmp_path / "one", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    adding = make_adapter(models["llama"], tmp_path / "two", target_modules=["lm_head"])
-    refused(cli, models["llama"], tmp_path, "both change lm_head.weight", "--lora", replacing, "--lora", adding)
-
-
 def test_an_adapter_of_single_experts_does_not_fit_an_adapter_file(models, tmp_path, cli):
     adapter = adapter_of_an_expert(models["mixtral"], tmp_path / "adapter")[0]
     said = "experts.2.w1.weight is part of another tensor in llama"
@@ -538,11 +549,25 @@ def test_an_adapter_file_needs_one_adapter(models, adapter, tmp_path, cli):
 @pytest.mark.parametrize(
     ("family", "config", "said"),
     [
-        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "norm.weight as a whole"),
-        ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}, "q_proj.bias as a whole"),
-        ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}, "q_proj.bias as a whole"),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+            "changes as a whole model.layers.0.input_layernorm",
+        ),
+        ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}, "changes as a whole model.layers.0.self_attn.q_proj"),
+        ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}, "changes as a whole model.layers.0.self_attn.q"),
+        ("llama", {"target_modules": ["q_proj"], "use_dora": True}, "(DoRA) sets the length of the rows of"),
+        ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "(pissa) counts from other values of"),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "trainable_token_indices": [3]},
+            "replaces rows of model.embed_tokens",
+        ),
+        ("tied", {"target_modules": ["embed_tokens"]}, "changes, as input and output at once, model.embed_tokens"),
+        ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "changes as a whole lm_head.weight"),
+        ("mixtral", {"target_modules": "all-linear"}, "changes, in a form of its own, model.layers.0.block_sparse_moe"),
     ],
 )
-def test_an_adapter_file_holds_no_whole_tensors(models, tmp_path, cli, family, config, said):
+def test_an_adapter_file_holds_products_alone(models, tmp_path, cli, family, config, said):
     adapter = make_adapter(models[family], tmp_path / "adapter", **config)
     refused(cli, models[family], tmp_path, said, "--lora", adapter, "--adapter-only")

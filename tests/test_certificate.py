@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import WINDOW, make_llama, tensors
 
 import pi_gguf
 from pi_gguf.bundled import novels
-from pi_gguf.certificate import PREFIX, Certificate, read_requirements
+from pi_gguf.certificate import PREFIX, Certificate, read_requirements, store
 from pi_gguf.errors import CertificateError, CheckError, OptionError, ResourceError
 from pi_gguf.evaluate import Yardstick
 from pi_gguf.gguf_file import read_gguf
@@ -140,6 +141,13 @@ def test_a_certificate_travels_in_the_file(copy, gguf, cli):
     assert json.loads(out)["certificate"]["k_max"] == found.k_max
     again = pi_gguf.certify(copy).certificate
     assert again.perplexity == found.perplexity, "it replaces the one that is there"
+
+
+def test_a_perplexity_beyond_32_bits_is_stored_as_their_largest(copy):
+    found = dataclasses.replace(pi_gguf.certify(copy).certificate, perplexity={WINDOW: 1e300}, ppl_ratio=float("inf"))
+    store(copy, found)
+    stored = certificate_of(copy)
+    assert stored.perplexity[WINDOW] == stored.ppl_ratio == pytest.approx(3.4e38, rel=1e-6)
 
 
 def test_a_certificate_of_another_header_is_not_believed(copy, cli, tmp_path):

@@ -45,7 +45,7 @@ def test_an_exact_file_agrees_with_hugging_face(variant, tmp_path):
     assert len(result.checks) == 1
     assert result.checks[0].kl_divergence < 1e-6
     assert result.checks[0].top1_agreement > 0.99
-    assert result.checks[0].strings_compared == 70
+    assert (result.checks[0].strings_compared, result.checks[0].strings_different) == (72, [])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.gguf"]
 
 
@@ -138,11 +138,14 @@ def test_the_check_finds_another_tokenizer(llama, tmp_path, monkeypatch):
     checkpoint = load_checkpoint(str(llama))
     path = written_with(llama, tmp_path, checkpoint.rope)
     reference = Reference(checkpoint, checkpoint.rope, "quick")
-    reference.tokenized["doubled"] = [0, *reference.tokenized["a"]]
+    wrong = [0, *reference.texts.prose["a"]]
+    reference.texts.special["doubled"] = wrong
+    assert check_gguf(path, reference).strings_different == ["doubled"]
+    reference.texts.prose["doubled"] = wrong
     with pytest.raises(CheckError, match="tokenizes differently"):
         check_gguf(path, reference)
     monkeypatch.setattr(check, "MAX_KL_DIVERGENCE", {"F32": -1.0})
-    del reference.tokenized["doubled"]
+    del reference.texts.prose["doubled"]
     with pytest.raises(CheckError, match="above rounding"):
         check_gguf(path, reference)
 

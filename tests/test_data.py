@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -22,8 +24,9 @@ from pi_gguf.corpus import load_corpus
 from pi_gguf.data import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
+from pi_gguf.files import replace_when_complete
 from pi_gguf.planning import Stage, estimate_training_memory, plan_training
-from pi_gguf.texts import HUB_DOCUMENTS, hub_documents, open_texts, read_texts
+from pi_gguf.texts import HUB_DOCUMENTS, LONGEST, hub_documents, open_texts, read_texts
 
 DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", "The captain went on board. " * 9]
 
@@ -126,7 +129,7 @@ def test_the_commit_of_a_data_set_is_part_of_the_hash_and_given_to_the_library(m
         monkeypatch.setattr(texts_module, "_hub_revision", lambda name, revision=revision: revision)
         found = open_texts(["someone/books:test"])
         assert found.names == found.labels == ["someone/books:test"]
-        assert list(found.read()) == []
+        assert list(found.read(LONGEST)) == []
         hashes.append(found.sha256)
     assert asked == [("someone/books:test", "a1"), ("someone/books:test", "b2")] and hashes[0] != hashes[1]
 
@@ -160,12 +163,12 @@ def test_tables_without_the_field_say_which_one_to_rename(tmp_path):
     rows = [{"n": 1, "body": "a text"}]
     for path in (write_jsonl(tmp_path / "a.jsonl", rows), write_parquet(tmp_path / "b.parquet", rows)):
         with pytest.raises(TextError, match="its fields are: n, body") as error:
-            list(open_texts([str(path)]).read())
+            list(open_texts([str(path)]).read(LONGEST))
         assert error.value.hint == "rename body to text"
     truncated = tmp_path / "c.parquet"
     truncated.write_bytes(write_parquet(tmp_path / "b.parquet", [{"text": "a"}] * 9).read_bytes()[:-20])
     with pytest.raises(TextError, match="no readable Parquet"):
-        list(open_texts([str(truncated)]).read())
+        list(open_texts([str(truncated)]).read(LONGEST))
 
 
 def test_a_missing_file_is_not_taken_for_a_data_set(tmp_path):
@@ -235,8 +238,14 @@ def test_a_torn_cache_is_made_again(llama, sources, tmp_path, tokenized, damage)
     elif damage == "offsets mixed up":
         np.save(offsets, np.load(offsets)[[0, 2, 1, 3]])
     elif damage == "only begun":  # as a kill while writing leaves it
-        cache.rename(folder / f".{cache.name}.partial")
-        (folder / f".{cache.name}.partial" / "offsets.npy").unlink()
+        child = os.fork()
+        if not child:
+            with replace_when_complete(cache) as partial:
+                cache.rename(partial)
+                (partial / "offsets.npy").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert [path.name for path in folder.iterdir()] == [f"{cache.name}.partial"]
     else:
         (ids if damage == "ids gone" else offsets).unlink()
     tokenized.clear()

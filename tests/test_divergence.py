@@ -175,7 +175,7 @@ def test_a_matrix_that_cannot_be_is_refused(files, tmp_path):
     for options, message in (
         ({"cache_types": "f16,q3"}, "cache-types must be some of .*, got 'q3'"),
         ({"keep": str(other)}, "line 1 is no finished item"),
-        ({"keep": str(tmp_path / "no" / "kept")}, "no such folder"),
+        ({"keep": str(tmp_path / "no" / "kept")}, "does not exist"),
     ):
         with pytest.raises(OptionError, match=message):
             pi_gguf.evaluate_matrix(exact, against=exact, **options)

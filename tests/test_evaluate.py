@@ -138,7 +138,7 @@ def test_several_models_make_one_table(cli, llama, gguf_path, text_path):
     code, out, _ = cli("eval", "perplexity", llama, gguf_path, *options, "--json")
     rows = json.loads(out)["rows"]
     assert code == 0 and [(row["model"], row["window"]) for row in rows] == [
-        (str(model), window) for model in (llama, gguf_path) for window in (48, 64)
+        (model.name, window) for model in (llama, gguf_path) for window in (48, 64)
     ]
     alone = json.loads(cli("eval", "perplexity", gguf_path, *options, "--json")[1])["rows"]
     assert alone == rows[2:] != rows[:2]
@@ -146,8 +146,8 @@ def test_several_models_make_one_table(cli, llama, gguf_path, text_path):
     assert f"{rows[3]['perplexity']:.3f} ± " in out and "k_max" not in out
     options = ("--windows", "512,1024", "--distances", "2", "--keys", "1")
     report = json.loads(cli("eval", "passkey", llama, gguf_path, *options, "--json")[1])
-    assert [cell["model"] for cell in report["cells"]] == [str(llama)] * 4 + [str(gguf_path)] * 4
-    assert report["k_max"] == {str(llama): 0, str(gguf_path): 0}
+    assert [cell["model"] for cell in report["cells"]] == [llama.name] * 4 + [gguf_path.name] * 4
+    assert report["k_max"] == {llama.name: 0, gguf_path.name: 0}
     out = cli("eval", "passkey", llama, gguf_path, *options)[1]
     assert out.count("0%") == 4 and "k_max" in out
     for suite in ("passkey", "perplexity"):
@@ -432,7 +432,7 @@ def test_reports_are_drawn(cli, llama, text_path, tmp_path):
         assert path.read_bytes()[:4] == b"\x89PNG"
     for path, message in (
         (tmp_path / "a.xls", "plot must end in one of"),
-        (tmp_path / "no" / "a.png", "no such folder"),
+        (tmp_path / "no" / "a.png", "does not exist"),
     ):
         code, _, err = cli("eval", *command, "--plot", path)
         assert code == 2 and message in err

@@ -190,14 +190,17 @@ def test_windows_go_round_the_texts():
 
 def test_an_interrupt_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "pi_gguf", "imatrix", "bundled:tiny", str(tmp_path / "m.gguf")]
-    for wait_for in (".m.gguf*/model.gguf", None):
+    for wait_for in ("m.gguf.partial/tmp/model/model.gguf", None):
         process = subprocess.Popen([*command, "--tokens", "10000000"], stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 50
-        while wait_for and not list(tmp_path.glob(wait_for)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(3)  # inside llama.cpp, or before
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=50)
+        try:
+            deadline = time.monotonic() + 50
+            while wait_for and not list(tmp_path.glob(wait_for)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(3)  # inside llama.cpp, or before
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=50)
+        finally:
+            process.kill()
         assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
         assert list(tmp_path.iterdir()) == []
 
@@ -400,7 +403,7 @@ def test_a_file_that_is_no_matrix_is_refused(cli, llama, matrix, tmp_path):
     old.write_bytes(b"\x07\x00\x00\x00" + bytes(100))
     for path, said, hint in (
         (exact, "general.type must be imatrix, got 'model'", "pi-gguf imatrix"),
-        (old, "older binary form", "llama-imatrix --in-file"),
+        (old, "neither GGUF nor the older form", "pi-gguf imatrix"),
         (tmp_path / "none.gguf", "No such file", "spelling"),
         (tmp_path, "cannot be read", "spelling"),
     ):
@@ -464,3 +467,62 @@ def test_a_model_that_computes_no_numbers_is_an_error(llama_copy, text, tmp_path
     with pytest.raises(GgufError, match=r"blk\.0\.ffn_.* its inputs or their squares"):
         compute_imatrix(str(llama_copy), tmp_path / "m.gguf", text=[str(text)], tokens=WINDOW)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+# llama.cpp's older form
+
+
+def older_form(entries: dict[str, tuple[int, np.ndarray]], tail: bytes = b"") -> bytes:
+    """Return bytes as llama-imatrix wrote them before GGUF: per entry a name, its calls, and means times the calls."""
+    parts = [len(entries).to_bytes(4, "little")]
+    for name, (calls, means) in entries.items():
+        parts += [len(name).to_bytes(4, "little"), name.encode(), calls.to_bytes(4, "little")]
+        parts += [means.size.to_bytes(4, "little"), (means * max(1, calls)).astype("<f4").tobytes()]
+    return b"".join([*parts, tail])
+
+
+def test_the_older_form_gives_the_same_file_as_gguf(llama, matrix, tmp_path):
+    new = read_imatrix(matrix)
+    old = tmp_path / "imatrix.dat"
+    entries = {name: (4, values) for name, values in new.importance.items()}
+    old.write_bytes(older_form(entries, (12).to_bytes(4, "little") + (9).to_bytes(4, "little") + b"words.txt"))
+    read = read_imatrix(old)
+    assert (read.chunks, read.datasets) == (12, ["words.txt"])
+    assert read.importance.keys() == new.importance.keys()
+    for name, values in read.importance.items():
+        assert np.array_equal(values, new.importance[name])  # by four and back is exact
+    files = {}
+    for path in (matrix, old):
+        files[path] = tmp_path / f"{path.name}.out.gguf"
+        pi_gguf.convert(str(llama), files[path], quant="Q4_0", imatrix=str(path), check="none", certify=False)
+    data = {path: {t.name: t.data.tobytes() for t in gguf.GGUFReader(out).tensors} for path, out in files.items()}
+    assert data[matrix] == data[old]
+    keys = gguf.GGUFReader(files[old]).fields
+    assert keys["quantize.imatrix.dataset"].contents() == "words.txt"
+    assert keys["quantize.imatrix.chunks_count"].contents() == 12
+
+
+def test_the_older_form_may_end_behind_its_entries_and_state_no_calls(tmp_path):
+    path, values = tmp_path / "x.dat", np.arange(6, dtype=np.float32)
+    for tail in (b"", (3).to_bytes(4, "little"), (3).to_bytes(4, "little") + bytes(4)):
+        path.write_bytes(older_form({"blk.0.ffn_up.weight": (0, values)}, tail))
+        read = read_imatrix(path)
+        assert np.array_equal(read.importance["blk.0.ffn_up.weight"], values[None])
+        assert (read.chunks, read.datasets) == (3 if tail else 0, [])
+
+
+def test_an_older_form_cut_or_with_numbers_that_cannot_be_is_refused(tmp_path):
+    path = tmp_path / "x.dat"
+    whole = older_form({"blk.0.ffn_up.weight": (2, np.ones(6)), "blk.1.ffn_up.weight": (2, np.ones(6))})
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(GgufError, match="no importance matrix"):
+            read_imatrix(path)
+    for at in (0, 4, 31):  # entries, length of a name, values
+        for number in (0, 2**31 - 1, 2**32 - 1):
+            path.write_bytes(whole[:at] + number.to_bytes(4, "little") + whole[at + 4 :])
+            with pytest.raises(GgufError, match="no importance matrix"):
+                read_imatrix(path)
+    path.write_bytes(older_form({"blk.0.ffn_up.weight": (2, np.array([1.0, np.nan]))}))
+    with pytest.raises(GgufError, match="must hold numbers from 0 on, got nan"):
+        read_imatrix(path)

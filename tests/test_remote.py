@@ -11,7 +11,9 @@ import pytest
 
 import pi_gguf
 from pi_gguf.bundled import TINY
+from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
+from pi_gguf.remote import RemoteModel
 
 
 @contextmanager
@@ -47,6 +49,48 @@ def serving(answer, keys=None):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def _redirecting(where, code=302):
+    """Return a server whose every answer sends to another URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(code)
+            self.send_header("Location", where + self.path.removeprefix("/moved"))
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_the_key_does_not_follow_to_another_host(llama, monkeypatch, code):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    keys = []
+    with serving(lambda *_: (200, {"data": [{"id": "m"}]}), keys) as (url, _):
+        other = _redirecting(url.replace("127.0.0.1", "localhost").removesuffix("/v1"), code)
+        thread = Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(OptionError, match="sends to another host") as error:
+                RemoteModel(f"http://127.0.0.1:{other.server_port}/v1", load_checkpoint(str(llama)), 64)
+            assert keys == [] and "sk-secret" not in str(error.value)
+        finally:
+            other.shutdown()
+            thread.join()
+            other.server_close()
+
+
+def test_a_name_and_password_in_a_url_are_in_no_report(llama):
+    with serving(lambda *_: (200, {"data": [{"id": "m"}]})) as (url, _):
+        address = url.replace("://", "://alice:secret@")
+        with pytest.raises(OptionError) as error:
+            RemoteModel(address, load_checkpoint(str(llama)), 64)
+        assert "secret" not in str(error.value)
+        assert RemoteModel(url, load_checkpoint(str(llama)), 64).name == url
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,17 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 import pi_gguf
 from pi_gguf import bundled
-from pi_gguf.errors import CheckError, CheckpointError, UnsupportedError
+from pi_gguf.errors import CheckError, CheckpointError, OptionError, UnsupportedError
 from pi_gguf.gguf_file import read_gguf, write_header
 from pi_gguf.pre_tokenizers import _TABLE, recognize_pre_tokenizer
 from pi_gguf.sample_texts import sample_texts
 from pi_gguf.sentencepieces import keys_of_model, keys_of_unigram_json
-from pi_gguf.vocabulary import check_name
+from pi_gguf.vocabulary import file_name
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 WORDS = {**BYTES, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
+IDS = {"<s>": 0, "</s>": 1, "<g>": 400}
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
@@ -259,7 +260,6 @@ SENTENCEPIECES: dict[str, dict[str, Any]] = {
     "word": {"model_type": "word"},
 }  # fmt: skip
 REFUSED = {
-    "spaces kept": "none before a text of spaces",
     "none put first": "white space is merged, with no space before a text",
     "bytes": "byte_fallback of a Unigram model",
     "space behind": "treat_whitespace_as_suffix",
@@ -294,7 +294,8 @@ def test_a_sentencepiece_model_gives_sentencepieces_ids_or_is_refused(kind, tmp_
             keys_of_model(str(path))
         return
     reference = SentencePieceProcessor(model_file=str(path))
-    assert_same_ids(tmp_path / "v.gguf", keys_of_model(str(path)), reference.encode)
+    texts = [text for text in TEXTS if text.strip() or kind != "spaces kept"]  # llama.cpp puts no space before those
+    assert_same_ids(tmp_path / "v.gguf", keys_of_model(str(path)), reference.encode, texts)
 
 
 def test_a_unigram_model_converts_whole(tmp_path):
@@ -350,7 +351,8 @@ def test_a_unigram_tokenizer_json_converts_whole(unigram, tmp_path):
         path.unlink()
     (folder / "tokenizer.json").write_text(json.dumps(unigram))
     result = pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
-    assert result.checks[0].strings_compared == 71
+    assert result.checks[0].strings_compared == 74
+    assert not result.checks[0].strings_different
     info = read_gguf(tmp_path / "out.gguf")
     assert info.metadata["tokenizer.ggml.add_eos_token"] is True
     assert info.metadata["tokenizer.ggml.add_bos_token"] is False
@@ -360,9 +362,8 @@ def test_a_unigram_tokenizer_json_converts_whole(unigram, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda j: j["pre_tokenizer"].update(prepend_scheme="first"), "prepend_scheme 'first'"),
         (lambda j: j["pre_tokenizer"].update(prepend_scheme="never"), "white space is merged, with no space before"),
-        (lambda j: j["normalizer"]["normalizers"].__delitem__(slice(1, 3)), "none before a text of spaces"),
+        (lambda j: j["normalizer"]["normalizers"].__delitem__(slice(1, 3)), "white space that is not merged"),
         (lambda j: j["normalizer"]["normalizers"].insert(1, {"type": "Lowercase"}), '"type": "Lowercase"'),
         (lambda j: j["normalizer"]["normalizers"].pop(0), '"type": "Strip"'),
         (lambda j: j.update(pre_tokenizer={"type": "WhitespaceSplit"}), '"type": "WhitespaceSplit"'),
@@ -412,8 +413,12 @@ def sentencepiece_bpe() -> dict[str, Any]:
             "",
         ),
         ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "never"}}, False, ""),
-        ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "first"}}, None, "prepend_scheme 'first'"),
-        ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "always"}}, None, "prepend_scheme 'always'"),
+        ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "first"}}, True, ""),
+        ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "always"}}, True, ""),
+        ({"pre_tokenizer": {"prepend_scheme": "always"}}, True, ""),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": " "}, "content": "▁"}}, False, ""),
+        ({"normalizer": {"type": "NFKC"}, "pre_tokenizer": {"prepend_scheme": "first"}}, None, "NFKC"),
+        ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "first", "replacement": "_"}}, None, '"_"'),
         ({"normalizer": None}, None, "normalizer null with pre_tokenizer null"),
         ({"normalizer": {"type": "NFKC"}}, None, "NFKC"),
     ],
@@ -423,14 +428,18 @@ def test_the_space_before_a_text_is_read_off_the_parts_or_refused(change, prefix
     for path in folder.glob("*token*"):
         path.unlink()
     parsed = {**sentencepiece_bpe(), **change}
-    if "prepend_scheme" in (parsed["pre_tokenizer"] or {}):
+    metaspace = "prepend_scheme" in (parsed["pre_tokenizer"] or {})
+    if metaspace:
         parsed["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "split": False, **parsed["pre_tokenizer"]}
     (folder / "tokenizer.json").write_text(json.dumps(parsed))
     if prefix is None:
         with pytest.raises(UnsupportedError, match=said):
             pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
         return
-    assert pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32").checks[0].strings_compared == 71
+    check = pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32").checks[0]
+    assert check.strings_compared == 74
+    assert all(text[0] == " " or "<" in text for text in check.strings_different)  # such texts alone may differ
+    assert bool(check.strings_different) is (metaspace and parsed["normalizer"] is None and prefix)
     assert read_gguf(tmp_path / "out.gguf").metadata["tokenizer.ggml.add_space_prefix"] is prefix
 
 
@@ -454,47 +463,146 @@ def add(*tokens: tuple[str, bool], **flags: bool) -> Any:
     return change
 
 
+def check_of(folder: Path, out: Path, **options: Any) -> Any:
+    return pi_gguf.convert(str(folder), out, quant="F32", certify=False, **options).checks[0]
+
+
 @pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
-def test_an_added_token_that_llama_cpp_would_find_elsewhere_is_refused(flag, llama_copy, tmp_path):
+def test_an_added_token_that_llama_cpp_finds_elsewhere_is_written_and_counted(flag, llama_copy, tmp_path, capfd):
     edit(llama_copy, "tokenizer.json", add(("<tool>", False), **{flag: True}))
-    with pytest.raises(UnsupportedError, match=f"'<tool>' is {flag}"):
-        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+    check = check_of(llama_copy, tmp_path / "out.gguf")
+    assert check.strings_different and all("<tool>" in text for text in check.strings_different)
+    err = capfd.readouterr().err
+    assert f"note: prose is tokenized alike, {len(check.strings_different)} of {check.strings_compared} texts" in err
+    assert "'one <tool> two<tool>three' tokenizes differently" in err
+    with pytest.raises(CheckError, match="tokenizes differently") as refused:
+        check_of(llama_copy, tmp_path / "strict.gguf", strict_tokenizer=True)
+    assert "--strict-tokenizer" in refused.value.hint
+    assert not (tmp_path / "strict.gguf").exists()
 
 
-def test_an_added_token_that_is_looked_for_after_normalizing_is_refused(tmp_path):
-    folder = make_llama(tmp_path / "model", vocab_size=800, bos_token_id=1, eos_token_id=2)
-    for path in folder.glob("*token*"):
-        path.unlink()
+def test_an_added_token_that_cuts_prose_otherwise_is_refused(llama_copy, tmp_path):
+    edit(llama_copy, "tokenizer.json", add(("he", False), single_word=True))  # llama.cpp finds it in "the"
+    with pytest.raises(CheckError, match="tokenizes differently") as refused:
+        check_of(llama_copy, tmp_path / "out.gguf")
+    assert "added tokens that are plain words" in refused.value.hint
+
+
+def test_strict_tokenizer_needs_the_check(llama, tmp_path):
+    with pytest.raises(OptionError, match="strict-tokenizer is for the check"):
+        pi_gguf.convert(str(llama), tmp_path / "out.gguf", quant="F32", check="none", strict_tokenizer=True)
+    check = check_of(llama, tmp_path / "out.gguf", strict_tokenizer=True)
+    assert not check.strings_different and check.strings_compared == 72
+
+
+def sentencepiece_folder(path: Path, parsed: dict[str, Any], rows: int = 800) -> Path:
+    folder = make_llama(path, vocab_size=rows, bos_token_id=1, eos_token_id=2)
+    for old in folder.glob("*token*"):
+        old.unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(parsed))
+    return folder
+
+
+def test_an_added_token_that_is_looked_for_after_normalizing_is_counted(tmp_path):
     parsed = sentencepiece_bpe()
     parsed["added_tokens"].append({"id": 750, "content": "<tool>", "special": False, **FLAGS, "normalized": True})
-    (folder / "tokenizer.json").write_text(json.dumps(parsed))
-    with pytest.raises(UnsupportedError, match="'<tool>' is normalized to '▁<tool>'"):
-        pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+    check = check_of(sentencepiece_folder(tmp_path / "model", parsed), tmp_path / "out.gguf")
+    assert check.strings_different and all("<tool>" in text for text in check.strings_different)
 
 
-def test_spaces_behind_special_tokens_go_by_the_name_of_the_file(llama_copy, tmp_path):
-    def change(parsed: dict[str, Any]) -> None:
-        add(("<unk>", True), ("<|endoftext|>", True))(parsed)
-        add(("<|user|>", True), rstrip=True)(parsed)
-        parsed["added_tokens"][-1]["id"] = 402
-        next(token for token in parsed["added_tokens"] if token["content"] == "</s>")["rstrip"] = True
+@pytest.mark.parametrize("prepends", [True, False], ids=["as transformers 4 saved it", "without a normalizer"])
+@pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}], ids=str)
+def test_a_llama_tokenizer_that_transformers_saved_again_converts(prepends, settings, tmp_path):
+    from transformers import AutoTokenizer
 
-    edit(llama_copy, "tokenizer.json", change)
-    with pytest.raises(UnsupportedError, match="drops the spaces behind special tokens"):
-        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
-    folder = llama_copy.rename(tmp_path / "my-Phi-3-mini")
-    pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+    parsed = sentencepiece_bpe()
+    if not prepends:
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+        parsed |= {"normalizer": None, "pre_tokenizer": metaspace}
+    folder = sentencepiece_folder(tmp_path / "model", parsed)
+    named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    scheme = {False: "never", None: "always" if settings.get("legacy") else "first"}[settings.get("add_prefix_space")]
+    assert (saved["pre_tokenizer"] or {}).get("prepend_scheme") == scheme
+    check_of(folder, tmp_path / "out.gguf")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    novel = next(iter(bundled.novels("train").values()))
+    with pi_gguf.open(tmp_path / "out.gguf") as model:
+        for text in ("Once upon a time", "two  spaces\nand a line", "žluťoučký kůň 🐴 123", novel[5000:7000].strip()):
+            assert model.tokenize(text) == theirs(text)["input_ids"]
+
+
+def test_a_grown_tokenizer_json_holds_beside_an_old_tokenizer_model(tmp_path):
+    model = train_sentencepiece(tmp_path / "tokenizer.model", **SENTENCEPIECES["BPE"], vocab_size=500)
+    parsed = sentencepiece_bpe()
+    folder = sentencepiece_folder(tmp_path / "model", parsed)
+    model.rename(folder / "tokenizer.model")
+    vocab = parsed["model"]["vocab"]
+    whole = next(token for token, index in vocab.items() if index > 600 and len(token) > 3)
+    check = check_of(folder, tmp_path / "out.gguf")
+    assert not check.strings_different
+    with pi_gguf.open(tmp_path / "out.gguf") as opened:
+        assert vocab[whole] in opened.tokenize(whole.replace("▁", " ").strip() + " x")
+
+
+def test_a_byte_without_a_token_is_refused(tmp_path):
+    parsed = sentencepiece_bpe()
+    parsed["model"]["vocab"] |= {"<none>": parsed["model"]["vocab"].pop("<0xE2>")}
+    folder = sentencepiece_folder(tmp_path / "model", parsed)
+    with pytest.raises(UnsupportedError, match=r"no token for 1 of the 256 bytes, the first is <0xE2>") as refused:
+        check_of(folder, tmp_path / "out.gguf")
+    assert refused.value.hint
+
+
+def test_a_token_with_a_zero_byte_is_left_unused(llama_copy, tmp_path, capfd):
+    edit(llama_copy, "tokenizer.json", add(("a\0b", True), ("a", True)))  # cut at the zero byte they were the same
+    check = check_of(llama_copy, tmp_path / "out.gguf")
+    assert all("a\0b" in text for text in check.strings_different)
+    assert "the token 400, 'a\\x00b', is left unused" in capfd.readouterr().err
+
+
+# The file's name
+
+
+def phi3(parsed: dict[str, Any]) -> None:
+    add(("<unk>", True), ("<|endoftext|>", True))(parsed)
+    parsed["added_tokens"].append({"id": 402, "content": "<|user|>", "special": True, **FLAGS, "rstrip": True})
+    next(token for token in parsed["added_tokens"] if token["content"] == "</s>")["rstrip"] = True
+
+
+@pytest.mark.parametrize("folder", ["my-Phi-3-mini", "mine", "phi3"])
+def test_spaces_behind_special_tokens_are_dropped_whatever_the_folder_is_called(folder, llama_copy, tmp_path, capfd):
+    edit(llama_copy, "tokenizer.json", phi3)
+    check = check_of(llama_copy.rename(tmp_path / folder), tmp_path / "out.gguf")
+    assert not check.strings_different
     with pi_gguf.open(tmp_path / "out.gguf") as model:
         assert model.tokenize("<|user|>   a") == model.tokenize("<|user|>a")
+        name = model.info.metadata["general.name"]
+    assert (name == folder) is ("phi" in folder.lower())
+    assert ("note: general.name" in capfd.readouterr().err) is (name != folder)
 
 
-def test_a_name_with_phi_3_in_it_is_refused_for_another_tokenizer(llama):
+@pytest.mark.parametrize("folder", ["my-Phi-3-llama", "PHI3"])
+def test_a_name_with_phi_3_in_it_is_changed_for_another_tokenizer(folder, llama_copy, tmp_path):
+    check = check_of(llama_copy.rename(tmp_path / folder), tmp_path / "out.gguf")
+    assert not check.strings_different
+    assert read_gguf(tmp_path / "out.gguf").metadata["general.name"] == folder.replace("-3", "_3").replace("I3", "I_3")
+
+
+def test_a_name_with_phi_3_goes_by_most_of_the_tokens(llama_copy):
     from pi_gguf.checkpoint import load_checkpoint
 
-    tokenizer = load_checkpoint(str(llama)).load_tokenizer()
-    check_name("my-model", tokenizer)
-    with pytest.raises(UnsupportedError, match=r"my-phi3: llama\.cpp drops the spaces"):
-        check_name("my-phi3", tokenizer)
+    edit(llama_copy, "tokenizer.json", phi3)
+    edit(
+        llama_copy,
+        "tokenizer.json",
+        lambda j: j["added_tokens"].append({**j["added_tokens"][0], "id": 403, "content": "<t>"}),
+    )
+    assert file_name("a", load_checkpoint(str(llama_copy)).load_tokenizer()) == "a (tokens of phi-3)"
+    edit(llama_copy, "tokenizer.json", lambda j: [token.update(rstrip=False) for token in j["added_tokens"]])
+    assert file_name("a-phi-3", load_checkpoint(str(llama_copy)).load_tokenizer()) == "a-phi_3"
 
 
 def test_padding_has_a_spelling_that_no_token_has(llama_copy, tmp_path):
@@ -539,28 +647,48 @@ def test_special_tokens_are_written_by_name(llama_copy, tmp_path):
     assert found == expected
 
 
+def post_processor(single: str, ids: dict[str, int]) -> dict[str, Any]:
+    parts = [
+        {"SpecialToken": {"id": part, "type_id": 0}} if part in ids else {"Sequence": {"id": "A", "type_id": 0}}
+        for part in single.split()
+    ]
+    special = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()}
+    return {"type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": special}
+
+
 @pytest.mark.parametrize(
-    ("single", "begins", "ends"), [("A", False, False), ("<s> A </s>", True, True), ("</s> <s> A", None, None)]
-)
-def test_what_the_post_processor_adds(single, begins, ends, llama_copy, tmp_path):
-    ids = {"<s>": 0, "</s>": 1}
-
-    def change(parsed: dict[str, Any]) -> None:
-        parts = [
-            {"SpecialToken": {"id": part, "type_id": 0}} if part in ids else {"Sequence": {"id": "A", "type_id": 0}}
-            for part in single.split()
-        ]
-        special = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()}
-        parsed["post_processor"].update(single=parts, special_tokens=special)
-
-    edit(llama_copy, "tokenizer.json", change)
-    if begins is None:
-        with pytest.raises(UnsupportedError, match=r"\['</s>', '<s>'\] come before a text"):
-            pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
-        return
-    pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+    ("single", "template", "begins", "ends", "note"),
+    [
+        ("A", None, False, False, ""),
+        ("<s> A </s>", None, True, True, ""),
+        ("<g> <s> A", "<g><s>{{ x }}", False, False, "<g><s> before each text, add_bos_token is false: the chat"),
+        ("<g> <s> A", "<g>{{ bos_token }}{{ x }}", False, False, "add_bos_token is false: the chat template"),
+        ("<g> <s> A", "{{ x }}", False, False, "<g><s> before each text, add_bos_token is false: write them yourself"),
+        ("<g> <s> <g> A", None, False, False, "<g><s><g> before each text"),
+        ("<g> A", None, True, False, ""),
+        ("<g> A", "{{ bos_token }}{{ x }}", False, False, "<g> before each text"),
+        ("<s> A <g>", None, True, False, "<g> behind each text, add_eos_token is false"),
+        ("<s> A </s> <g>", None, True, False, "</s><g> behind each text"),
+    ],
+)  # fmt: skip
+def test_what_the_post_processor_adds(single, template, begins, ends, note, llama_copy, tmp_path, capfd):
+    edit(llama_copy, "tokenizer.json", add(("<g>", True)))
+    edit(llama_copy, "tokenizer.json", lambda j: j.update(post_processor=post_processor(single, IDS)))
+    if template:
+        (llama_copy / "chat_template.jinja").write_text(template)
+    check = check_of(llama_copy, tmp_path / "out.gguf")
+    assert not check.strings_different
     metadata = read_gguf(tmp_path / "out.gguf").metadata
     assert metadata["tokenizer.ggml.add_bos_token"] is begins and metadata["tokenizer.ggml.add_eos_token"] is ends
+    err = capfd.readouterr().err
+    assert note in err if note else "cannot put" not in err
+    hugging_face = Tokenizer.from_file(str(llama_copy / "tokenizer.json"))
+    with pi_gguf.open(tmp_path / "out.gguf") as model:
+        ids = model.tokenize("a b")
+        assert ids == hugging_face.encode("a b").ids if not note else set(ids) <= set(hugging_face.encode("a b").ids)
+    if note:
+        with pytest.raises(CheckError, match="tokenizes differently"):
+            check_of(llama_copy, tmp_path / "strict.gguf", strict_tokenizer=True)
 
 
 def test_a_plain_token_that_llama_cpp_takes_for_an_end_is_refused(llama_copy, tmp_path):
@@ -602,7 +730,7 @@ def test_composing_is_said_to_be_left_out_and_any_other_normalizer_is_refused(ll
     pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
     err = capfd.readouterr().err
     assert "composes accents (normalizer NFC) and llama.cpp does not" in err
-    assert "70 texts tokenized alike" in err  # convert prints how many
+    assert "72 texts tokenized alike" in err  # convert prints how many
     hugging_face = Tokenizer.from_file(str(llama_copy / "tokenizer.json"))
     with pi_gguf.open(tmp_path / "out.gguf") as model:
         assert model.tokenize("e\u0301") != hugging_face.encode("e\u0301").ids  # the difference that the note is about

@@ -19,8 +19,8 @@ TOKENIZERS = SHARED_MODELS.parent / "tokenizers"
 @pytest.mark.parametrize(
     ("name", "rows", "compared"),
     [
-        ("pythia.tokenizer.json", 50304, 94),
-        ("gpt-neox-20b.tokenizer.json", 50432, 96),
+        ("pythia.tokenizer.json", 50304, 120),
+        ("gpt-neox-20b.tokenizer.json", 50432, 124),
         ("mistral_v1.tokenizer.model", 32000, 68),
     ],
 )
@@ -31,11 +31,12 @@ def test_a_real_tokenizer_gives_the_same_ids(name, rows, compared, tmp_path):
     shutil.copyfile(TOKENIZERS / name, folder / f"tokenizer.{name.rpartition('.')[2]}")
     result = pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F16")
     assert result.checks[0].strings_compared == compared
+    assert not result.checks[0].strings_different
     metadata = read_gguf(tmp_path / "out.gguf").metadata
     assert metadata["tokenizer.ggml.add_bos_token"] is name.endswith(".model")
 
 
-def test_the_file_decides_and_not_the_class_that_model_type_names(tmp_path):
+def test_the_file_decides_and_not_the_class_that_model_type_names(tmp_path, capfd):
     """transformers 5 opens a Qwen 2 with Qwen's own pre-tokenizer and a padding token, whatever tokenizer.json says."""
     from test_families import make_model
 
@@ -51,6 +52,7 @@ def test_the_file_decides_and_not_the_class_that_model_type_names(tmp_path):
     metadata = read_gguf(tmp_path / "out.gguf").metadata
     assert metadata["tokenizer.ggml.pre"] == "smaug-bpe"
     assert "tokenizer.ggml.padding_token_id" not in metadata
+    assert "note: Qwen2Tokenizer of transformers reads this tokenizer.json otherwise" in capfd.readouterr().err
 
 
 def test_a_fine_tune_with_added_tokens_still_converts(llama_copy: Path, tmp_path):
@@ -62,6 +64,6 @@ def test_a_fine_tune_with_added_tokens_still_converts(llama_copy: Path, tmp_path
     ]
     (llama_copy / "tokenizer.json").write_text(json.dumps(parsed))
     result = pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
-    assert result.checks[0].strings_compared == 72  # one for each added token more
+    assert result.checks[0].strings_compared == 76  # two for each added token more
     with pi_gguf.open(tmp_path / "out.gguf") as model:
         assert 401 in model.tokenize("a <tool> b")

@@ -127,21 +127,6 @@ def test_a_wrong_tensor_type_is_an_error(cli, llama, tmp_path, wrong):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_is_mapped_a_part_at_a_time(llama_copy, tmp_path, monkeypatch):
-    import safetensors
-
-    from pi_gguf import writing
-
-    files, opened = [], safetensors.safe_open
-    monkeypatch.setattr(safetensors, "safe_open", lambda path, **options: files.append(path) or opened(path, **options))
-    pi_gguf.convert(str(llama_copy), tmp_path / "one.gguf", quant="F32", check="none")
-    one = len(files)
-    monkeypatch.setattr(writing, "_MAPPED_BYTES", 0)
-    pi_gguf.convert(str(llama_copy), tmp_path / "two.gguf", quant="F32", check="none")
-    assert len(files) - one == one + len(tensors(tmp_path / "two.gguf")) - 1  # anew for every tensor
-    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
-
-
 # Going on after a kill
 
 DRIVER = """

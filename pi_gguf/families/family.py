@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from pi_gguf.rope import positive_number
+
 if TYPE_CHECKING:
     import torch
 
@@ -99,7 +101,8 @@ def full_attention(config: Config) -> Sequence[Any]:
 def rotary_dim(config: Config) -> int:
     """Return how many dimensions of a head are rotated."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+    share = positive_number(rope.get("partial_rotary_factor", 1.0), "partial_rotary_factor", "config.json")
+    return int(head_dim(config) * share)
 
 
 def common_keys(config: Config, *, feed_forward: int | None = None) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""Chat templates: programs of strangers in Jinja. Parsed when a file is written, run only for a conversation.
+
+In: the template of a checkpoint or a GGUF file. Out: nothing but an error where it does not parse; or the text of a
+conversation, as transformers makes it. It is run in a process of its own, sandboxed and bounded in memory and time, as
+`{{ 'A' * 10**10 }}` takes ten gigabytes wherever it is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf.errors import CheckpointError, GgufError
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_SOURCE = 2**19
+"""Characters of a template; the longest known has 60,000."""
+
+MAX_OUTPUT = 2**26
+"""Characters of a conversation's text."""
+
+_MEMORY_BYTES = 2**30
+_CPU_SECONDS = 5
+_WALL_SECONDS = 60
+"""Of the process that runs a template. A machine may be busy: only CPU seconds tell what the template takes."""
+
+_PLAIN = "give the prompt as it is, without the chat template (run without --chat), or correct the template"
+
+
+def check_template(source: Any, name: str) -> None:
+    """Check that a template can be read; it is parsed only, never compiled or run.
+
+    Args:
+        source: the template, whatever a file has in its place.
+        name: of the template, for messages.
+
+    Raises:
+        CheckpointError: it is no text, too long, nested too deeply, or no template.
+    """
+    if not isinstance(source, str):
+        raise CheckpointError(f"{name} must be a text, got {type(source).__name__}", "correct or remove it")
+    try:
+        source.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{name} has half a surrogate in it ({error})", "correct or remove it") from error
+    if len(source) > MAX_SOURCE:
+        raise CheckpointError(f"{name} has {len(source)} characters, {MAX_SOURCE} at most", "shorten or remove it")
+    from jinja2 import TemplateError, nodes
+
+    environment = _environment()
+    try:
+        parsed = environment.parse(source)
+        unknown = [node.name for node in parsed.find_all(nodes.Filter) if node.name not in environment.filters]
+        unknown += [node.name for node in parsed.find_all(nodes.Test) if node.name not in environment.tests]
+    except RecursionError as error:
+        raise CheckpointError(f"{name} is nested too deeply", "correct or remove it") from error
+    except (TemplateError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise CheckpointError(f"{name} is broken ({_one_line(error)})", "correct or remove it") from error
+    if unknown:
+        raise CheckpointError(f"{name} is broken (no filter or test {unknown[0]!r})", "correct or remove it")
+
+
+def render_chat(template: Any, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], path: str) -> str:
+    """Return the text of a conversation, up to where the answer begins.
+
+    Args:
+        template: of the file.
+        messages: objects with `role` and `content`.
+        tokens: special tokens by the names that templates know: `bos_token`, `eos_token` and so on.
+        path: of the file, for messages.
+
+    Raises:
+        GgufError: the template is broken, refuses the conversation, or takes too much memory or time.
+    """
+    name = f"{path}: tokenizer.chat_template"
+    try:
+        check_template(template, name)
+    except CheckpointError as error:
+        raise GgufError(str(error), _PLAIN) from error
+    variables = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True, **tokens}
+    search_path = [place for place in sys.path if place]  # without the working folder, which may be a stranger's
+    code = f"import sys; sys.path[:] = {search_path!r}; from pi_gguf.templates import _serve; _serve({_CPU_SECONDS})"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code],
+            input=json.dumps({"template": template, "variables": variables}).encode(),
+            capture_output=True, timeout=_WALL_SECONDS, check=False,
+        )  # fmt: skip
+        answer = json.loads(done.stdout)
+        text: str = answer["text"]
+        text.encode()
+    except subprocess.TimeoutExpired as error:
+        raise GgufError(f"{name} takes more than {_WALL_SECONDS} s", _PLAIN) from error
+    except UnicodeEncodeError as error:
+        raise GgufError(f"{name} makes half a surrogate ({error})", _PLAIN) from error
+    except KeyError as error:
+        raise GgufError(f"{name}: {answer['error']}", _PLAIN) from error
+    except ValueError as error:  # no answer
+        raise GgufError(
+            f"{name} takes more than {_CPU_SECONDS} s or {_MEMORY_BYTES >> 20} MiB (ended with {done.returncode})",
+            _PLAIN,
+        ) from error
+    return text
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Return Jinja as templates of chats expect it: what transformers adds and sets, and nothing folded beforehand."""
+    from datetime import datetime
+
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks an answer for training; its text is like any other."""
+
+        tags = {"generation"}  # noqa: RUF012  as jinja declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+# In the process that runs a template
+
+
+def _serve(cpu_seconds: int) -> None:
+    """Read a template and its variables from standard input; write what it makes of them, or why not."""
+    _limit(cpu_seconds)
+    try:
+        asked = json.load(sys.stdin)
+        answer = {"text": _rendered(asked["template"], asked["variables"])}
+    except MemoryError:
+        answer = {"error": f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"}
+    except RecursionError:
+        answer = {"error": "it is nested too deeply"}
+    except Exception as error:  # a template can raise anything
+        answer = {"error": _one_line(error)}
+    print(json.dumps(answer))
+
+
+def _rendered(template: str, variables: dict[str, Any]) -> str:
+    parts, length = [], 0
+    for part in _environment().from_string(template).generate(variables):
+        parts.append(part)
+        length += len(part)
+        if length > MAX_OUTPUT:
+            raise ValueError(f"it writes more than {MAX_OUTPUT} characters")
+    return "".join(parts)
+
+
+def _limit(cpu_seconds: int) -> None:
+    """Bound the memory and the CPU time of this process, where the system can."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for kind, most in (
+        (resource.RLIMIT_AS, _MEMORY_BYTES),
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(kind)
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (least, least))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
