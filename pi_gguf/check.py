@@ -6,13 +6,15 @@ every difference found. V vocabulary, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
-from pi_gguf.errors import CheckError, OptionError
+from pi_gguf.configs import noted
+from pi_gguf.errors import CheckError, CheckpointError, OptionError
 from pi_gguf.files import human_bytes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel
@@ -106,6 +108,7 @@ class Reference:
         if level not in LEVELS:
             raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {level}")
         self.rope = rope
+        self.unusual = noted(checkpoint.path)
         self.vocabulary = checkpoint.vocab_size
         self.slack = EXPERTS_SLACK if "expert_count" in checkpoint.family.keys(checkpoint.hf_config) else 1
         tokenizer = checkpoint.load_tokenizer()
@@ -130,7 +133,14 @@ class Reference:
         lm = HfModel(checkpoint, device="cpu", rope=rope)
         self.ids = _first_tokens(lm, text, length)
         last = min(_SCORED_TOKENS, length - 1)
-        self.logits = np.concatenate(list(lm.logits_chunks(self.ids, last)))
+        try:
+            self.logits = np.concatenate(list(lm.logits_chunks(self.ids, last)))
+        except RuntimeError as error:  # of torch: sizes that its kernels do not take
+            said = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{checkpoint.path}: transformers does not compute the model ({said})",
+                "correct the sizes in config.json, or leave it unchecked with --check none",
+            ) from error
         lm.close()
 
 
@@ -188,11 +198,17 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
             top1_agreement=top1,
         )
     if problems:
-        hint = "nothing was written; please report this with the checkpoint's name"
-        raise CheckError("\n".join(problems), _TOKENIZER_HINT if prose else hint)
+        raise CheckError("\n".join(problems), _TOKENIZER_HINT if prose else _hint(reference.unusual))
     if special:
         say(said(special, len(reference.texts)))
     return report
+
+
+def _hint(unusual: Sequence[str]) -> str:
+    """Return what to look at first: what is unusual about the folder itself, where anything is."""
+    if not unusual:
+        return "nothing was written; please report this with the checkpoint's name"
+    return f"nothing was written; the folder itself may be the reason: {'; '.join(unusual)}"
 
 
 def _cache_bytes(checkpoint: Checkpoint, length: int) -> int:

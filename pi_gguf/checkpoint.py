@@ -1,4 +1,4 @@
-"""The door to Hugging Face checkpoints: resolve MODEL, read config and safetensors, open with transformers.
+"""The door to Hugging Face checkpoints: resolve MODEL, check config and weights, open with transformers.
 
 In: a folder, a Hub id or `bundled:tiny`. Out: a `Checkpoint` whose config and tensor list are already checked.
 Only safetensors are read, memory-mapped; no code from a checkpoint is run.
@@ -6,75 +6,61 @@ Only safetensors are read, memory-mapped; no code from a checkpoint is run.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import hashlib
-import json
 import math
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
+from pi_gguf.agreement import check_rotation, rotated_dimensions
+from pi_gguf.configs import Configuration, note, one_line, read_config, read_json, read_rope
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
 from pi_gguf.methods import find_method
-from pi_gguf.rope import (
-    DEFAULT_ROPE_THETA,
-    FACTOR_TENSORS,
-    RopeScaling,
-    divisors_scaling,
-    positive_int,
-    positive_number,
+from pi_gguf.rope import FACTOR_TENSORS, RopeScaling, divisors_scaling
+from pi_gguf.tensors import (
+    DTYPE_BYTES,
+    IGNORED_TENSORS,
+    ScaledBlocks,
+    TensorSource,
+    Wanted,
+    check_dtypes,
+    check_not_packed,
+    read_tensor_list,
+    read_tensors,
+    split_experts,
+    unknown_tensors,
+    unwrapped,
+    weight_files,
+    with_scales,
 )
-from pi_gguf.weights import WeightFile
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+__all__ = [
+    "DTYPE_BYTES", "PROVENANCE_FILE", "Checkpoint", "TensorSource", "is_file", "load_checkpoint", "model_name",
+    "public_source", "read_json", "read_provenance", "read_rope", "read_tensor_list",
+]  # fmt: skip
+
 PROVENANCE_FILE = "pi_gguf.json"
 """Written by `extend` beside the weights: source, windows, steps and tokens trained."""
 
+_ADAPTER_FILE = "adapter_config.json"
+
 _MEBIBYTE = 2**20
 
-MAX_LAYERS = 10_000
-"""No model has as many; a larger number is a damaged config."""
-
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$")
-"""Buffers of old checkpoints that follow from the config."""
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """Where one tensor lies: its file, its name there, shape and stored dtype (`F32`, `F16` or `BF16`)."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        size = DTYPE_BYTES[self.dtype]
-        for side in self.shape:
-            size *= side
-        return size
-
-    def read(self, files: dict[Path, Any]) -> torch.Tensor:
-        """Return its values.
-
-        Args:
-            files: opened files by path, filled as they are needed.
-        """
-        if self.path not in files:
-            files[self.path] = WeightFile(self.path)
-        tensor: torch.Tensor = files[self.path].get_tensor(self.name)
-        return tensor
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -84,9 +70,10 @@ class Checkpoint:
     Args:
         source: MODEL as the user gave it.
         path: the local folder.
-        config: the parsed config.json.
+        config: fields of its config.json; of a vision-language model those of its text model.
         hf_config: the same, opened by transformers, with its defaults and standard names.
-        rope: the position scaling of the config.
+        rope: the position scaling of the model.
+        configuration: all that was read of config.json.
     """
 
     source: str
@@ -94,6 +81,12 @@ class Checkpoint:
     config: dict[str, Any]
     hf_config: PretrainedConfig
     rope: RopeScaling
+    configuration: Configuration
+
+    @property
+    def name(self) -> str:
+        """What the model is called: never a place on this machine."""
+        return model_name(self.source)
 
     @property
     def family(self) -> Family:
@@ -119,9 +112,10 @@ class Checkpoint:
             )
         if self.family.longrope_only and rope.own is None:
             rope = replace(rope, own=divisors_scaling([1.0] * (self.rotary_dim // 2)))
-        hf_config = _open_config(rope.to_hf(self.config), path)
-        _check_variant(self.family, hf_config, path)
-        _check_rope(rope, self.family, hf_config, path)
+        scaled = self._scaled_config(rope).get_text_config()
+        _check_variant(self.family, scaled, path)
+        _check_rope(rope, self.family, scaled, path)
+        check_rotation(self.skeleton, scaled, rope, self.rotary_dim, path)
         return rope
 
     # Shapes, by the standard names of transformers
@@ -154,9 +148,23 @@ class Checkpoint:
     def vocab_size(self) -> int:
         return int(self.hf_config.vocab_size)
 
-    @property
+    @cached_property
     def tied(self) -> bool:
-        return bool(self.hf_config.tie_word_embeddings)
+        """Whether the head is the embedding: as the config says, unless the weights hold two that differ."""
+        if not self.hf_config.tie_word_embeddings:
+            return False
+        try:
+            found = self._found
+        except CheckpointError:  # not here, or said when `tensors` are asked for
+            return True
+        for head, origin in self._tied_keys.items():
+            if head in found and origin in found and not _equal(found[head], found[origin]):
+                note(
+                    f"{self.path}: tie_word_embeddings is true, but {head} and {origin} differ; the head is kept as it "
+                    "is, as transformers does"
+                )
+                return False
+        return True
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -184,26 +192,83 @@ class Checkpoint:
                 return AutoModelForCausalLM.from_config(self.hf_config)
             except Exception as error:  # transformers raises many kinds for sizes that do not fit together
                 raise CheckpointError(
-                    f"{self.path / 'config.json'}: no model can be built from it ({_one_line(error)})",
+                    f"{self.path / 'config.json'}: no model can be built from it ({one_line(error)})",
                     "correct the config",
                 ) from error
 
     @cached_property
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that must be on disk; shapes as torch has them (out, in)."""
+    def _saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that transformers saves, tied or not."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        state, tied = self.skeleton.state_dict(), self.tied_tensors
-        on_disk = revert_weight_conversion(self.skeleton, state)
-        return {name: tuple(tensor.shape) for name, tensor in on_disk.items() if name not in tied}
+        saved = revert_weight_conversion(self.skeleton, self.skeleton.state_dict())
+        return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+
+    @cached_property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that must be on disk; shapes as torch has them (out, in)."""
+        tied = self.tied_tensors
+        return {name: shape for name, shape in self._saved_shapes.items() if name not in tied}
+
+    @property
+    def _tied_keys(self) -> dict[str, str]:
+        saved = self._wanted.renamed
+        tied = self.skeleton._tied_weights_keys or {}
+        return {saved.get(head, head): saved.get(origin, origin) for head, origin in tied.items()}
+
+    @property
+    def untied_heads(self) -> list[str]:
+        """Names of heads that are not the embedding."""
+        return [] if self.tied else list(self._tied_keys)
 
     @property
     def tied_tensors(self) -> dict[str, str]:
         """Names of tensors that are not on disk, as each is the same as another: whose name is the value."""
-        return dict(self.skeleton._tied_weights_keys or {}) if self.tied else {}
+        return self._tied_keys if self.tied else {}
 
     def n_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes.values())
+
+    @cached_property
+    def _wanted(self) -> Wanted:
+        """The model's tensors, and how transformers holds them in memory."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        memory = self.skeleton.state_dict()
+        saved = revert_weight_conversion(self.skeleton, memory)
+        by_id = {id(tensor): name for name, tensor in saved.items()}
+        embedding = self.skeleton.get_input_embeddings().weight
+        return Wanted(
+            shapes=self._saved_shapes,
+            base_prefix=f"{self.skeleton.base_model_prefix}.",
+            anchor=next(name for name, parameter in self.skeleton.named_parameters() if parameter is embedding),
+            renamed={name: by_id[id(tensor)] for name, tensor in memory.items() if by_id.get(id(tensor), name) != name},
+            fused=_fused(set(memory) - {n for n, t in memory.items() if id(t) in by_id}, saved),
+        )
+
+    @cached_property
+    def _read(self) -> tuple[dict[str, TensorSource], str]:
+        """Every tensor of the files, by the name that transformers saves it by, in a form that can be read; and what
+        the names in the files have before those of the model without its head."""
+        raw: dict[str, TensorSource] = {}
+        for path in self._weight_files():
+            raw.update(read_tensors(path))
+        quantization = self.configuration.quantization
+        check_not_packed(raw, quantization.get("quant_method"))
+        found, prefix, others = unwrapped(raw, self._wanted)
+        if prefix not in (self._wanted.base_prefix, ""):
+            note(
+                f"{self.path}: the model is the tensors under {prefix}"
+                + (f"; {others} others are left out" * (others > 0))
+            )
+        found = split_experts(with_scales(found, quantization.get("weight_block_size")), self._wanted)
+        if quantization and not any(isinstance(source, ScaledBlocks) for source in found.values()):
+            note(f"{self.path}: config.json says the weights are quantized, but they are not; that field is ignored")
+        return found, prefix
+
+    @property
+    def _found(self) -> dict[str, TensorSource]:
+        return self._read[0]
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:
@@ -213,30 +278,20 @@ class Checkpoint:
             CheckpointError: a file or tensor is missing, truncated or of another shape than the config says.
             UnsupportedError: a tensor that is not part of the model, or a dtype that is not handled.
         """
-        found = {}
-        for path in self._weight_files():
-            found.update(read_tensor_list(path))
-        wanted = self.tensor_shapes
+        found, wanted = dict(self._found), self.tensor_shapes
         known = self.skeleton.state_dict()
-        prefix = f"{self.skeleton.base_model_prefix}."
-        for name in list(found):
-            if name not in wanted and prefix + name in wanted:  # saved from the model without its head
-                found[prefix + name] = found.pop(name)
-            elif name not in wanted and (_IGNORED_TENSORS.search(name) or name in known):
-                del found[name]  # a buffer that follows from the config, or the head where it is tied
-        missing = [name for name in wanted if name not in found]
-        if missing:
-            raise CheckpointError(
-                f"{self.path}: {len(missing)} tensors are missing, the first is {missing[0]}",
-                "download the checkpoint again; every shard must be there",
-            )
-        unknown = [name for name in found if name not in wanted]
+        for name, origin in self.tied_tensors.items():
+            if origin not in found and name in found:  # transformers ties to the one that is there
+                found[origin] = found.pop(name)
+        unknown = []
+        for name in [name for name in found if name not in wanted]:
+            source = found.pop(name)
+            if not (self.configuration.is_part or IGNORED_TENSORS.search(name) or name in known):
+                unknown.append(source)
+        self._check_complete(found, unknown)
         if unknown:
-            raise UnsupportedError(
-                f"{found[unknown[0]].path}: tensor {unknown[0]} is not part of a {self.config['model_type']} model "
-                f"({len(unknown)} such tensors)",
-                "merge adapters into the weights, or check model_type in config.json",
-            )
+            raise unknown_tensors(unknown, self.config["model_type"])
+        check_dtypes(found[name] for name in wanted)
         for name, shape in wanted.items():
             if found[name].shape != shape:
                 raise CheckpointError(
@@ -245,6 +300,22 @@ class Checkpoint:
                     "config.json and weights are of different models",
                 )
         return {name: found[name] for name in wanted}
+
+    def _check_complete(self, found: dict[str, TensorSource], unknown: list[TensorSource]) -> None:
+        missing = [name for name in self.tensor_shapes if name not in found]
+        if not missing:
+            return
+        if all(name in self._tied_keys for name in missing):
+            raise CheckpointError(
+                f"{self.path}: {missing[0]} is missing, and tie_word_embeddings is false in config.json or by default",
+                "if the model has no head of its own, set tie_word_embeddings to true; else download the shard with it",
+            )
+        if unknown:
+            raise unknown_tensors(unknown, self.config["model_type"])
+        raise CheckpointError(
+            f"{self.path}: {len(missing)} tensors are missing, the first is {missing[0]}",
+            "download the checkpoint again; every shard must be there",
+        )
 
     def fingerprint(self) -> str:
         """Return a hash of the config and of the size, beginning and end of every weight file; fast at any size."""
@@ -259,25 +330,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _weight_files(self) -> list[Path]:
-        index_path, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if index_path.exists():
-            weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-                raise CheckpointError(f"{index_path}: weight_map must map tensors to files", "download it again")
-            paths = [self.path / name for name in sorted(set(weight_map.values()))]
-            for path in paths:
-                if not is_file(path) or path.parent != self.path:
-                    raise CheckpointError(
-                        f"{index_path}: names {path.name[:80]!r}, which is absent from the folder",
-                        "download the missing shard",
-                    )
-            return paths
-        if single.exists():
-            return [single]
-        hint = "put model.safetensors there"
-        if list(self.path.glob("*.bin")) or list(self.path.glob("*.pth")):
-            hint = "only safetensors are read: save the model with save_pretrained(safe_serialization=True) first"
-        raise CheckpointError(f"{self.path}: no model.safetensors or model.safetensors.index.json", hint)
+        return weight_files(self.path, self.config.get("transformers_weights"))
 
     # Opening with transformers
 
@@ -314,7 +367,7 @@ class Checkpoint:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             raise CheckpointError(
-                f"{self.tokenizer_dir}: the tokenizer does not open ({_one_line(error)})",
+                f"{self.tokenizer_dir}: the tokenizer does not open ({one_line(error)})",
                 "tokenizer.json or tokenizer.model must be in the folder",
             ) from error
         return tokenizer
@@ -331,37 +384,90 @@ class Checkpoint:
             four_bits: hold the linear layers but the head in 4 bits (NF4, with bitsandbytes; CUDA only).
         """
         import torch
-        from transformers import AutoConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        config = AutoConfig.for_model(**(rope or self.rope).to_hf(self.config))
+        config = self._scaled_config(rope or self.rope)
         try:
-            return self._open_in_4_bits(config, dtype) if four_bits else self._open_model(config, dtype).to(device)
+            model = self._open_in_4_bits(config, dtype) if four_bits else self._open_model(config, dtype).to(device)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ResourceError(f"{self.path}: the model does not fit in memory ({_one_line(error)})") from error
+            raise ResourceError(
+                f"{self.path}: the model does not fit in memory ({one_line(error)})",
+                "free memory, or use a larger machine",
+            ) from error
+        except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}: transformers does not open the model ({one_line(error)})",
+                "save it again with transformers' save_pretrained",
+            ) from error
+        model.config.tie_word_embeddings = self.tied
+        return model
+
+    def _scaled_config(self, rope: RopeScaling) -> PretrainedConfig:
+        """Return the config as transformers reads it off the folder, with another position scaling where it is one."""
+        config = copy.deepcopy(self.configuration.whole)
+        if rope != self.configuration.rope:
+            rope.apply_to(config.get_text_config())
+        return config
 
     def _open_model(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-        return model
+        return self._open_folder(config, dtype=dtype)
 
     def _open_in_4_bits(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """Open the model on the current GPU, each tensor quantized as it is read."""
         import torch
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            device_map={"": torch.cuda.current_device()},
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            ),
-        )  # fmt: skip
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        return self._open_folder(
+            config, dtype=dtype, device_map={"": torch.cuda.current_device()}, quantization_config=quantization
+        )
+
+    def _open_folder(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        """Open the folder's own files with transformers; of a vision-language model the text model in it."""
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+        scaled = [source for source in self._found.values() if isinstance(source, ScaledBlocks)]
+        readable = self.configuration.quantization.get("quant_method") == "fp8" and all(s.is_even for s in scaled)
+        if hasattr(config, "quantization_config") and not (scaled and readable):
+            del config.quantization_config
+        elif hasattr(config, "quantization_config"):
+            config.quantization_config = {**config.quantization_config, "dequantize": True}
+        if scaled and not readable:
+            note(
+                f"{self.path}: transformers does not read these 8-bit weights here; the model has them as pi-gguf does"
+            )
+            return self._open_values(config, **options)
+        prefix, base = self._read[1], self._wanted.base_prefix
+        if not self.configuration.is_part and prefix not in (base, ""):
+            outer = prefix.removesuffix(base)
+            options["key_mapping"] = {f"^{re.escape(prefix)}": base, f"^{re.escape(outer)}": ""}
+        kind = AutoModelForImageTextToText if self.configuration.is_part else AutoModelForCausalLM
+        with _without_adapter(self.path, self._weight_files()) as folder:
+            model: PreTrainedModel = kind.from_pretrained(
+                folder, config=config, use_safetensors=True, trust_remote_code=False, **options
+            )
+        return self._text_part(model) if self.configuration.is_part else model
+
+    def _open_values(self, config: PretrainedConfig, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+        """Open the model with the tensors' values as they are read here."""
+        files: dict[Path, Any] = {}
+        values = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
+        text, kind = config.get_text_config(), type(self.skeleton)
+        model: PreTrainedModel = kind.from_pretrained(None, config=text, state_dict=values, dtype=dtype, **options)
+        return model
+
+    def _text_part(self, whole: PreTrainedModel) -> PreTrainedModel:
+        """Return the text model in a vision-language model, as a model of its own."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(whole.config.get_text_config())
+        setattr(model, model.base_model_prefix, whole.get_decoder())
+        model.set_output_embeddings(whole.get_output_embeddings())
         return model
 
 
@@ -378,60 +484,104 @@ def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = Tr
         UnsupportedError: its family, or a variant of it, is not handled.
     """
     path = _resolve(model, _CONFIG)
-    config_path = path / "config.json"
-    if not config_path.exists():
-        raise CheckpointError(f"{path}: config.json is missing", "MODEL must be a Hugging Face folder")
-    config = read_json(config_path)
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"{config_path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}",
-            "this family is not handled",
-        )
-    if config.get("quantization_config"):
-        raise UnsupportedError(
-            f"{config_path}: quantization_config: the weights are already quantized",
-            "use the checkpoint in 16 or 32 bits",
-        )
-    rope = read_rope(config, FAMILIES[model_type], str(config_path))
-    hf_config = _open_config(rope.to_hf(config), config_path)
-    _check_variant(FAMILIES[model_type], hf_config, config_path)
-    _check_rope(rope, FAMILIES[model_type], hf_config, config_path)
+    configuration = read_config(path)
+    config_path, opened = path / "config.json", configuration.opened
+    _check_variant(configuration.family, opened, config_path)
     if not config_only:
         path = _resolve(
             model, _TOKENIZER + _WEIGHTS * weights
         )  # from the Hub only now, when the config is known to be handled
-    return Checkpoint(model, path, config, hf_config, rope)
+    checkpoint = Checkpoint(model, path, configuration.fields, opened, configuration.rope, configuration)
+    if not configuration.family.alibi:
+        _check_rope(checkpoint.rope, configuration.family, opened, config_path)
+        _keep_rotated_share(checkpoint, config_path)
+        check_rotation(
+            checkpoint.skeleton, configuration.whole.get_text_config(), checkpoint.rope, checkpoint.rotary_dim,
+            config_path,
+        )  # fmt: skip
+    if (path / _ADAPTER_FILE).exists():
+        note(f"{path}: the adapter in the folder ({_ADAPTER_FILE}) is left aside; --lora {path} would merge it")
+    return checkpoint
 
 
-def _open_config(config: dict[str, Any], path: Path) -> PretrainedConfig:
-    """Check the sizes of a config and open it with transformers, which knows each family's defaults and names."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+def _keep_rotated_share(checkpoint: Checkpoint, path: Path) -> None:
+    """Drop a share of rotated dimensions that transformers takes no notice of for this family."""
+    rope = checkpoint.hf_config.rope_parameters
+    if "partial_rotary_factor" not in rope or checkpoint.rotary_dim == checkpoint.head_dim:
+        return
+    if rotated_dimensions(checkpoint.skeleton, checkpoint.hf_config, path) == checkpoint.head_dim:
+        share = rope.pop("partial_rotary_factor")
+        if rope["rope_type"] not in ("default", "dynamic"):
+            raise CheckpointError(
+                f"{path}: partial_rotary_factor is {share} beside rope_type {rope['rope_type']}, but this family "
+                "rotates whole heads",
+                "remove partial_rotary_factor",
+            )
+        note(f"{path}: partial_rotary_factor {share} has no effect in this family: whole heads are rotated")
 
-    kind = CONFIG_MAPPING[config["model_type"]]
-    spelled = {name: alias for name, alias in kind.attribute_map.items() if name not in config}
-    known = {field.name for field in dataclasses.fields(kind)}
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if (name := spelled.get(name, name)) in known:
-            positive_int(config, name, str(path))
-    for name in ("num_key_value_heads", "head_dim"):
-        if config.get(name) is not None:
-            positive_int(config, name, str(path))
-    for name, value in config.items():
-        if isinstance(value, int) and value >= 2**31:
-            raise CheckpointError(f"{path}: {name} must be below 2^31, got {value}", "correct the config")
-        if name.endswith(("norm_eps", "norm_epsilon")):
-            positive_number(value, name, str(path))
-    try:
-        opened: PretrainedConfig = AutoConfig.for_model(**config)
-    except Exception as error:  # transformers raises many kinds for a field it does not take
-        raise CheckpointError(f"{path}: transformers does not open it ({_one_line(error)})", "correct it") from error
-    if opened.num_hidden_layers > MAX_LAYERS:
-        raise CheckpointError(
-            f"{path}: num_hidden_layers must be at most {MAX_LAYERS}, got {opened.num_hidden_layers}",
-            "correct the config",
-        )
-    return opened
+
+def model_name(source: str) -> str:
+    """Return what a model is called: the last part of a Hub id or of a folder's place, a cached one's Hub id read back.
+
+    Args:
+        source: a folder, a Hub id or `bundled:tiny`.
+    """
+    return public_source(source).removeprefix("bundled:").rpartition("/")[2]
+
+
+def public_source(source: str) -> str:
+    """Return MODEL as it may be published: a Hub id as it is, of a folder no more than its name."""
+    if source.startswith("bundled:"):
+        return source
+    path = Path(source)
+    if _HUB_ID.fullmatch(source) and not source.startswith(".") and not path.exists():
+        return source
+    path = path.expanduser().resolve()
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return path.name
+
+
+@contextmanager
+def _without_adapter(path: Path, weights: list[Path]) -> Iterator[Path]:
+    """Give a folder in which transformers finds no adapter to attach: the checkpoint's own, or one of links to it."""
+    if not (path / _ADAPTER_FILE).exists():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in [*path.glob("*.json"), *weights]:
+            if file.name != _ADAPTER_FILE and not (folder / file.name).exists():
+                (folder / file.name).symlink_to(file.resolve())
+        yield folder
+
+
+def _equal(one: TensorSource, other: TensorSource) -> bool:
+    """Tell whether two tensors hold the same numbers."""
+    files: dict[Path, Any] = {}
+    return one.shape == other.shape and bool((one.read(files) == other.read(files)).all())
+
+
+def _fused(in_memory: set[str], saved: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Return tensors that transformers holds for all experts of a layer -> the names of their parts on disk.
+
+    Args:
+        in_memory: names of tensors in memory that are on disk in several parts.
+        saved: tensors by their names on disk.
+    """
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name in saved:
+        if match := re.search(r"\.(\d+)\..*\.experts\.\d+\.(\w+)\.weight$", name):
+            parts.setdefault((match[1], match[2]), []).append(name)
+    fused = {}
+    for name in in_memory:
+        layer = re.search(r"\.(\d+)\.", name)
+        of_layer = {kind: names for (number, kind), names in parts.items() if layer and number == layer[1]}
+        kinds = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+        chosen = kinds[:2] if name.endswith("gate_up_proj") else kinds[2:]
+        fused[name] = [of_layer[kind] for either in chosen for kind in either if kind in of_layer]
+    return fused
 
 
 def _check_variant(family: Family, config: PretrainedConfig, path: Path) -> None:
@@ -463,31 +613,6 @@ def _check_rope(rope: RopeScaling, family: Family, config: PretrainedConfig, pat
             )
 
 
-def read_rope(config: dict[str, Any], family: Family, path: str) -> RopeScaling:
-    """Read window and scaling off the config itself, before transformers fills in or refuses anything.
-
-    Raises:
-        CheckpointError: a field is missing or no number.
-        UnsupportedError: an unknown rope type.
-    """
-    from transformers import CONFIG_MAPPING
-
-    absent = family.default_window is not None and config.get(family.window) is None
-    window = family.default_window if absent else positive_int(config, family.window, path)
-    assert window is not None
-    if family.alibi:
-        return RopeScaling("alibi", 1.0, DEFAULT_ROPE_THETA, window, window)
-    theta: Any = CONFIG_MAPPING[family.model_type].default_theta
-    sliding = None
-    if isinstance(theta, dict):  # layers with a sliding window have a base of their own
-        rope = config.get("rope_parameters")
-        nested = rope.get("sliding_attention") if isinstance(rope, dict) else None
-        default = config.get("rope_local_base_freq", theta["local"])
-        sliding = nested.get("rope_theta", default) if isinstance(nested, dict) else default
-        sliding, theta = positive_number(sliding, "sliding_attention.rope_theta", path), theta["global"]
-    return RopeScaling.from_hf(config, path, window=window, theta=theta, sliding_theta=sliding)
-
-
 _CONFIG, _TOKENIZER, _WEIGHTS = ["config.json"], ["*.json", "*.jinja", "tokenizer.model"], ["model*.safetensors"]
 """Files of a model on the Hub, by pattern."""
 
@@ -502,12 +627,12 @@ def _resolve(model: str, patterns: list[str]) -> Path:
         path = path.expanduser()
         is_folder = path.is_dir()
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{model}: no such folder ({_one_line(error)})", "check the spelling") from error
+        raise CheckpointError(f"{model}: no such folder ({one_line(error)})", "check the spelling") from error
     if is_folder:
         return path
     if is_file(path):
         raise CheckpointError(f"{model}: is a file; MODEL must be a Hugging Face folder", f"try {path.parent}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or (path.parent.is_dir() and str(path.parent) != "."):
+    if not _HUB_ID.fullmatch(model) or (path.parent.is_dir() and str(path.parent) != "."):
         raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
     from huggingface_hub import snapshot_download
 
@@ -515,7 +640,7 @@ def _resolve(model: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # network, permission and not-found errors of the Hub's client
         raise CheckpointError(
-            f"{model}: not a folder here, and not to be had from the Hub ({_one_line(error)})",
+            f"{model}: not a folder here, and not to be had from the Hub ({one_line(error)})",
             "check the spelling and the connection; for gated models run `hf auth login`",
         ) from error
 
@@ -526,29 +651,6 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
-
-
-def read_tensor_list(path: Path) -> dict[str, TensorSource]:
-    """Read names, shapes and dtypes of the tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: it is truncated or no safetensors.
-        UnsupportedError: a dtype that is not handled.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it has no iterator
-            shapes = {name: (tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: truncated or not safetensors ({_one_line(error)})", "download this file again"
-        ) from error
-    for name, (_, dtype) in shapes.items():
-        if dtype not in DTYPE_BYTES and not _IGNORED_TENSORS.search(name):
-            raise UnsupportedError(f"{path}: {name} must be F32, F16 or BF16, got {dtype}", "save it in one of these")
-    return {name: TensorSource(path, name, shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -568,20 +670,6 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return record
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no readable JSON ({_one_line(error)})", "download this file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
 def is_panic(error: BaseException) -> bool:
     """Tell whether an error is that of a Rust library that gave up, which is no Exception."""
     return type(error).__name__ == "PanicException"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

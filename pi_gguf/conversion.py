@@ -20,7 +20,7 @@ from pi_gguf.certificate import (
     store,
 )  # fmt: skip
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
-from pi_gguf.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.checkpoint import Checkpoint, load_checkpoint, model_name, public_source
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
 from pi_gguf.finetune import extend
@@ -320,8 +320,7 @@ def _certify(
 ) -> Certificate | None:
     """Measure a file and store the figures in it; None, and a line that says why, where that cannot be done here."""
     device = "cpu" if device == "cpu" else "auto"  # llama.cpp may be built for the CPU, whatever trained
-    if Path(against).is_dir():
-        against = Path(against).name
+    against = public_source(against)
     try:
         certificate = measure(
             path, base=base, check=checks[0] if checks else None, against=against, seed=seed, device=device
@@ -395,10 +394,9 @@ def _general(
 ) -> dict[str, Any]:
     """Return the `general.*` keys that say where a file comes from."""
     source = str(trained.get("source", source))
-    name = source.removeprefix("bundled:") if ":" in source else Path(source).name
-    if Path(source).is_dir():
-        source = name  # a folder's place on this machine is nobody's business
-    keys: dict[str, Any] = {"general.type": "model", "general.name": name, "general.source.repository": source}
+    keys: dict[str, Any] = {
+        "general.type": "model", "general.name": model_name(source), "general.source.repository": public_source(source)
+    }  # fmt: skip
     made = [f"pi-gguf {package_version()}"]
     made += [f"{library} {number}" for library, number in library_versions().items()]
     if adapters:

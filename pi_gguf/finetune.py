@@ -16,7 +16,7 @@ from typing import Any
 from pi_gguf import bundled
 from pi_gguf.adapters import with_adapters
 from pi_gguf.batches import PACKINGS, training_batches
-from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, read_json
+from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, public_source, read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json, writes
@@ -133,7 +133,7 @@ def extend(
     reports = check_reports(report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     record: dict[str, Any] = {
-        "source": checkpoint.source,
+        "source": public_source(checkpoint.source),
         "weights_sha256": checkpoint.fingerprint(),
         "method": method,
         "rope_type": rope.rope_type,
@@ -289,7 +289,7 @@ def _write_folder(
             model.to(stored).save_pretrained(partial)
         except SafetensorError as error:  # its only way to say that the disk is full
             raise ResourceError(f"{out_dir}: the weights were not written ({error})", "free some disk space") from error
-        config = rope.to_hf(checkpoint.config)
+        config = {**rope.to_hf(checkpoint.config), "tie_word_embeddings": checkpoint.tied}
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name in _TOKENIZER_FILES:
             if (checkpoint.path / name).exists():

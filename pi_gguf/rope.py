@@ -121,12 +121,12 @@ class OwnScaling:
             value = rope.get(name)
             return default if value is None and default is not None else positive_number(value, f"{field}.{name}", path)
 
-        holder = rope if rope.get("original_max_position_embeddings") is not None else config
+        name = "original_max_position_embeddings"
+        holder = next((fields for fields in (rope, config) if fields.get(name) is not None), {name: window})
+        original = positive_int(holder, name, path)
         fields: dict[str, Any] = {
-            "original_max_position_embeddings": positive_int(holder, "original_max_position_embeddings", path)
-        }
-        original = fields["original_max_position_embeddings"]
-        fields["factor"] = number("factor", window / original if rope_type == "longrope" else None)
+            name: original, "factor": number("factor", None if rope_type == "llama3" else window / original)
+        }  # fmt: skip
         if fields["factor"] < 1:
             raise CheckpointError(
                 f"{path}: {field}.factor must be at least 1, got {fields['factor']:g}", "correct the config"
@@ -136,7 +136,8 @@ class OwnScaling:
             if fields["high_freq_factor"] <= fields["low_freq_factor"]:
                 raise CheckpointError(
                     f"{path}: {field}.high_freq_factor must be above low_freq_factor "
-                    f"{fields['low_freq_factor']:g}, got {fields['high_freq_factor']:g}"
+                    f"{fields['low_freq_factor']:g}, got {fields['high_freq_factor']:g}",
+                    "correct the config",
                 )
             return cls(rope_type, fields)
         if rope.get("attention_factor") is not None:
@@ -257,6 +258,18 @@ class RopeScaling:
         context = round(window * (self.max_position_embeddings / window) ** share)
         return replace(self, factor=context / window, max_position_embeddings=context)
 
+    def frequencies(self, rotary_dim: int, *, short: bool = False) -> list[float]:
+        """Return the angle of each pair at position 1, in radians, from the fastest to the slowest.
+
+        Args:
+            rotary_dim: dimensions of a head that are rotated; even.
+            short: those of prompts within the original window, where they differ.
+        """
+        pairs = range(rotary_dim // 2)
+        divisors = self.own.divisors(self.rope_theta, rotary_dim, short=short) if self.own else [1.0 for _ in pairs]
+        plain = (self.rope_theta ** (-2 * pair / rotary_dim) for pair in pairs)
+        return [frequency / (self.factor * divisor) for frequency, divisor in zip(plain, divisors, strict=True)]
+
     def positions_as_under(self, other: RopeScaling, positions: np.ndarray) -> np.ndarray:
         """Return the positions, float32, that have under this scaling the angles of `positions` under another one.
 
@@ -301,16 +314,14 @@ class RopeScaling:
         path: str,
         *,
         window: int | None = None,
-        theta: float = DEFAULT_ROPE_THETA,
         sliding_theta: float | None = None,
     ) -> RopeScaling:
         """Read the scaling of a config, in the spelling of transformers 4 or 5.
 
         Args:
-            config: the parsed config.json.
+            config: `rope_parameters`, or `rope_scaling` and `rope_theta`, of a config as transformers has it.
             path: of the file, for messages.
             window: in tokens; `max_position_embeddings` of the config when None.
-            theta: base where the config names none, the family's default.
             sliding_theta: base of the layers with a sliding window; None where all layers are alike.
 
         Raises:
@@ -318,25 +329,25 @@ class RopeScaling:
             UnsupportedError: an unknown rope type.
         """
         window = window or positive_int(config, "max_position_embeddings", path)
-        field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # as transformers chooses
         rope = config.get(field) or {}
-        if not isinstance(rope, Mapping):
-            raise CheckpointError(f"{path}: {field} must be an object, got {rope!r}")
-        rope = rope.get("full_attention", rope)
+        rope = rope.get("full_attention") or rope
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        theta = positive_number(rope.get("rope_theta", config.get("rope_theta", theta)), f"{field}.rope_theta", path)
+        theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA))
+        theta = positive_number(theta, f"{field}.rope_theta", path)
         plain = cls("default", 1.0, theta, window, window, sliding_rope_theta=sliding_theta)
-        if rope_type == "default":
+        if rope_type in ("default", "dynamic"):  # dynamic is the default up to the window, which the file has
             return plain
-        if rope_type in ("llama3", "yarn", "longrope", "su") and sliding_theta is None:
-            own = OwnScaling.from_hf("longrope" if rope_type == "su" else rope_type, rope, config, window, field, path)
-            return _with_own(plain, own, path)
+        if rope_type in ("llama3", "yarn", "longrope") and sliding_theta is None:
+            return _with_own(plain, OwnScaling.from_hf(rope_type, rope, config, window, field, path), path)
         if rope_type == "linear" and rope.get("factor") == NOPE_FACTOR:
             return replace(plain, rope_type="nope", factor=NOPE_FACTOR)
         if rope_type != "linear":
+            own_types = "linear" if sliding_theta is not None else "linear, llama3, yarn, longrope"
+            allowed = f"default, dynamic or {own_types}"
             raise UnsupportedError(
-                f"{path}: {field}.rope_type must be default, linear, llama3, yarn or longrope, got {rope_type!r}",
-                "convert a checkpoint that uses one of these",
+                f"{path}: {field}.rope_type must be {allowed}, got {rope_type!r}",
+                "llama.cpp has no other position scaling: convert a checkpoint that uses one of these",
             )
         factor = positive_number(rope.get("factor"), f"{field}.factor", path)
         if factor < 1 or round(window / factor) < 1:
@@ -354,14 +365,16 @@ class RopeScaling:
             max_position_embeddings=window,
         )  # fmt: skip
 
-    def to_hf(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the config with this scaling, spelled for transformers 5 and for transformers 4."""
-        if self.rope_type == "alibi":
-            return dict(config)
-        before = config.get("rope_parameters") or {}
+    def to_parameters(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Return this scaling as `rope_parameters` of transformers 5.
+
+        Args:
+            before: those of the config as it was; what they say of other things stays.
+        """
+        given = before.get("full_attention") or before
         parameters: dict[str, Any] = {"rope_type": self.rope_type, "rope_theta": self.rope_theta}
-        if "partial_rotary_factor" in before:
-            parameters["partial_rotary_factor"] = before["partial_rotary_factor"]
+        if "partial_rotary_factor" in given:
+            parameters["partial_rotary_factor"] = given["partial_rotary_factor"]
         if self.own is not None and self.rope_type == "default":
             parameters |= {"rope_type": self.own.rope_type, **self.own.fields}
         elif self.own is not None:
@@ -376,23 +389,37 @@ class RopeScaling:
             }
         elif self.rope_type in ("linear", "nope"):
             parameters |= {"rope_type": "linear", "factor": self.factor}
-        if "original_max_position_embeddings" in config and "original_max_position_embeddings" in parameters:
-            config = {**config, "original_max_position_embeddings": parameters["original_max_position_embeddings"]}
-        older = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        if self.sliding_rope_theta is None:
+            return parameters
+        sliding = {"rope_type": "default", "rope_theta": self.sliding_rope_theta}
+        return {"full_attention": parameters, "sliding_attention": sliding}
+
+    def to_hf(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config with this scaling, spelled for transformers 5 and for transformers 4."""
+        if self.rope_type == "alibi":
+            return dict(config)
+        parameters = self.to_parameters(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        written = {**config, "max_position_embeddings": self.max_position_embeddings, "rope_parameters": parameters}
         if self.sliding_rope_theta is not None:
-            sliding = {"rope_type": "default", "rope_theta": self.sliding_rope_theta}
-            return {
-                **{key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")},
-                "max_position_embeddings": self.max_position_embeddings,
-                "rope_parameters": {"full_attention": parameters, "sliding_attention": sliding},
-            }
+            return {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
+        if "original_max_position_embeddings" in config and "original_max_position_embeddings" in parameters:
+            written["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
+        older = {key: value for key, value in parameters.items() if key != "rope_theta"}
         return {
-            **config,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rope_parameters": parameters,
+            **written,
             "rope_theta": self.rope_theta,
             "rope_scaling": older if parameters["rope_type"] != "default" else None,
         }
+
+    def apply_to(self, config: Any) -> None:
+        """Set this scaling in a config that transformers has opened, by its own fields."""
+        if self.rope_type == "alibi":
+            return
+        config.max_position_embeddings = self.max_position_embeddings
+        config.rope_parameters = self.to_parameters(config.rope_parameters)
+        original = config.rope_parameters.get("original_max_position_embeddings")
+        if original is not None and hasattr(config, "original_max_position_embeddings"):
+            config.original_max_position_embeddings = original
 
     # GGUF
 
@@ -482,6 +509,8 @@ def _with_own(plain: RopeScaling, own: OwnScaling, path: str) -> RopeScaling:
     window, original, factor = plain.max_position_embeddings, own.fields["original_max_position_embeddings"], 1.0
     if own.rope_type == "longrope":
         factor = own.fields["factor"]
+        if own.switches and window <= original:  # no prompt of the window is long
+            own = OwnScaling(own.rope_type, {**own.fields, "long_factor": own.fields["short_factor"]})
         if own.switches or factor == 1 or abs(original * factor - window) > 1:
             return replace(plain, own=own)
         divisors = [divisor / factor for divisor in own.fields["long_factor"]]

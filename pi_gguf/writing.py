@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.adapters import AdaptedCheckpoint, low_rank_changes
+from pi_gguf.agreement import check_sizes
 from pi_gguf.checkpoint import Checkpoint, TensorSource
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
@@ -194,6 +195,10 @@ def plan_file(
         **model_metadata(checkpoint, rope, finetuned=finetuned),
         **vocabulary,
     }
+    config_path = checkpoint.path / "config.json"
+    check_sizes(
+        checkpoint.skeleton, metadata, arch, tied=checkpoint.tied and not checkpoint.family.needs_head, path=config_path
+    )
     outputs = _exact_outputs(checkpoint)
     outputs += [_divisors(*item) for item in rope.factor_tensors(arch, checkpoint.rotary_dim).items()]
     if quantization in UNQUANTIZED:
@@ -223,17 +228,26 @@ def _exact_outputs(checkpoint: Checkpoint) -> list[Output]:
 
     family, config = checkpoint.family, checkpoint.hf_config
     gguf_name = tensor_namer(family.arch, checkpoint.n_layers)
+    tensors = dict(checkpoint.tensors)
+    if family.needs_head:  # a copy of the embedding where that is the head
+        tensors |= {name: tensors[origin] for name, origin in checkpoint.tied_tensors.items()}
     groups: dict[str, list[str]] = {}
-    for name in checkpoint.tensors:
+    for name in tensors:
         groups.setdefault(_NUMBERED.sub(r"\1.", name), []).append(name)
     outputs = []
     for merged, names in groups.items():
         names.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
         written = gguf_name(family.rename(merged))
         if written is None:
-            raise UnsupportedError(f"{checkpoint.path}: gguf has no name for {merged} in {family.arch}")
+            raise UnsupportedError(
+                f"{checkpoint.path}: {merged} has no place in a GGUF file of {family.arch}",
+                "llama.cpp takes the embedding for the head of this family; set tie_word_embeddings to true only if "
+                "they are one"
+                if merged in checkpoint.untied_heads
+                else "llama.cpp has no such variant of this family",
+            )
         make = _maker(family.transform(merged), config, stacked=merged != names[0])
-        sources = tuple(checkpoint.tensors[name] for name in names)
+        sources = tuple(tensors[name] for name in names)
         shape = tuple(make([torch.empty(source.shape, device="meta") for source in sources]).shape)
         outputs.append(Output(written, shape, "F32", 4 * math.prod(shape), sources, make))
     return outputs

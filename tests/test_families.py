@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,14 @@ KL_LIMIT = {"gemma": 1e-4, "gemma2": 1e-4, "gemma3_text": 1e-4, "nemotron": 2e-5
 experts, where it makes one token of 256 take another one."""
 
 
-def make_model(path: Path, family: str, changes: dict[str, Any]) -> Path:
+def make_model(path: Path, family: str, changes: dict[str, Any], vocab_size: int = 410) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     common = {} if family in ("mpt", "bloom") else COMMON
-    shape = {**common, **SHAPES[family], **changes, "vocab_size": 410, "bos_token_id": 0, "eos_token_id": 1}
+    shape = {**common, **SHAPES[family], **changes, "vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 1}
     if family == "bloom":
-        shape["hidden_size"] = 64
-    absent = [name for name in ("intermediate_size", "num_key_value_heads") if shape.get(name, 0) is None]
+        shape.setdefault("hidden_size", 64)
+    absent = [n for n in ("intermediate_size", "num_key_value_heads", "head_dim") if shape.get(n, 0) is None]
     config = AutoConfig.for_model(family, **{key: value for key, value in shape.items() if key not in absent})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -115,12 +116,109 @@ def test_a_family_computes_what_transformers_computes(variant, tmp_path):
         assert read_gguf(tmp_path / "scaled.gguf").rope.factor == 4
 
 
+FREE_HEADS = {
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen3",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "smollm3",
+    "glm4",
+}
+ALWAYS_TIED = {"gemma", "gemma2", "cohere"}
+BIASES = {
+    "llama": ("attention_bias", "mlp_bias"), "granite": ("attention_bias", "mlp_bias"), "glm4": ("attention_bias",),
+    "nemotron": ("attention_bias", "mlp_bias"), "stablelm": ("use_qkv_bias",), "qwen2_moe": ("qkv_bias",),
+}  # fmt: skip
+SHARES = {
+    "phi": (0.5, 0.75),
+    "phi3": (1.0, 0.5),
+    "gpt_neox": (0.25, 1.0),
+    "stablelm": (0.25, 0.5),
+    "nemotron": (0.5, 1.0),
+}
+SEEDS = (1, 2)
+
+
+def odd_shape(family: str, seed: int) -> dict[str, Any]:
+    """Return sizes that no real model has, at random: what a family allows of ties, biases, heads, experts, shares."""
+    draw = random.Random(f"{family} {seed}")
+    heads, size = draw.choice([2, 3, 5, 6]), draw.choice([16, 24, 40])
+    groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    tied = True if family in ALWAYS_TIED else draw.random() < 0.5
+    if family == "mpt":
+        return {"d_model": heads * 16, "n_heads": heads, "n_layers": 2, "tie_word_embeddings": tied}
+    if family == "bloom":
+        return {"hidden_size": heads * size, "n_head": heads, "n_layer": 2, "tie_word_embeddings": tied}
+    shape: dict[str, Any] = {
+        "hidden_size": heads * size, "num_attention_heads": heads, "num_key_value_heads": groups,
+        "num_hidden_layers": draw.choice([1, 2, 3]), "intermediate_size": draw.choice([50, 77, 131]),
+        "tie_word_embeddings": tied, "head_dim": None,
+    }  # fmt: skip
+    if family in FREE_HEADS:
+        shape |= {"head_dim": size, "hidden_size": heads * draw.choice([12, 20, 28]), "query_pre_attn_scalar": size}
+    if family in ("olmoe", "gpt_neox", "falcon"):
+        shape["num_key_value_heads"] = None if family != "olmoe" else heads
+    if family == "falcon":
+        split = {"new_decoder_architecture": True, "num_kv_heads": groups}
+        shape |= draw.choice([split, {"multi_query": False}, {"ffn_hidden_size": 100}])
+    if family in ("gemma2", "gemma3_text"):
+        shape["sliding_window"] = draw.choice([1, 33, 2000])
+    if "experts" in str(SHAPES[family]):
+        experts = draw.choice([3, 5, 6])
+        shape |= {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": draw.randint(1, experts)}
+        inner = draw.choice([36, 44])  # torch multiplies rows of whole 16 bytes only
+        shape |= {"intermediate_size": inner, "moe_intermediate_size": inner, "shared_expert_intermediate_size": 52}
+    for bias in BIASES.get(family, ()):
+        shape[bias] = draw.random() < 0.5
+    if family in SHARES:
+        share = draw.choice(SHARES[family])
+        shape["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": share}
+    return shape
+
+
+def test_every_family_has_odd_shapes_and_all_kinds_of_them_are_drawn():
+    drawn = [(family, odd_shape(family, seed)) for family in SHAPES for seed in SEEDS]
+    assert len(drawn) >= 52
+    assert {shape["tie_word_embeddings"] for _, shape in drawn} == {True, False}
+    assert any(shape.get("num_key_value_heads") == 1 for _, shape in drawn)
+    assert any(
+        1 < (shape.get("num_key_value_heads") or 0) < shape["num_attention_heads"]
+        for f, shape in drawn
+        if f not in ("mpt", "bloom")
+    )
+    assert any(shape.get("attention_bias") for _, shape in drawn) and any(shape.get("mlp_bias") for _, shape in drawn)
+    assert any(shape.get("num_experts") in (3, 5, 6) for _, shape in drawn)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("family", SHAPES)
+def test_an_odd_shape_computes_what_transformers_computes(family, seed, tmp_path):
+    shape = odd_shape(family, seed)
+    folder = make_model(tmp_path / "model", family, shape, vocab_size=401 + 7 * seed)
+    [check] = pi_gguf.convert(str(folder), tmp_path / "odd.gguf", quant="F32", certify=False).checks
+    assert check.prompt_tokens == 600
+    assert check.kl_divergence < (1e-3 if "num_experts" in shape else 10 * KL_LIMIT.get(family, 1e-6))
+
+
 @pytest.mark.parametrize("family", ["mpt", "bloom"])
 def test_position_interpolation_is_refused_with_the_reason(family, tmp_path):
     folder = make_model(tmp_path / "model", family, {})
     with pytest.raises(UnsupportedError, match="ALiBi"):
         pi_gguf.convert(str(folder), tmp_path / "out.gguf", context=8192, steps=0)
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("family", ["gemma", "cohere"])
+def test_a_head_that_llama_cpp_has_no_place_for_is_refused_with_the_reason(family, tmp_path):
+    folder = make_model(tmp_path / "model", family, {"tie_word_embeddings": False})
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight has no place") as refusal:
+        pi_gguf.convert(str(folder), tmp_path / "out.gguf", quant="F32")
+    assert "takes the embedding for the head" in refusal.value.hint
 
 
 ORIGINAL = {"rope_theta": 1e4, "original_max_position_embeddings": WINDOW // 2}
@@ -172,7 +270,6 @@ def test_a_scaling_of_the_models_own_is_written_and_composed(family, own, tmp_pa
         ("qwen2", YARN, 4 * WINDOW, "rope_type longrope needs a number for each frequency"),
         ("qwen2", {**YARN, "beta_fast": 16.0}, None, "rope_type yarn needs a number for each frequency"),
         ("qwen3", {**LLAMA3}, None, "rope_type llama3 .* only, got qwen3"),
-        ("llama", {**ORIGINAL, "rope_type": "dynamic", "factor": 2.0}, None, "got 'dynamic'"),
     ],
 )
 def test_a_scaling_that_llama_cpp_cannot_read_is_refused(family, own, context, said, tmp_path):
@@ -237,6 +334,10 @@ def test_a_window_beyond_what_slides_is_refused(tmp_path):
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1]}, "no_rope_layers must be"),
         ("mpt", {"attn_config": {"alibi": False}}, "attn_config.alibi must be True, got False"),
         ("falcon", {"alibi": True}, "alibi must be False, got True"),
+        ("qwen2", {"head_dim": 24}, "head_dim must be 16, got 24"),
+        ("qwen3", {"attention_bias": True}, "attention_bias must be False, got True"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias must be False, got True"),
+        ("gpt_neox", {"attention_bias": False}, "attention_bias must be True, got False"),
     ],
 )
 def test_a_variant_that_llama_cpp_cannot_compute_is_refused(family, changes, said, tmp_path):

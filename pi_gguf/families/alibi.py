@@ -42,7 +42,8 @@ BLOOM = Family(
 )  # fmt: skip
 MPT = Family(
     "mpt", "mpt", "MPT", _mpt_keys, handles={
-        "no_bias": (True,), "logit_scale": (None,), "attn_config.alibi": (True,), "attn_config.qk_ln": (False,),
+        "no_bias": (True,), "expansion_ratio": (4,),
+        "logit_scale": (None,), "attn_config.alibi": (True,), "attn_config.qk_ln": (False,),
         "attn_config.prefix_lm": (False,), "attn_config.softmax_scale": (None,),
     }, alibi=True, window="max_seq_len",
 )  # fmt: skip

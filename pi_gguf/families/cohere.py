@@ -22,6 +22,8 @@ COHERE = Family(
     _keys,
     handles={
         "hidden_act": ("silu",),
+        "attention_bias": (False,),
         "use_qk_norm": lambda config: (config.num_hidden_layers >= 64,),  # Command-R+ has it, and llama.cpp only there
     },
+    split_width=True,
 )

@@ -43,6 +43,8 @@ class Family:
         longrope_only: transformers takes no other scaling in the config, so that Position Interpolation is spelled so.
         window: field of the config that holds the trained window, in tokens.
         default_window: what a config without this field means; None where it must be there.
+        split_width: llama.cpp takes the size of a head to be the width by the number of heads.
+        needs_head: llama.cpp asks for a head where it is the embedding too, so that it is written twice.
     """
 
     model_type: str
@@ -57,6 +59,8 @@ class Family:
     longrope_only: bool = False
     window: str = "max_position_embeddings"
     default_window: int | None = None
+    split_width: bool = False
+    needs_head: bool = False
 
     def transform(self, name: str) -> Transform | None:
         """Return what is done to a tensor, by its Hugging Face name; None when it is written as it is."""
@@ -69,6 +73,8 @@ class Family:
             value = attrgetter(name)(config)
             if value not in values:
                 return name, value, " or ".join(map(str, values))
+        if self.split_width and head_dim(config) * config.num_attention_heads != config.hidden_size:
+            return "head_dim", head_dim(config), f"{config.hidden_size / config.num_attention_heads:g}"
         return None
 
 

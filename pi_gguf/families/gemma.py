@@ -49,7 +49,10 @@ def _positive(name: str) -> Any:
 
 _GELU = ("gelu_pytorch_tanh", "gelu")
 
-GEMMA = Family("gemma", "gemma", "Gemma, CodeGemma", rms_keys, NORM_PLUS_ONE, {"hidden_act": _GELU})
+GEMMA = Family(
+    "gemma", "gemma", "Gemma, CodeGemma", rms_keys, NORM_PLUS_ONE,
+    {"hidden_act": _GELU, "attention_bias": (False,)},
+)  # fmt: skip
 GEMMA2 = Family(
     "gemma2", "gemma2", "Gemma 2", _gemma2_keys, NORM_PLUS_ONE,
     {
@@ -58,6 +61,7 @@ GEMMA2 = Family(
         "hidden_activation": _GELU,
         "attn_logit_softcapping": _positive("attn_logit_softcapping"),
         "final_logit_softcapping": _positive("final_logit_softcapping"),
+        "attention_bias": (False,),
     },
 )  # fmt: skip
 GEMMA3 = Family(
@@ -67,5 +71,6 @@ GEMMA3 = Family(
         "layer_types": _full_every(6),
         "hidden_activation": _GELU,
         "attn_logit_softcapping": (None,),
+        "attention_bias": (False,),
     },
 )  # fmt: skip

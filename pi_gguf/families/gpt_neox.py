@@ -16,5 +16,6 @@ def _keys(config: Config) -> dict[str, Any]:
 
 
 GPT_NEOX = Family(
-    "gpt_neox", "gptneox", "GPT-NeoX, Pythia", _keys, {"query_key_value": ungroup_qkv}, {"hidden_act": ("gelu",)}
-)
+    "gpt_neox", "gptneox", "GPT-NeoX, Pythia", _keys, {"query_key_value": ungroup_qkv},
+    {"hidden_act": ("gelu",), "attention_bias": (True,)}, split_width=True, needs_head=True,
+)  # fmt: skip

@@ -11,4 +11,7 @@ def _keys(config: Config) -> dict[str, Any]:
     return {**common_keys(config), "attention.layer_norm_epsilon": float(config.norm_eps)}
 
 
-NEMOTRON = Family("nemotron", "nemotron", "Nemotron 3, Minitron", _keys, NORM_PLUS_ONE, {"hidden_act": ("relu2",)})
+NEMOTRON = Family(
+    "nemotron", "nemotron", "Nemotron 3, Minitron", _keys, NORM_PLUS_ONE, {"hidden_act": ("relu2",)},
+    split_width=True, needs_head=True,
+)  # fmt: skip

@@ -15,11 +15,12 @@ def _olmo_keys(config: Config) -> dict[str, Any]:
     return {**common_keys(config), "attention.layer_norm_epsilon": 1e-5, **_clamp(config)}
 
 
-_SILU = {"hidden_act": ("silu",)}
-OLMO = Family("olmo", "olmo", "OLMo 1", _olmo_keys, INTERLEAVED_ROTARY, _SILU)
-OLMO2 = Family("olmo2", "olmo2", "OLMo 2", rms_keys, handles=_SILU)
+_HANDLES = {"hidden_act": ("silu",), "attention_bias": (False,)}
+OLMO = Family("olmo", "olmo", "OLMo 1", _olmo_keys, INTERLEAVED_ROTARY, _HANDLES, split_width=True)
+OLMO2 = Family("olmo2", "olmo2", "OLMo 2", rms_keys, handles=_HANDLES, split_width=True, needs_head=True)
 OLMOE = Family(
     "olmoe", "olmoe", "OLMoE", lambda config: {**rms_keys(config), **expert_keys(config)},
-    handles={**_SILU, "clip_qkv": (None,), "norm_topk_prob": (False,),
+    handles={**_HANDLES, "clip_qkv": (None,), "norm_topk_prob": (False,),
              "num_key_value_heads": lambda config: (config.num_attention_heads,)},
+    split_width=True, needs_head=True,
 )  # fmt: skip

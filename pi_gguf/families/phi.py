@@ -21,6 +21,8 @@ PHI = Family(
     "Phi 1, 1.5, 2",
     _phi_keys,
     handles={"qk_layernorm": (False,), "hidden_act": ("gelu_new", "gelu_pytorch_tanh", "gelu")},
+    split_width=True,
+    needs_head=True,
 )
 PHI3 = Family(
     "phi3",
@@ -29,4 +31,5 @@ PHI3 = Family(
     _phi3_keys,
     handles={"hidden_act": ("silu",), "sliding_window": full_attention},
     longrope_only=True,
+    split_width=True,
 )

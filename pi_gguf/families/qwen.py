@@ -22,13 +22,15 @@ def _shared_expert_keys(config: Config) -> dict[str, Any]:
 _HANDLES = {"hidden_act": ("silu",), "use_sliding_window": (False,)}
 _EXPERTS = {**_HANDLES, "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 
-QWEN2 = Family("qwen2", "qwen2", "Qwen1.5, Qwen2, Qwen2.5", rms_keys, handles=_HANDLES)
+_NO_BIAS = {"attention_bias": (False,)}
+
+QWEN2 = Family("qwen2", "qwen2", "Qwen1.5, Qwen2, Qwen2.5", rms_keys, handles=_HANDLES, split_width=True)
 QWEN2_MOE = Family(
     "qwen2_moe", "qwen2moe", "Qwen1.5-MoE, Qwen2-57B-A14B", _shared_expert_keys,
-    handles={**_EXPERTS, "norm_topk_prob": (False,)},
+    handles={**_EXPERTS, "norm_topk_prob": (False,)}, split_width=True, needs_head=True,
 )  # fmt: skip
-QWEN3 = Family("qwen3", "qwen3", "Qwen3", rms_keys, handles=_HANDLES)
+QWEN3 = Family("qwen3", "qwen3", "Qwen3", rms_keys, handles={**_HANDLES, **_NO_BIAS})
 QWEN3_MOE = Family(
     "qwen3_moe", "qwen3moe", "Qwen3-30B-A3B, Qwen3-235B-A22B", _expert_keys,
-    handles={**_EXPERTS, "norm_topk_prob": (True,)},
+    handles={**_EXPERTS, **_NO_BIAS, "norm_topk_prob": (True,)},
 )  # fmt: skip

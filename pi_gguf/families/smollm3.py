@@ -13,5 +13,9 @@ def _every_fourth_unrotated(config: Config) -> Sequence[list[int]]:
 
 SMOLLM3 = Family(
     "smollm3", "smollm3", "SmolLM3", rms_keys, INTERLEAVED_ROTARY,
-    {"hidden_act": ("silu",), "no_rope_layers": _every_fourth_unrotated, "use_sliding_window": (False,)},
+    {
+        "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+        "no_rope_layers": _every_fourth_unrotated,
+        "use_sliding_window": (False,),
+    },
 )  # fmt: skip

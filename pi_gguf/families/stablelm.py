@@ -15,4 +15,12 @@ def _keys(config: Config) -> dict[str, Any]:
     }
 
 
-STABLELM = Family("stablelm", "stablelm", "StableLM 2, 3B", _keys, handles={"hidden_act": ("silu",)})
+STABLELM = Family(
+    "stablelm",
+    "stablelm",
+    "StableLM 2, 3B",
+    _keys,
+    handles={"hidden_act": ("silu",)},
+    split_width=True,
+    needs_head=True,
+)

@@ -17,4 +17,5 @@ STARCODER2 = Family(
     "StarCoder 2",
     _keys,
     handles={"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,), "sliding_window": full_attention},
+    split_width=True,
 )
