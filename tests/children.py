@@ -16,6 +16,7 @@ _server.set_forkserver_preload(["transformers.trainer", "peft", "datasets", "pi_
 
 def _run(arguments: list[str], environment: dict[str, str], exact: bool, streams: tuple[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell; the command takes it back
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, where the command leaves it ignored
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment)

@@ -30,7 +30,8 @@ import pi_gguf
 from pi_gguf.adapters import with_adapters
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckpointError, PiGgufError
-from pi_gguf.gguf_file import read_array, read_gguf
+from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf_header import read_header
 from pi_gguf.scoring import kl_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft has much to say of embeddings
@@ -330,7 +331,7 @@ def test_a_resized_vocabulary_comes_with_the_adapter_and_its_tokenizer(with_toke
     assert result.checks[0].kl_divergence < 1e-4
     said = capfd.readouterr().err
     assert f"the vocabulary has {rows} rows, MODEL's {ROWS}" in said and "own tokenizer is taken" in said
-    assert read_array(out, "tokenizer.ggml.tokens")[400:402] == added
+    assert read_header(out).entries["tokenizer.ggml.tokens"].value[400:402] == added
     assert far_from(model, out) < 1e-5
 
 
@@ -338,7 +339,7 @@ def test_tokens_that_fit_the_rows_there_are_come_along(with_tokens, tmp_path, ca
     folder, model = adapter_with_tokens(with_tokens["tied"], tmp_path / "adapter", ROWS, ["<|im_start|>"])
     out = tmp_path / "out.gguf"
     pi_gguf.convert(str(with_tokens["tied"]), out, quant="F32", lora=[str(folder)], certify=False)
-    assert read_array(out, "tokenizer.ggml.tokens")[400] == "<|im_start|>"
+    assert read_header(out).entries["tokenizer.ggml.tokens"].value[400] == "<|im_start|>"
     assert "own tokenizer is taken, with 401 tokens" in capfd.readouterr().err
     assert far_from(model, out) < 1e-5
 

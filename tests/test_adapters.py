@@ -266,13 +266,13 @@ def test_an_adapter_file_says_what_it_is(models, adapter, tmp_path, cli):
     with_adapter, without = cli(*run, "--lora", out)[1], cli(*run)[1]
     assert with_adapter != without
     code, _, err = cli(*run, "--lora", tmp_path / "merged.gguf")
-    assert code == 6 and "expect general.type to be 'adapter'" in err and "Traceback" not in err
+    assert code == 6 and "general.type must be 'adapter', got 'model'" in err and "Traceback" not in err
 
 
 def test_an_adapter_file_of_another_model_is_an_error(models, adapter, tmp_path):
     pi_gguf.convert(str(models["qwen2"]), tmp_path / "qwen2.gguf", quant="F32", check="none")
     pi_gguf.convert(str(models["llama"]), tmp_path / "lora.gguf", quant="F32", lora=[str(adapter)], adapter_only=True)
-    with pytest.raises(GgufError, match="model arch and LoRA arch mismatch"):
+    with pytest.raises(GgufError, match=r"general\.architecture must be 'qwen2', got 'llama'"):
         pi_gguf.open(tmp_path / "qwen2.gguf", n_ctx=64, lora=[tmp_path / "lora.gguf"])
 
 

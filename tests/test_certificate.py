@@ -220,7 +220,7 @@ def test_a_card_shows_what_stands_in_the_file(copy, tmp_path, cli):
     }
     write_changed(header.changed({**changes, f"{PREFIX}version": None}), tmp_path / "hub.gguf")
     text = pi_gguf.card(tmp_path / "hub.gguf").text
-    assert "base_model: owner/name\nlicense: mit\n---\n\n# A \\| B C, F32, 256 tokens" in text
+    assert 'base_model: "owner/name"\nlicense: "mit"\n---\n\n# A \\| B C, F32, 256 tokens' in text
     code, _, err = cli("card", copy, "--out", tmp_path / "README.md")
     assert code == 2 and "README.md" in err
 

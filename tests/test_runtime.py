@@ -144,13 +144,15 @@ def test_torch_products_in_16_bits_between_two_readings_change_nothing(path, tmp
         assert (model.score(ids, 20)[0] == before).all()
 
 
-def test_llama_cpp_is_not_left_while_it_computes(monkeypatch):
+def test_llama_cpp_is_not_left_while_it_computes():
     import signal
     import threading
     import time
 
     ended = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run with it ignored
     threading.Timer(0.2, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
     with pytest.raises(KeyboardInterrupt):
         compute(lambda: time.sleep(0.6) or ended.append(True), interrupted=lambda: ended.append(False))
+    signal.signal(signal.SIGINT, before)
     assert ended == [False, True]
