@@ -231,7 +231,7 @@ def _heads(header: Header) -> Iterator[Finding]:
     rotated = _whole(header, "rope.dimension_count", key)
     if key != value:
         yield Finding(f"{arch}.attention.value_length", value, key, f"keys have {key} elements a head.", ASK)
-    elif rotated % 2 or rotated > key or (arch in _WHOLE_HEADS and rotated != key):
+    elif rotated < 2 or rotated % 2 or rotated > key or (arch in _WHOLE_HEADS and rotated != key):
         text = f"llama.cpp does not rotate {rotated} of the {key} elements of a head."
         yield Finding(f"{arch}.rope.dimension_count", rotated, key if arch in _WHOLE_HEADS else None, text, ASK)
 

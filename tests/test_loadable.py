@@ -229,6 +229,15 @@ def test_heads_that_cannot_be_shared_or_rotated_are_found(sound, tmp_path):
         check_loadable(read_gguf(path), texts=False)
 
 
+def test_a_rotation_of_nothing_never_ends(sound, tmp_path):
+    """In an architecture that may rotate a part of a head."""
+    header = read_header(sound)
+    theirs = {key.replace("llama.", "gemma2."): entry for key, entry in header.entries.items() if key[:5] == "llama"}
+    theirs |= {"general.architecture": Entry.of("gemma2"), "gemma2.rope.dimension_count": Entry.of(0)}
+    path = changed(sound, tmp_path / "m.gguf", theirs)
+    assert "gemma2.rope.dimension_count" in [f.key for f in find_fatal(read_header(path), read_gguf(path).tensors)]
+
+
 def test_norms_in_16_bits_are_found(sound, tmp_path):
     import gguf
     import numpy as np
