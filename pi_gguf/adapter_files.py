@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pi_gguf.checkpoint import DTYPE_BYTES, TensorSource, is_file, read_json, read_tensor_list
-from pi_gguf.errors import CheckpointError, UnsupportedError
+from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 from pi_gguf.merging import PickledTensor, load_pickled
 from pi_gguf.progress import say
 
@@ -142,8 +142,7 @@ def _find_folder(folder: str) -> Path:
             found = Path(snapshot_download(folder, allow_patterns=[*_HUB_FILES, PICKLED_FILE]))
     except Exception as error:  # network, permission and not-found errors of the Hub's client
         raise CheckpointError(
-            f"{folder}: not a folder here with {CONFIG_FILE}, and not to be had from the Hub "
-            f"({' '.join(str(error).split())[:200]})",
+            f"{folder}: not a folder here with {CONFIG_FILE}, and not to be had from the Hub ({one_line(error)})",
             "check the spelling and the connection; for gated models run `hf auth login`",
         ) from error
     return found

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.errors import CheckpointError
+from pi_gguf.errors import CheckpointError, one_line
 from pi_gguf.rope import RopeScaling
 
 if TYPE_CHECKING:
@@ -153,9 +153,9 @@ def _rotation(skeleton: Model, config: Any, path: Path) -> Any:
     try:
         return kind(copy.deepcopy(config))
     except Exception as error:  # whatever a wrong number leads to
-        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
-            f"{path}: rope_parameters: transformers computes no angles with it ({said})", "correct the config"
+            f"{path}: rope_parameters: transformers computes no angles with it ({one_line(error)})",
+            "correct the config",
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.configs import noted
-from pi_gguf.errors import CheckError, CheckpointError, OptionError
+from pi_gguf.errors import CheckError, CheckpointError, OptionError, one_line
 from pi_gguf.files import human_bytes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel
@@ -136,9 +136,8 @@ class Reference:
         try:
             self.logits = np.concatenate(list(lm.logits_chunks(self.ids, last)))
         except RuntimeError as error:  # of torch: sizes that its kernels do not take
-            said = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"{checkpoint.path}: transformers does not compute the model ({said})",
+                f"{checkpoint.path}: transformers does not compute the model ({one_line(error)})",
                 "correct the sizes in config.json, or leave it unchecked with --check none",
             ) from error
         lm.close()

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.agreement import check_rotation, rotated_dimensions
-from pi_gguf.configs import Configuration, note, one_line, read_config, read_json, read_rope
-from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError
+from pi_gguf.configs import Configuration, note, read_config, read_json, read_rope
+from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
 from pi_gguf.methods import find_method

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pi_gguf.errors import CheckpointError, UnsupportedError
+from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads
 from pi_gguf.progress import say
@@ -164,11 +164,6 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: must hold a JSON object, got {type(value).__name__}", "download this file again"
         )
     return value
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # Opening with transformers

@@ -17,6 +17,11 @@ its number: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP; what is temporary is d
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class PiGgufError(Exception):
     """A problem the user can act on: what is wrong, and one action that helps.
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pi_gguf.errors import GgufError
+from pi_gguf.errors import GgufError, one_line
 from pi_gguf.files import check_free_disk, human_bytes
 from pi_gguf.progress import progress_bar
 
@@ -222,8 +222,9 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _scan_header(path, data)
     except (struct.error, ValueError, IndexError, OverflowError, MemoryError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise GgufError(f"{path}: truncated or not a GGUF file ({reason})", "copy or convert the file again") from error
+        raise GgufError(
+            f"{path}: truncated or not a GGUF file ({one_line(error)})", "copy or convert the file again"
+        ) from error
 
 
 def is_gguf(path: str | Path) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
-from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
+from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError, one_line
 from pi_gguf.files import check_writable, replace_when_complete, temporary, writes
 from pi_gguf.ggml import ProductWatch
 from pi_gguf.gguf_file import read_gguf, read_values, write_values
@@ -210,9 +210,8 @@ def _read_older_form(path: Path) -> ImportanceMatrix:
             length = number() if file.tell() < size else 0
             datasets = [piece(length).decode(errors="replace")] if length else []
         except (struct.error, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise GgufError(
-                f"{path}: no importance matrix, neither GGUF nor the older form ({reason})", _AGAIN
+                f"{path}: no importance matrix, neither GGUF nor the older form ({one_line(error)})", _AGAIN
             ) from error
     return ImportanceMatrix(path, sums, counts, datasets, chunks, 0)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import TensorSource
-from pi_gguf.errors import CheckpointError
+from pi_gguf.errors import CheckpointError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -314,7 +314,7 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise many kinds
         raise CheckpointError(
-            f"{path}: truncated, or not tensors alone ({' '.join(str(error).split())[:200]})",
+            f"{path}: truncated, or not tensors alone ({one_line(error)})",
             "download it again, or save the adapter with save_pretrained, which writes safetensors",
         ) from error
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):

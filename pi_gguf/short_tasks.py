@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf import bundled
-from pi_gguf.errors import OptionError, TextError
+from pi_gguf.errors import OptionError, TextError, one_line
 from pi_gguf.files import writes
 from pi_gguf.hf_model import HfTokens
 from pi_gguf.kept import Kept
@@ -176,7 +176,7 @@ def _check_task_files(folder: str) -> None:
         except yaml.constructor.ConstructorError as error:
             raise OptionError(f"{path}: would run code ({error.problem})", "write it without tags") from error
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"{path}: no readable YAML ({' '.join(str(error).split())[:200]})") from error
+            raise OptionError(f"{path}: no readable YAML ({one_line(error)})") from error
         for key, value in _entries(config):
             if key in _RUNS_CODE:
                 raise OptionError(f"{path}: would run code (key {key})", "leave it out")
@@ -222,7 +222,7 @@ def _load_tasks(names: Sequence[str], task_dir: str | None, seed: int) -> dict[s
                 found |= manager.load([_OURS[name]() if name in _OURS else name])["tasks"]
         except Exception as error:  # of many kinds: the network, data sets, templates, packages that a task needs
             raise TextError(
-                f"task {name}: cannot be loaded ({' '.join(str(error).split())[:200] or type(error).__name__})",
+                f"task {name}: cannot be loaded ({one_line(error)})",
                 "the harness's data are on the Hub, which needs the network; --task-dir takes tasks with data on disk",
             ) from error
     for name, task in found.items():

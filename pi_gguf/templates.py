@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.errors import CheckpointError, GgufError
+from pi_gguf.errors import CheckpointError, GgufError, one_line
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -60,7 +60,7 @@ def check_template(source: Any, name: str) -> None:
     except RecursionError as error:
         raise CheckpointError(f"{name} is nested too deeply", "correct or remove it") from error
     except (TemplateError, ValueError) as error:  # ValueError: a number of thousands of digits
-        raise CheckpointError(f"{name} is broken ({_one_line(error)})", "correct or remove it") from error
+        raise CheckpointError(f"{name} is broken ({one_line(error)})", "correct or remove it") from error
     if unknown:
         raise CheckpointError(f"{name} is broken (no filter or test {unknown[0]!r})", "correct or remove it")
 
@@ -154,7 +154,7 @@ def _serve(cpu_seconds: int) -> None:
     except RecursionError:
         answer = {"error": "it is nested too deeply"}
     except Exception as error:  # a template can raise anything
-        answer = {"error": _one_line(error)}
+        answer = {"error": one_line(error)}
     print(json.dumps(answer))
 
 
@@ -182,7 +182,3 @@ def _limit(cpu_seconds: int) -> None:
         _, hard = resource.getrlimit(kind)
         least = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (least, least))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.configs import note, one_line, read_json
-from pi_gguf.errors import CheckpointError, UnsupportedError
+from pi_gguf.configs import note, read_json
+from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 from pi_gguf.weights import WeightFile
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi_gguf.errors import TextError
+from pi_gguf.errors import TextError, one_line
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import sha256
 
@@ -224,7 +224,7 @@ def _find_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
             kind = "is a pipe or a device, not a file" if path.exists() else "no such file or folder"
             raise TextError(f"{path}: {kind}", "check the spelling, or write the text to a file first")
     except (OSError, ValueError, RuntimeError) as error:
-        raise TextError(f"{name}: cannot be read ({_one_line(error)})", "check the spelling") from error
+        raise TextError(f"{name}: cannot be read ({one_line(error)})", "check the spelling") from error
     return [path]
 
 
@@ -312,7 +312,7 @@ def _parquet_documents(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=64, columns=[FIELD]):
                 yield from _documents(batch.to_pylist(), str(path))
     except (pyarrow.ArrowException, OSError) as error:
-        raise TextError(f"{path}: no readable Parquet ({_one_line(error)})", "write or download it again") from error
+        raise TextError(f"{path}: no readable Parquet ({one_line(error)})", "write or download it again") from error
 
 
 def hub_documents(name: str, revision: str | None) -> Iterator[str]:
@@ -333,7 +333,7 @@ def _hub_rows(name: str, revision: str | None) -> Iterator[Mapping[str, Any]]:
     try:
         yield from datasets.load_dataset(repository, split=split or "train", streaming=True, revision=revision)
     except Exception as error:  # datasets raises many kinds: names, splits, configurations, files, the network
-        raise TextError(f"{name}: the data set cannot be read ({_one_line(error)})", "check name and split") from error
+        raise TextError(f"{name}: the data set cannot be read ({one_line(error)})", "check name and split") from error
 
 
 def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -351,7 +351,7 @@ def _hub_revision(name: str) -> str:
         return str(HfApi().dataset_info(name.partition(":")[0]).sha)
     except Exception as error:  # offline, unknown, private: each a kind of its own
         raise TextError(
-            f"{name}: no such file or folder, and no data set of the Hub that can be opened ({_one_line(error)})",
+            f"{name}: no such file or folder, and no data set of the Hub that can be opened ({one_line(error)})",
             "check the name; a data set of the Hub needs the network, a file or folder does not",
         ) from error
 
@@ -378,7 +378,3 @@ def _no_field(where: str, names: Sequence[str], strings: Sequence[str]) -> TextE
     listed = ", ".join(map(str, names)) or "none"
     hint = f"rename {strings[0]} to {FIELD}" if len(strings) == 1 else f"put the documents into a field {FIELD}"
     return TextError(f"{where}: must have a field {FIELD}, its fields are: {listed}", hint)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
