@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pi_gguf.checkpoint import DTYPE_BYTES, TensorSource, is_file, read_json, read_tensor_list
+from pi_gguf.checkpoint import DTYPE_BYTES, TensorSource, read_json, read_tensor_list
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
+from pi_gguf.files import is_file
 from pi_gguf.merging import PickledTensor, load_pickled
 from pi_gguf.progress import say
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.adapter_files import CONFIG_FILE, AdapterFiles, load_adapter_files
-from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, TensorSource, is_file, read_json, read_provenance, read_rope
+from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, TensorSource, read_json, read_provenance, read_rope
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
+from pi_gguf.files import is_file
 from pi_gguf.merging import (
     Addition,
     Change,

@@ -25,6 +25,7 @@ from pi_gguf.configs import Configuration, note, read_config, read_json, read_ro
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
+from pi_gguf.files import is_file
 from pi_gguf.methods import find_method
 from pi_gguf.rope import FACTOR_TENSORS, RopeScaling, divisors_scaling
 from pi_gguf.tensors import (
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "DTYPE_BYTES", "PROVENANCE_FILE", "Checkpoint", "TensorSource", "is_file", "load_checkpoint", "model_name",
+    "DTYPE_BYTES", "PROVENANCE_FILE", "Checkpoint", "TensorSource", "load_checkpoint", "model_name",
     "public_source", "read_json", "read_provenance", "read_rope", "read_tensor_list",
 ]  # fmt: skip
 
@@ -643,14 +644,6 @@ def _resolve(model: str, patterns: list[str]) -> Path:
             f"{model}: not a folder here, and not to be had from the Hub ({one_line(error)})",
             "check the spelling and the connection; for gated models run `hf auth login`",
         ) from error
-
-
-def is_file(path: Path) -> bool:
-    """Tell whether a file is there; False for a name that no file can have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -323,6 +323,14 @@ def temporary(path: Path, name: str) -> Iterator[Path]:
 # Disks and files
 
 
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there, no folder, pipe or device; False for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def check_free_disk(folder: Path, need_bytes: int) -> None:
     """Check that `folder` has room for `need_bytes`.
 

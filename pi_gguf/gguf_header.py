@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pi_gguf.errors import GgufError, one_line
-from pi_gguf.files import check_free_disk, human_bytes
+from pi_gguf.files import check_free_disk, human_bytes, is_file
 from pi_gguf.progress import progress_bar
 
 ALIGNMENT = 32
@@ -212,11 +212,7 @@ def read_header(path: Path) -> Header:
     Raises:
         GgufError: the file is missing, truncated, no GGUF, or its numbers are big-endian.
     """
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        is_file = False
-    if not is_file:
+    if not is_file(path):
         raise GgufError(f"{path}: no such file", "check the spelling")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -229,13 +225,14 @@ def read_header(path: Path) -> Header:
 
 def is_gguf(path: str | Path) -> bool:
     """Tell whether a file is a GGUF file: by its first bytes, whatever its name, or by a name that claims so."""
+    path = Path(path)
     try:
-        if not Path(path).is_file():
-            return Path(path).suffix == ".gguf"
-        with Path(path).open("rb") as file:
-            return file.read(4) == _MAGIC or Path(path).suffix == ".gguf"
-    except (OSError, ValueError):  # not to be read, or a name that no file can have
-        return Path(path).suffix == ".gguf"
+        if is_file(path):
+            with path.open("rb") as file:
+                return file.read(4) == _MAGIC or path.suffix == ".gguf"
+    except OSError:  # not to be read
+        pass
+    return path.suffix == ".gguf"
 
 
 def _scan_header(path: Path, data: mmap.mmap) -> Header:

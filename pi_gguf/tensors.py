@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.configs import note, read_json
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
+from pi_gguf.files import is_file
 from pi_gguf.weights import WeightFile
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _shards(index_path: Path, folder: Path) -> list[Path]:
         raise CheckpointError(f"{index_path}: weight_map must map tensors to files", "download it again")
     paths = [folder / name for name in sorted(set(weight_map.values()))]
     for path in paths:
-        if path.parent != folder or not _is_regular(path):
+        if path.parent != folder or not is_file(path):
             there = sorted(other.name for other in folder.glob("*.safetensors"))
             hint = "download the missing shard"
             if there:
@@ -195,23 +196,16 @@ def _shards(index_path: Path, folder: Path) -> list[Path]:
 
 
 def _checked_file(path: Path) -> Path:
-    if not _is_regular(path):
+    if not is_file(path):
         raise CheckpointError(f"{path}: is not a file", "put the checkpoint's own file there")
     return path
-
-
-def _is_regular(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def _other_weights(folder: Path) -> str:
     """Return a hint by what else is in the folder."""
     if (folder / _SINGLE).is_symlink():
         return f"{_SINGLE} is a link to nothing: download it again"
-    if variants := sorted(path for path in folder.glob("*.safetensors") if _is_regular(path)):
+    if variants := sorted(path for path in folder.glob("*.safetensors") if is_file(path)):
         name = variants[0].name
         if name.startswith("adapter_model"):
             return "this is an adapter's folder: give its base as MODEL and this folder with --lora"
