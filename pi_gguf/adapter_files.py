@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pi_gguf.checkpoint import DTYPE_BYTES, TensorSource, read_json, read_tensor_list
+from pi_gguf.checkpoint import public_source
+from pi_gguf.configs import read_json
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 from pi_gguf.files import is_file
 from pi_gguf.merging import PickledTensor, load_pickled
 from pi_gguf.progress import say
+from pi_gguf.tensors import IGNORED_TENSORS, TensorSource, check_dtypes, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", WEIGHTS_FILE]
@@ -89,11 +91,7 @@ class AdapterFiles:
     @property
     def name(self) -> str:
         """What the adapter is called: its folder, or its id on the Hub."""
-        path = self.path.resolve()
-        repository = path.parent.parent.name
-        if path.parent.name == "snapshots" and repository.startswith("models--"):
-            return repository.removeprefix("models--").replace("--", "/")
-        return path.name
+        return public_source(str(self.path))
 
     def sha256(self) -> str:
         """Return a hash of config and weights."""
@@ -122,7 +120,9 @@ def load_adapter_files(folder: str) -> AdapterFiles:
         if not is_file(wanted):
             raise CheckpointError(f"{path}: {wanted.name} is missing", _hint_for(path))
     files = AdapterFiles(path, weights, AdapterConfig(read_json(path / CONFIG_FILE), path / CONFIG_FILE))
-    _sort_tensors(files, read_tensor_list(weights) if weights.name == WEIGHTS_FILE else _read_pickled_list(weights))
+    found = read_tensors(weights) if weights.name == WEIGHTS_FILE else _read_pickled(weights)
+    check_dtypes((source for name, source in found.items() if not IGNORED_TENSORS.search(name)), "F64")
+    _sort_tensors(files, found)
     return files
 
 
@@ -158,15 +158,12 @@ def _hint_for(path: Path) -> str:
     return f"try --lora {place}" if place else "--lora takes a folder as peft saves it"
 
 
-def _read_pickled_list(path: Path) -> dict[str, TensorSource]:
+def _read_pickled(path: Path) -> dict[str, TensorSource]:
     known = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
-    names = {stored: kind for stored, kind in known.items() if kind in DTYPE_BYTES}
     found: dict[str, TensorSource] = {}
     for name, tensor in load_pickled(path).items():
         kind = str(tensor.dtype) if str(tensor.layout) == "torch.strided" else str(tensor.layout)
-        if kind not in names:
-            raise UnsupportedError(f"{path}: {name} must be F32, F16 or BF16, got {kind}", "save it in one of these")
-        found[str(name)] = PickledTensor(path, str(name), tuple(tensor.shape), names[kind])
+        found[str(name)] = PickledTensor(path, str(name), tuple(tensor.shape), known.get(kind, kind))
     return found
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.adapter_files import CONFIG_FILE, AdapterFiles, load_adapter_files
-from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, TensorSource, read_json, read_provenance, read_rope
+from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, read_provenance
+from pi_gguf.configs import read_json, read_rope
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.files import is_file
 from pi_gguf.merging import (
@@ -33,6 +34,7 @@ from pi_gguf.merging import (
 )
 from pi_gguf.progress import say
 from pi_gguf.rope import RopeScaling, positive_int, positive_number
+from pi_gguf.tensors import TensorSource, open_files
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +128,7 @@ class AdaptedCheckpoint(Checkpoint):
         text.vocab_size, text.tie_word_embeddings = self.vocab_size, self.tied
         if hasattr(text, "quantization_config"):
             del text.quantization_config  # of weights that were rounded; these are not
-        files: dict[Path, Any] = {}
-        weights = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
-        return type(self.skeleton).from_pretrained(None, config=text, state_dict=weights, dtype=dtype)
+        return self._open_values(text, dtype=dtype)
 
 
 def with_adapters(checkpoint: Checkpoint, folders: Sequence[str]) -> AdaptedCheckpoint:
@@ -184,14 +184,14 @@ def low_rank_changes(checkpoint: AdaptedCheckpoint) -> dict[str, LowRank]:
         UnsupportedError: it does something else, which a GGUF adapter cannot hold.
     """
     [adapter] = checkpoint.adapters
-    found, files = {}, dict[Path, Any]()
+    found = {}
     tied = set(checkpoint.base.tied_tensors.values())
     for name, changes in adapter.changes.items():
         for change in changes:
             if isinstance(change, LowRank) and change.plain and name not in tied:
                 found[name] = change
                 continue
-            if not (isinstance(change, Replacement) and _is_of(checkpoint.base.tensors.get(name), change, files)):
+            if not (isinstance(change, Replacement) and _is_of(checkpoint.base.tensors.get(name), change)):
                 source = next(iter(change.sources), None)
                 raise UnsupportedError(
                     f"{adapter.files.weights}: {source.name if source else CONFIG_FILE} {_beyond(change)} {name}, "
@@ -201,12 +201,12 @@ def low_rank_changes(checkpoint: AdaptedCheckpoint) -> dict[str, LowRank]:
     return found
 
 
-def _is_of(base: TensorSource | None, change: Replacement, files: dict[Path, Any]) -> bool:
+def _is_of(base: TensorSource | None, change: Replacement) -> bool:
     """Tell whether a replaced tensor is the model's own; peft saves the base of embeddings along."""
     if base is None or base.shape != change.source.shape:
         return False
-    before = base.read(files)
-    return bool(change.apply(None, files).float().equal(before.float()))
+    with open_files() as files:
+        return bool(change.apply(None, files).float().equal(base.read(files).float()))
 
 
 def _beyond(change: Change) -> str:
@@ -388,10 +388,10 @@ def _alike(ones: Sequence[Change | None], others: Sequence[Change | None]) -> bo
     (one, *left), (other, *right) = (ones or [None], others or [None])
     if left or right or not (isinstance(one, Replacement) and isinstance(other, Replacement)):
         return False
-    files: dict[Path, Any] = {}
-    return one.source.shape == other.source.shape and bool(
-        one.apply(None, files).float().equal(other.apply(None, files).float())
-    )
+    with open_files() as files:
+        return one.source.shape == other.source.shape and bool(
+            one.apply(None, files).float().equal(other.apply(None, files).float())
+        )
 
 
 class _Reader:

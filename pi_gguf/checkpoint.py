@@ -1,7 +1,7 @@
 """The door to Hugging Face checkpoints: resolve MODEL, check config and weights, open with transformers.
 
 In: a folder, a Hub id or `bundled:tiny`. Out: a `Checkpoint` whose config and tensor list are already checked.
-Only safetensors are read, memory-mapped; no code from a checkpoint is run.
+Only safetensors are read, never mapped; no code from a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.agreement import check_rotation, rotated_dimensions
-from pi_gguf.configs import Configuration, note, read_config, read_json, read_rope
+from pi_gguf.configs import Configuration, note, read_config, read_json
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
@@ -29,14 +29,13 @@ from pi_gguf.files import is_file
 from pi_gguf.methods import find_method
 from pi_gguf.rope import FACTOR_TENSORS, RopeScaling, divisors_scaling
 from pi_gguf.tensors import (
-    DTYPE_BYTES,
     IGNORED_TENSORS,
     ScaledBlocks,
     TensorSource,
     Wanted,
     check_dtypes,
     check_not_packed,
-    read_tensor_list,
+    open_files,
     read_tensors,
     split_experts,
     unknown_tensors,
@@ -48,11 +47,6 @@ from pi_gguf.tensors import (
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = [
-    "DTYPE_BYTES", "PROVENANCE_FILE", "Checkpoint", "TensorSource", "load_checkpoint", "model_name",
-    "public_source", "read_json", "read_provenance", "read_rope", "read_tensor_list",
-]  # fmt: skip
 
 PROVENANCE_FILE = "pi_gguf.json"
 """Written by `extend` beside the weights: source, windows, steps and tokens trained."""
@@ -454,8 +448,8 @@ class Checkpoint:
 
     def _open_values(self, config: PretrainedConfig, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
         """Open the model with the tensors' values as they are read here."""
-        files: dict[Path, Any] = {}
-        values = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
+        with open_files() as files:
+            values = {name: source.read(files).to(dtype) for name, source in self.tensors.items()}
         text, kind = config.get_text_config(), type(self.skeleton)
         model: PreTrainedModel = kind.from_pretrained(None, config=text, state_dict=values, dtype=dtype, **options)
         return model
@@ -560,8 +554,8 @@ def _without_adapter(path: Path, weights: list[Path]) -> Iterator[Path]:
 
 def _equal(one: TensorSource, other: TensorSource) -> bool:
     """Tell whether two tensors hold the same numbers."""
-    files: dict[Path, Any] = {}
-    return one.shape == other.shape and bool((one.read(files) == other.read(files)).all())
+    with open_files() as files:
+        return one.shape == other.shape and bool((one.read(files) == other.read(files)).all())
 
 
 def _fused(in_memory: set[str], saved: dict[str, Any]) -> dict[str, list[list[str]]]:

@@ -16,7 +16,8 @@ from typing import Any
 from pi_gguf import bundled
 from pi_gguf.adapters import with_adapters
 from pi_gguf.batches import PACKINGS, training_batches
-from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, public_source, read_json
+from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, public_source
+from pi_gguf.configs import read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json, writes

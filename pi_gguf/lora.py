@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
+from pi_gguf.tensors import open_files
 
 if TYPE_CHECKING:
     import torch
@@ -118,11 +119,11 @@ def add_adapters(checkpoint: Checkpoint, model: PreTrainedModel, rank: int, alph
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-    files: dict[Path, Any] = {}
-    for name in found.whole:  # as they are on disk: the base may be in fewer bits
-        for own, parameter in model.get_submodule(name).modules_to_save["default"].named_parameters():
-            if source := checkpoint.tensors.get(f"{name}.{own}"):
-                parameter.data.copy_(source.read(files))
+    with open_files() as files:
+        for name in found.whole:  # as they are on disk: the base may be in fewer bits
+            for own, parameter in model.get_submodule(name).modules_to_save["default"].named_parameters():
+                if source := checkpoint.tensors.get(f"{name}.{own}"):
+                    parameter.data.copy_(source.read(files))
     if checkpoint.tied:  # peft ties the copies itself only where they are called embed_tokens and lm_head
         embedding, head = (
             module.modules_to_save["default"]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,18 @@ _QUANTIZED = f"the weights are quantized already: {_16_BITS}"
 # Sources
 
 
+@contextmanager
+def open_files() -> Iterator[dict[Path, Any]]:
+    """Give the `files` that sources are read from; what they open is closed at the end."""
+    files: dict[Path, Any] = {}
+    try:
+        yield files
+    finally:
+        for file in files.values():
+            if isinstance(file, WeightFile):
+                file.close()
+
+
 @dataclass(frozen=True)
 class TensorSource:
     """Where one tensor lies: its file, its name there, shape, and dtype that it reads as (`F32`, `F16` or `BF16`)."""
@@ -86,7 +99,7 @@ class TensorSource:
         """Return its values.
 
         Args:
-            files: opened files by path, filled as they are needed.
+            files: opened files by path, filled as they are needed; of `open_files`.
         """
         if self.path not in files:
             files[self.path] = WeightFile(self.path)
@@ -232,22 +245,6 @@ def read_tensors(path: Path) -> dict[str, TensorSource]:
         raise CheckpointError(
             f"{path}: truncated or not safetensors ({one_line(error)})", "download this file again"
         ) from error
-
-
-def read_tensor_list(path: Path) -> dict[str, TensorSource]:
-    """Read names, shapes and dtypes of the tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: it is truncated or no safetensors.
-        UnsupportedError: a dtype that is not handled.
-    """
-    found = read_tensors(path)
-    for name, source in found.items():
-        if source.dtype not in _PLAIN and not IGNORED_TENSORS.search(name):
-            raise UnsupportedError(
-                f"{path}: {name} must be F32, F16 or BF16, got {source.dtype}", "save it in one of these"
-            )
-    return found
 
 
 # Forms of the same weights
@@ -420,14 +417,17 @@ def check_not_packed(found: Mapping[str, TensorSource], method: Any) -> None:
         )
 
 
-def check_dtypes(sources: Iterable[TensorSource]) -> None:
+def check_dtypes(sources: Iterable[TensorSource], *more: str) -> None:
     """Check that every tensor reads as numbers of 16 or 32 bits.
+
+    Args:
+        more: dtypes that are taken beside these.
 
     Raises:
         UnsupportedError: another dtype.
     """
     for source in sources:
-        if source.dtype not in _PLAIN:
+        if source.dtype not in (*_PLAIN, *more):
             raise UnsupportedError(
                 f"{source.path}: {source.name} must be F32, F16 or BF16, got {source.dtype}", "save it in one of these"
             )

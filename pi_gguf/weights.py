@@ -31,7 +31,7 @@ _READ_BYTES = 2**24
 
 
 class WeightFile:
-    """An open file whose header safetensors has checked.
+    """An open file whose header safetensors has checked; whoever opens it closes it.
 
     Raises:
         CheckpointError: it cannot be read, or is not as it was.
@@ -41,11 +41,21 @@ class WeightFile:
         self._path = path
         try:
             self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise self._changed(error) from error
+        try:
             (length,) = struct.unpack("<Q", self._file.read(8))
             self._begin = 8 + length
             self._header: dict[str, Any] = json.loads(self._file.read(length))
         except (OSError, ValueError, struct.error) as error:
-            raise CheckpointError(f"{path}: cannot be read any more ({error})", "let it be while it is read") from error
+            self.close()
+            raise self._changed(error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _changed(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self._path}: cannot be read any more ({error})", "let it be while it is read")
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Read a tensor."""

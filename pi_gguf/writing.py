@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.adapters import AdaptedCheckpoint, low_rank_changes
 from pi_gguf.agreement import check_sizes
-from pi_gguf.checkpoint import Checkpoint, TensorSource
+from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
 from pi_gguf.files import check_free_disk, disk_errors
@@ -47,6 +47,7 @@ from pi_gguf.gguf_header import read_header
 from pi_gguf.merging import ScaledTensor
 from pi_gguf.progress import progress_bar, say, stage
 from pi_gguf.rope import RopeScaling
+from pi_gguf.tensors import TensorSource, open_files
 from pi_gguf.trial import trust
 
 if TYPE_CHECKING:
@@ -374,9 +375,9 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         say(f"go on with {path}: {done} of {len(plan.outputs)} tensors are there")
     left = plan.outputs[done:]
     check_free_disk(path.parent, sum(padded(output.nbytes) for output in left))
-    files: dict[Path, Any] = {}
     with (
         disk_errors(path),
+        open_files() as files,
         path.open("ab") as file,
         state_path(path).open("a", encoding="utf-8") as state,
         progress_bar(f"write {plan.quantization}", sum(o.nbytes for o in plan.outputs), "bytes") as advance,
