@@ -102,22 +102,9 @@ class Model(LanguageModel):
         self.n_ctx = self.window if n_ctx is None else n_ctx
         if self.n_ctx < 1:
             raise OptionError(f"n_ctx must be at least 1 token, got {n_ctx}")
-        for name, value in (("type_k", type_k), ("type_v", type_v)):
-            if value not in CACHE_TYPES:
-                raise OptionError(
-                    f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}",
-                    "f16 is usual, q8_0 takes half of it",
-                )
-        for name, value, length in (("type_k", type_k, "key_length"), ("type_v", type_v, "value_length")):
-            if value in _QUANTIZED and (size := _head_size(info, length)) % 32:
-                raise OptionError(
-                    f"{name} {value} needs heads of a multiple of 32, {path} has heads of {size}", "f16 has no blocks"
-                )
-        quantized = type_v in _QUANTIZED
-        if quantized and flash_attn is False:
-            raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")
+        _check_cache_types(info, type_k, type_v, flash_attn)
         on_gpu = _use_gpu(device)
-        self.flash_attn = on_gpu or quantized if flash_attn is None else flash_attn
+        self.flash_attn = on_gpu or type_v in _QUANTIZED if flash_attn is None else flash_attn
         self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
         if not on_gpu:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
@@ -397,6 +384,21 @@ def _head_size(info: GgufInfo, name: str) -> int:
     if f"{info.arch}.attention.{name}" in info.header.entries:
         return info.hyperparameter(f"attention.{name}")
     return info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
+
+
+def _check_cache_types(info: GgufInfo, type_k: str, type_v: str, flash_attn: bool | None) -> None:
+    """Check that llama.cpp can keep a file's keys and values in these types."""
+    for name, value, length in (("type_k", type_k, "key_length"), ("type_v", type_v, "value_length")):
+        if value not in CACHE_TYPES:
+            raise OptionError(
+                f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}", "f16 is usual, q8_0 takes half of it"
+            )
+        if value in _QUANTIZED and (size := _head_size(info, length)) % 32:
+            raise OptionError(
+                f"{name} {value} needs heads of a multiple of 32, {info.path} has heads of {size}", "f16 has no blocks"
+            )
+    if type_v in _QUANTIZED and flash_attn is False:
+        raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")
 
 
 def _scores_batch(info: GgufInfo, n_ctx: int) -> int:
