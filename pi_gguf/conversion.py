@@ -68,6 +68,21 @@ class DryRun:
     memory_bytes: int
     disk_bytes: int
 
+    @classmethod
+    def of(cls, plans: Sequence[FilePlan], out: Path, quantization: str, training_bytes: int) -> DryRun:
+        names = [str(path) for path in split_paths(out, len(plans))]
+        outputs = [output for plan in plans for output in plan.outputs]
+        nbytes = sum(plan.nbytes for plan in plans)
+        return cls(
+            files=list(zip(names, (plan.nbytes for plan in plans), strict=True)),
+            quantization=quantization,
+            tensors=[(o.name, list(o.shape), o.type, o.nbytes) for o in outputs],
+            header_bytes=sum(len(plan.header) for plan in plans),
+            nbytes=nbytes,
+            memory_bytes=max(plan.memory_bytes for plan in plans),
+            disk_bytes=nbytes + training_bytes,
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -170,20 +185,14 @@ def convert(
         raise OptionError(f"convert runs in one process, got {process_count()}", "run extend under torchrun, then this")
     out, quant = Path(out), check_quantization(quant, importance=imatrix is not None)
     overrides = [_read_override(text) for text in tensor_type]
-    if overrides and quant in UNQUANTIZED:
-        raise OptionError(f"tensor-type is for quantized files, quant is {quant}", "give --quant Q8_0 or another")
-    if out.suffix != ".gguf":
-        raise OptionError(f"{out}: the name must end in .gguf")
-    if check not in LEVELS:
-        raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
-    if strict_tokenizer and check == "none":
-        raise OptionError("strict-tokenizer is for the check, check is none", "leave one of them out")
     certify = check != "none" if certify is None else certify
     requirements = read_requirements(require)
-    if requirements and (not certify or adapter_only or dry_run):
-        raise OptionError("require is for files that are certified", "leave --require or the other option out")
     uncertified = out.with_name(f"{out.stem}-uncertified.gguf")
     max_bytes = None if split_max_size is None else _read_size(split_max_size)
+    _check_options(
+        out, quant, check, overrides=bool(overrides), strict_tokenizer=strict_tokenizer, required=bool(requirements),
+        certified=certify and not (adapter_only or dry_run),
+    )  # fmt: skip
     _check_adapter_options(lora, context, steps, adapter_only, quant)
     if not dry_run:
         check_writable(out, overwrite)
@@ -242,17 +251,7 @@ def convert(
     plans = plans_of(checkpoint, trained)
     nbytes = sum(plan.nbytes for plan in plans)
     if dry_run:
-        names = [str(path) for path in split_paths(out, len(plans))]
-        outputs = [output for plan in plans for output in plan.outputs]
-        return DryRun(
-            files=list(zip(names, (plan.nbytes for plan in plans), strict=True)),
-            quantization=quant,
-            tensors=[(o.name, list(o.shape), o.type, o.nbytes) for o in outputs],
-            header_bytes=sum(len(plan.header) for plan in plans),
-            nbytes=nbytes,
-            memory_bytes=max(plan.memory_bytes for plan in plans),
-            disk_bytes=nbytes + (training_disk_bytes(checkpoint, planned) if planned else 0),
-        )
+        return DryRun.of(plans, out, quant, training_disk_bytes(checkpoint, planned) if planned else 0)
     if fine_tune:
         assert context is not None
         check_free_disk(out.parent, nbytes)
@@ -340,6 +339,22 @@ def _read_size(text: str) -> int:
     if not match or int(match[1]) < 1:
         raise OptionError(f"split-max-size must be a number of bytes such as 500M or 4G, got {text!r}")
     return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
+
+
+def _check_options(
+    out: Path, quant: str, check: str, *, overrides: bool, strict_tokenizer: bool, required: bool, certified: bool
+) -> None:
+    """Check that options go together, before anything is read."""
+    if overrides and quant in UNQUANTIZED:
+        raise OptionError(f"tensor-type is for quantized files, quant is {quant}", "give --quant Q8_0 or another")
+    if out.suffix != ".gguf":
+        raise OptionError(f"{out}: the name must end in .gguf")
+    if check not in LEVELS:
+        raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
+    if strict_tokenizer and check == "none":
+        raise OptionError("strict-tokenizer is for the check, check is none", "leave one of them out")
+    if required and not certified:
+        raise OptionError("require is for files that are certified", "leave --require or the other option out")
 
 
 def _check_adapter_options(

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pi_gguf.adapters import with_adapters
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import PiGgufError
+from pi_gguf.tensors import open_files
 
 VOCABULARY = 40
 _COMMON = {
@@ -187,8 +188,8 @@ def merged_by_peft(base: Path, folders: list[Path], grown: int, path: Path) -> d
 
 def merged_here(base: Path, folders: list[Path]) -> dict[str, torch.Tensor]:
     checkpoint = with_adapters(load_checkpoint(str(base)), [str(folder) for folder in folders])
-    files: dict[Path, Any] = {}
-    return {name: source.read(files) for name, source in checkpoint.tensors.items()}
+    with open_files() as files:
+        return {name: source.read(files) for name, source in checkpoint.tensors.items()}
 
 
 def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> str:

@@ -27,6 +27,7 @@ from pi_gguf.families import FAMILIES, family
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.rope import OwnScaling, RopeScaling
 from pi_gguf.scoring import kl_divergence
+from pi_gguf.tensors import open_files
 
 IDS = [7 + (i * 41) % 380 for i in range(56)]
 Tensors = dict[str, torch.Tensor]
@@ -383,9 +384,10 @@ def test_8_bit_floats_are_multiplied_by_their_scales(llama_copy, block, suffix, 
         return written
 
     rewrite(llama_copy, quantized)
-    sources, files = load_checkpoint(str(llama_copy)).tensors, dict[Path, Any]()
-    for name, tensor in exact.items():
-        assert sources[name].read(files).equal(tensor), name
+    sources = load_checkpoint(str(llama_copy)).tensors
+    with open_files() as files:
+        for name, tensor in exact.items():
+            assert sources[name].read(files).equal(tensor), name
     clean = llama_copy.with_name("clean")
     shutil.copytree(llama_copy, clean)
     edit(clean, quantization_config=None)
@@ -426,8 +428,8 @@ def test_experts_fused_in_memory_are_those_of_a_tensor_each(kind, tmp_path, capf
     make_tokenizer(tmp_path / "fused")
     each, fused = (load_checkpoint(str(tmp_path / name)).tensors for name in ("each", "fused"))
     assert list(each) == list(fused) and len(load_file(tmp_path / "fused" / "model.safetensors")) < len(each)
-    files: dict[Path, Any] = {}
-    assert all(fused[name].read(files).equal(source.read(files)) for name, source in each.items())
+    with open_files() as files:
+        assert all(fused[name].read(files).equal(source.read(files)) for name, source in each.items())
     assert "experts are fused" in capfd.readouterr().err
     assert distance(convert(tmp_path / "fused"), theirs(tmp_path / "fused")) < 1e-4
 

@@ -34,6 +34,7 @@ from pi_gguf.planning import (
     plan_training,
 )
 from pi_gguf.processes import check_spread
+from pi_gguf.tensors import open_files
 from pi_gguf.tiles import tiled_mlps
 from pi_gguf.training import check_reports, flash_attn_fits
 
@@ -186,11 +187,10 @@ def test_an_adapter_alone_merges_to_the_same_model(base, tmp_path, text, request
     assert json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     checkpoint = with_adapters(load_checkpoint(str(base)), [str(alone)])
     assert checkpoint.rope == load_checkpoint(str(merged)).rope and checkpoint.rope.factor == 4
-    files = {}
-    for name, source in load_checkpoint(str(merged)).tensors.items():
-        torch.testing.assert_close(
-            checkpoint.tensors[name].read(files).to(source.read({}).dtype), source.read({}), rtol=0, atol=0
-        )
+    with open_files() as files:
+        for name, source in load_checkpoint(str(merged)).tensors.items():
+            theirs = source.read(files)
+            torch.testing.assert_close(checkpoint.tensors[name].read(files).to(theirs.dtype), theirs, rtol=0, atol=0)
 
 
 def test_adapters_begin_where_the_whole_model_does(llama, tmp_path, text, monkeypatch):
