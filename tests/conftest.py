@@ -105,6 +105,25 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="session")
+def f32_gguf(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound F32 file of the model, interpolated to 256 tokens. Not to be changed by a test."""
+    from pi_gguf.conversion import convert
+
+    path = tmp_path_factory.mktemp("gguf") / "sound.gguf"
+    convert(str(llama), path, context=256, steps=0, quant="F32", check="none")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes | str | None]:
+    """Return all that is in a folder: bytes of files, targets of links, None for folders."""
+
+    def of(path: Path) -> bytes | str | None:
+        return str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+
+    return {str(p.relative_to(folder)): of(p) for p in sorted(folder.rglob("*"))}
+
+
 @pytest.fixture
 def llama_copy(llama: Path, tmp_path: Path) -> Path:
     """The same model, for a test to damage."""

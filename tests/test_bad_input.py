@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WINDOW, make_llama
+from conftest import WINDOW, contents, make_llama
 
 OPTION, CHECKPOINT, UNSUPPORTED, TEXT, GGUF, RESOURCE = 2, 3, 4, 5, 6, 8
 """Exit codes, as the table in `pi_gguf/errors.py` has them."""
@@ -60,26 +60,11 @@ def sharded_copy(sharded, tmp_path) -> Path:
     return Path(shutil.copytree(sharded, tmp_path / "sharded"))
 
 
-@pytest.fixture(scope="module")
-def f32_gguf(llama, tmp_path_factory) -> Path:
-    """A sound F32 file of the model, interpolated to 256 tokens. Not to be changed by a test."""
-    from pi_gguf.conversion import convert
-
-    path = tmp_path_factory.mktemp("gguf") / "sound.gguf"
-    convert(str(llama), path, context=256, steps=0, quant="F32", check="none")
-    return path
-
-
 @pytest.fixture
 def out_folder(tmp_path) -> Path:
     path = tmp_path / "out"
     path.mkdir()
     return path
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Return everything in a folder, hidden files too: bytes by name, None for a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def assert_error(result: tuple[int, str, str], code: int, *says: Any, hint: str | None = None) -> None:

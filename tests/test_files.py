@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import contents
 
 from pi_gguf.errors import OptionError, ResourceError
 from pi_gguf.files import check_writable, one_writer, publish, replace_when_complete, temporary, write_text
@@ -40,29 +41,11 @@ EVERY_WRITER = {
 SUFFIXES = {"card": ".md", "plot": ".png", "keep": ".jsonl", "extend": "", "report": "", "demo": ""}
 
 
-@pytest.fixture(scope="module")
-def gguf(llama, tmp_path_factory) -> Path:
-    from pi_gguf.conversion import convert
-
-    path = tmp_path_factory.mktemp("gguf") / "sound.gguf"
-    convert(str(llama), path, context=256, steps=0, quant="F32", check="none")
-    return path
-
-
 @pytest.fixture
 def out(tmp_path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
     return folder / "made"
-
-
-def contents(folder: Path) -> dict[str, bytes | str | None]:
-    """Return all that is in a folder: bytes of files, targets of links, None for folders."""
-
-    def of(path: Path) -> bytes | str | None:
-        return str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-
-    return {str(p.relative_to(folder)): of(p) for p in sorted(folder.rglob("*"))}
 
 
 def refused(result: tuple[int, str, str], code: int, *says: Any) -> None:
@@ -113,21 +96,21 @@ def held(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", EVERY_WRITER)
-def test_a_second_writer_is_refused_with_who_the_first_is(cli, llama, gguf, held, command):
+def test_a_second_writer_is_refused_with_who_the_first_is(cli, llama, f32_gguf, held, command):
     out, holder = held
     before = contents(out.parent)
-    result = cli(*EVERY_WRITER[command](llama, gguf, out))
+    result = cli(*EVERY_WRITER[command](llama, f32_gguf, out))
     refused(result, 2, f"made{SUFFIXES.get(command, '.gguf')}: is being written by process", "since")
     assert f"process {holder} " in result[2]
     assert contents(out.parent) == before
 
 
-def test_certify_is_a_writer_of_its_file(cli, gguf, tmp_path):
+def test_certify_is_a_writer_of_its_file(cli, f32_gguf, tmp_path):
     path = tmp_path / "own.gguf"
-    path.write_bytes(gguf.read_bytes())
+    path.write_bytes(f32_gguf.read_bytes())
     with Holder(path):
         refused(cli("certify", path), 2, path, "is being written by process")
-    assert path.read_bytes() == gguf.read_bytes()
+    assert path.read_bytes() == f32_gguf.read_bytes()
 
 
 def test_the_lock_is_gone_with_its_process_and_what_it_left_stays(out):
@@ -232,11 +215,11 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("command", ["convert", "extend", "quantize", "imatrix"])
-def test_what_is_in_the_way_is_left_as_it_is(cli, llama, gguf, out, kind, command):
+def test_what_is_in_the_way_is_left_as_it_is(cli, llama, f32_gguf, out, kind, command):
     (out.parent / "precious").write_text("precious")
     FOREIGN[kind](out.with_name(f"made{SUFFIXES.get(command, '.gguf')}.partial"))
     before = contents(out.parent)
-    refused(cli(*EVERY_WRITER[command](llama, gguf, out)), 2, ".partial")
+    refused(cli(*EVERY_WRITER[command](llama, f32_gguf, out)), 2, ".partial")
     assert contents(out.parent) == before
 
 
@@ -340,14 +323,14 @@ def test_what_is_published_is_on_the_disk_first(out, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["bounds", "perplexity"])
-def test_a_plot_asks_before_it_replaces_a_file(cli, llama, gguf, out, command, tmp_path):
+def test_a_plot_asks_before_it_replaces_a_file(cli, llama, f32_gguf, out, command, tmp_path):
     plot = out.with_suffix(".svg")
     plot.write_text("drawn by hand")
     (tmp_path / "t.txt").write_text("Once upon a time there was a cat. " * 100)
     arguments = {
         "bounds": ("eval", "bounds", llama, "--context", "128", "--plot", plot),
         "perplexity": (
-            "eval", "perplexity", gguf, "--text", tmp_path / "t.txt", "--windows", "64", "--stride", "32",
+            "eval", "perplexity", f32_gguf, "--text", tmp_path / "t.txt", "--windows", "64", "--stride", "32",
             "--samples", "1", "--plot", plot,
         ),
     }[command]  # fmt: skip
@@ -358,10 +341,10 @@ def test_a_plot_asks_before_it_replaces_a_file(cli, llama, gguf, out, command, t
 
 
 @pytest.mark.parametrize(("command", "name"), [("report", "report.html"), ("demo", "results.json")])
-def test_a_folder_of_other_results_is_not_written_over(cli, llama, gguf, out, command, name):
+def test_a_folder_of_other_results_is_not_written_over(cli, llama, f32_gguf, out, command, name):
     out.mkdir()
     (out / name).write_text("mine")
-    refused(cli(*EVERY_WRITER[command](llama, gguf, out)), 2, name, "exists")
+    refused(cli(*EVERY_WRITER[command](llama, f32_gguf, out)), 2, name, "exists")
     assert contents(out) == {name: b"mine"}
 
 
@@ -381,7 +364,7 @@ def test_a_limit_of_the_size_of_files_is_an_error_of_ours(out):
     assert list(out.parent.iterdir()) == []
 
 
-def test_names_that_are_none_are_refused(cli, gguf):
+def test_names_that_are_none_are_refused(cli, f32_gguf):
     for name in (".", "..", "/"):
         with pytest.raises(OptionError, match="is no name of an output"), one_writer(Path(name)):
             pass
