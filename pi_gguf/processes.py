@@ -1,12 +1,15 @@
-"""More than one process, as torchrun and accelerate launch start them: which one writes, and how a run is spread.
+"""More than one process: those that torchrun and accelerate launch start, and children for what may end a process.
 
-In: the environment they set. Out: the arguments of transformers' Trainer that spread a run. A value that cannot work is
-refused before anything is read.
+In: the environment they set. Out: which one writes, and the arguments of transformers' Trainer that spread a run; a
+value that cannot work is refused before anything is read. Or, from a module of this package, a child that runs it.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,21 @@ from pi_gguf.progress import process_count, process_rank
 
 _PATIENCE = timedelta(hours=12)
 """How long the others wait for the first one to tokenize or to write."""
+
+
+def run_child(module: str, *arguments: str, seconds: float, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run a module of this package in a process of its own, which imports what this one does.
+
+    Args:
+        module: its name, without the package's.
+        seconds: after which it is killed.
+        options: of `subprocess.run`.
+    """
+    # -P: the folder that one stands in may be a stranger's, and what lies there is not to be imported
+    command = [sys.executable, "-P", "-m", f"pi_gguf.{module}", *arguments]
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
+    environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
+    return subprocess.run(command, env=environment, timeout=seconds, check=False, **options)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import CheckpointError, GgufError, one_line
+from pi_gguf.processes import run_child
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -83,14 +84,9 @@ def render_chat(template: Any, messages: Sequence[Mapping[str, Any]], tokens: Ma
     except CheckpointError as error:
         raise GgufError(str(error), _PLAIN) from error
     variables = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True, **tokens}
-    search_path = [place for place in sys.path if place]  # without the working folder, which may be a stranger's
-    code = f"import sys; sys.path[:] = {search_path!r}; from pi_gguf.templates import _serve; _serve({_CPU_SECONDS})"
+    asked = json.dumps({"template": template, "variables": variables}).encode()
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", code],
-            input=json.dumps({"template": template, "variables": variables}).encode(),
-            capture_output=True, timeout=_WALL_SECONDS, check=False,
-        )  # fmt: skip
+        done = run_child("templates", str(_CPU_SECONDS), seconds=_WALL_SECONDS, input=asked, capture_output=True)
         answer = json.loads(done.stdout)
         text: str = answer["text"]
         text.encode()
@@ -182,3 +178,7 @@ def _limit(cpu_seconds: int) -> None:
         _, hard = resource.getrlimit(kind)
         least = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (least, least))
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

@@ -26,6 +26,7 @@ from pi_gguf.errors import GgufError, ResourceError
 from pi_gguf.ggml import llama_cpp_library, mixture
 from pi_gguf.gguf_file import TensorInfo, padded, tensor_nbytes, write_header
 from pi_gguf.gguf_header import Header
+from pi_gguf.processes import run_child
 from pi_gguf.progress import say
 
 _LIVES, _REFUSES = "lives", 3
@@ -164,13 +165,10 @@ def _tried(what: str, identity: str, arguments: Sequence[str], seconds: float = 
         return None if verdict == _LIVES else verdict
     if not sys.executable:  # Python inside another program: there is nothing to start
         return None
-    # -P: the folder that one stands in may be a stranger's, and what lies there is not to be imported
-    command = [sys.executable, "-P", "-m", "pi_gguf.trial", what.split()[0], *arguments]
-    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     try:
-        child = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
-            timeout=seconds, check=False,
+        child = run_child(
+            "trial", what.split()[0], *arguments, seconds=seconds, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"it did not come back within {seconds:.0f} seconds"
