@@ -19,6 +19,7 @@ from pi_gguf.gguf_file import GgufInfo, TensorInfo
 from pi_gguf.gguf_header import ALIGNMENT, Entry, Header
 from pi_gguf.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES
 from pi_gguf.sentencepieces import BYTE
+from pi_gguf.vocabulary import PHI3_TOKENS
 
 MOST_LAYERS, MOST_EXPERTS = 512, 1024
 
@@ -27,7 +28,6 @@ _LLAMA, _BERT, _GPT2, _RWKV, _NONE = "llama", "bert", "gpt2", "rwkv", ("none", "
 TOKENIZERS = (_LLAMA, _GPT2, "gemma4", "t5", _BERT, _RWKV, "plamo2", "hybriddna", "whitespace")
 """Kinds of tokenizers that llama.cpp reads texts with."""
 
-_BYTE_LEVEL = (_GPT2, "gemma4", "hybriddna", "whitespace")
 _USUAL = {_LLAMA: (1, 2), _BERT: (101, None), _GPT2: (11, 11), "hybriddna": (11, 11), "whitespace": (11, 11),
           "t5": (None, 1), "plamo2": (1, 2)}  # fmt: skip
 """Begin and end token that llama.cpp takes where no key names them, by kind of tokenizer."""
@@ -65,7 +65,6 @@ _NO_MODELS = {
 """What else lies in GGUF files, and what is done with it."""
 
 _PROSE = frozenset(map(chr, range(32, 127))) | {"\n"}
-_PHI3_TOKENS = (b"</s>", b"<unk>", b"<s>", b"<|endoftext|>")
 
 
 def check_loadable(info: GgufInfo, *, texts: bool = True) -> None:
@@ -260,7 +259,7 @@ def _reading(header: Header, tensors: Sequence[TensorInfo]) -> Iterator[Finding]
         if kind in _OF_KIND:
             yield from _OF_KIND[str(kind)](header, texts)
         name = str(metadata.get("general.name", "")).lower()
-        lost = [text.decode() for text in _PHI3_TOKENS if text not in set(texts)] if re.search("phi-?3", name) else []
+        lost = [text for text in PHI3_TOKENS if text.encode() not in set(texts)] if re.search("phi-?3", name) else []
         if lost and "jina" not in f"{metadata.get(_TOKENIZER + 'pre')}{arch}":
             text = f"of a model called so llama.cpp wants the tokens {', '.join(lost)}; another name will do."
             yield Finding("general.name", metadata["general.name"], None, text, ASK)

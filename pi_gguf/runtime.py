@@ -100,9 +100,7 @@ class Model(LanguageModel):
         self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
-        if self.n_ctx < 1:
-            raise OptionError(f"n_ctx must be at least 1 token, got {n_ctx}")
-        _check_cache_types(info, type_k, type_v, flash_attn)
+        _check_options(info, self.n_ctx, type_k, type_v, flash_attn)
         on_gpu = _use_gpu(device)
         self.flash_attn = on_gpu or type_v in _QUANTIZED if flash_attn is None else flash_attn
         self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
@@ -110,12 +108,11 @@ class Model(LanguageModel):
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
         threads = n_threads or cores()
         check_opens(info.header, [adapter.header for adapter in adapters])
-        quantized_weights = any(t.type not in UNQUANTIZED for t in info.tensors)
         log.clear()
         try:
             self._llama = open_llama(
                 path,
-                fast_buffers=not quantized_weights or fast_buffers_work(),
+                fast_buffers=all(t.type in UNQUANTIZED for t in info.tensors) or fast_buffers_work(),
                 n_ctx=self.n_ctx,
                 n_batch=_BATCH,
                 n_ubatch=_BATCH if self.flash_attn else _scores_batch(info, self.n_ctx),
@@ -386,8 +383,10 @@ def _head_size(info: GgufInfo, name: str) -> int:
     return info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
 
 
-def _check_cache_types(info: GgufInfo, type_k: str, type_v: str, flash_attn: bool | None) -> None:
-    """Check that llama.cpp can keep a file's keys and values in these types."""
+def _check_options(info: GgufInfo, n_ctx: int, type_k: str, type_v: str, flash_attn: bool | None) -> None:
+    """Check that llama.cpp can keep a file's keys and values in a cache of this size and these types."""
+    if n_ctx < 1:
+        raise OptionError(f"n_ctx must be at least 1 token, got {n_ctx}")
     for name, value, length in (("type_k", type_k, "key_length"), ("type_v", type_v, "value_length")):
         if value not in CACHE_TYPES:
             raise OptionError(

@@ -59,8 +59,8 @@ _FILL_IN_THE_MIDDLE = {
 _KEEPS_SPACE_RIGHT = ("<unk>", "<s>", "<|endoftext|>")
 """The only special tokens of a file named phi-3 behind which llama.cpp keeps spaces."""
 
-_PHI3_TOKENS = ("</s>", *_KEEPS_SPACE_RIGHT)
-"""Those that a file of this name must have."""
+PHI3_TOKENS = ("</s>", *_KEEPS_SPACE_RIGHT)
+"""Those without which llama.cpp ends at a file of this name."""
 
 
 def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def file_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     does not open a file without these tokens. Where either is wrong for some token, the name by which fewer are holds.
     """
     added = {added.content: bool(added.rstrip) for added in tokenizer.added_tokens_decoder.values()}
-    opens = set(_PHI3_TOKENS) <= tokenizer.get_vocab().keys()
+    opens = set(PHI3_TOKENS) <= tokenizer.get_vocab().keys()
     right = sum(rstrip == (token not in _KEEPS_SPACE_RIGHT) for token, rstrip in added.items())
     named = re.search("phi-?3", name, re.IGNORECASE) is not None
     if opens and 2 * right > len(added):

@@ -364,7 +364,7 @@ def test_a_limit_of_the_size_of_files_is_an_error_of_ours(out):
     assert list(out.parent.iterdir()) == []
 
 
-def test_names_that_are_none_are_refused(cli, f32_gguf):
+def test_names_that_are_none_are_refused():
     for name in (".", "..", "/"):
         with pytest.raises(OptionError, match="is no name of an output"), one_writer(Path(name)):
             pass
