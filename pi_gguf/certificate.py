@@ -19,8 +19,7 @@ from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError,
 from pi_gguf.evaluate import Yardstick, k_max, passkey_cells
 from pi_gguf.files import human_bytes, replace_when_complete, writes
 from pi_gguf.gguf_file import read_gguf
-from pi_gguf.gguf_header import MEASURED as PREFIX
-from pi_gguf.gguf_header import Entry, Header, read_header, write_changed
+from pi_gguf.gguf_header import MEASURED, Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
 from pi_gguf.planning import free_memory
 from pi_gguf.progress import say, stage
@@ -33,7 +32,7 @@ VERSION = 2
 _LARGEST = 3.4e38
 """Perplexities of models that know nothing are stored as this."""
 
-ROOM_KEY = f"{PREFIX}room"
+ROOM_KEY = f"{MEASURED}room"
 ROOM = {ROOM_KEY: " " * 2048}
 """Key of a file that is to be certified: the certificate takes its room, so that the file's size stays as planned."""
 
@@ -96,9 +95,9 @@ class Certificate:
         found: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if name == "perplexity":
-                found |= {f"{PREFIX}perplexity.{window}": float(p) for window, p in value.items()}
+                found |= {f"{MEASURED}perplexity.{window}": float(p) for window, p in value.items()}
             elif value is not None:
-                found[PREFIX + name] = value
+                found[MEASURED + name] = value
         return {key: min(value, _LARGEST) if isinstance(value, float) else value for key, value in found.items()}
 
     @classmethod
@@ -109,12 +108,12 @@ class Certificate:
             GgufError: it is incomplete, of a later version, or was measured on a file with another header.
         """
         path, metadata = header.path, header.metadata
-        own = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+        own = {key.removeprefix(MEASURED): value for key, value in metadata.items() if key.startswith(MEASURED)}
         if "version" not in own:
             return None
         if own["version"] != VERSION:
             raise GgufError(
-                f"{path}: {PREFIX}version is {own['version']}, {VERSION} is known", "update pi-gguf, or certify again"
+                f"{path}: {MEASURED}version is {own['version']}, {VERSION} is known", "update pi-gguf, or certify again"
             )
         if own.get("header_sha256") != header.fingerprint():
             raise GgufError(f"{path}: its certificate is of a file with another header", "certify it again")
@@ -124,9 +123,9 @@ class Certificate:
             values: dict[str, Any] = {name: own.get(name) if name in _OPTIONAL else own[name] for name in names}
             return cls(perplexity=perplexity, **values)
         except KeyError as error:
-            raise GgufError(f"{path}: {PREFIX}{error.args[0]} is missing", "certify the file again") from error
+            raise GgufError(f"{path}: {MEASURED}{error.args[0]} is missing", "certify the file again") from error
         except ValueError as error:
-            raise GgufError(f"{path}: {PREFIX}perplexity of no window ({error})", "certify the file again") from error
+            raise GgufError(f"{path}: {MEASURED}perplexity of no window ({error})", "certify the file again") from error
 
     def rows(self) -> list[tuple[str, str]]:
         """Return names and values for people."""
@@ -435,8 +434,8 @@ def certify(
 def store(path: Path, certificate: Certificate) -> None:
     """Write a certificate into a file's header, in place of one that is there; the tensors are copied as they are."""
     header = read_header(path)
-    old = {key: entry for key, entry in header.entries.items() if key.startswith(PREFIX)}
-    keys = {**certificate.keys(), f"{PREFIX}header_sha256": header.fingerprint()}
+    old = {key: entry for key, entry in header.entries.items() if key.startswith(MEASURED)}
+    keys = {**certificate.keys(), f"{MEASURED}header_sha256": header.fingerprint()}
     new = {key: Entry.of(value) for key, value in keys.items()}
     room = _size(old) - _size(new) - _size({ROOM_KEY: Entry.of("")})
     if ROOM_KEY in old and room >= 0:

@@ -77,7 +77,6 @@ class Configuration:
     opened: PretrainedConfig
     whole: PretrainedConfig
     rope: RopeScaling
-
     quantization: dict[str, Any]
     is_part: bool
 
@@ -171,10 +170,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _check_family(model_type: Any, path: Path) -> None:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}",
-            "this family is not handled",
-        )
+        raise _unknown_family(path, repr(model_type))
+
+
+def _unknown_family(path: Path, got: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {got}", "this family is not handled"
+    )
 
 
 def _open_whole(folder: Path, fields: dict[str, Any], of_text: dict[str, Any]) -> PretrainedConfig:
@@ -189,11 +191,7 @@ def _open_whole(folder: Path, fields: dict[str, Any], of_text: dict[str, Any]) -
     whole = _open(fields if untouched else {**fields, "text_config": corrected}, path, folder if untouched else None)
     found = getattr(whole.get_text_config(), "model_type", None)
     if found not in FAMILIES:
-        raise UnsupportedError(
-            f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r} with a text model of "
-            f"{found!r}",
-            "this family is not handled",
-        )
+        raise _unknown_family(path, f"{model_type!r} with a text model of {found!r}")
     return whole
 
 
@@ -207,9 +205,7 @@ def _open(fields: dict[str, Any], path: Path, folder: Path | None) -> Pretrained
 
     model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        raise UnsupportedError(
-            f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}", "this family is not handled"
-        )
+        raise _unknown_family(path, repr(model_type))
     try:
         if folder is not None:
             opened: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -25,7 +25,7 @@ from pathlib import Path
 from pi_gguf.errors import GgufError, ResourceError
 from pi_gguf.ggml import llama_cpp_library, mixture
 from pi_gguf.gguf_file import TensorInfo, padded, tensor_nbytes, write_header
-from pi_gguf.gguf_header import Header
+from pi_gguf.gguf_header import MEASURED, Header
 from pi_gguf.processes import run_child
 from pi_gguf.progress import say
 
@@ -84,7 +84,7 @@ def check_opens(header: Header, adapters: Sequence[Header] = ()) -> None:
         GgufError: the child died, or did not come back.
         ResourceError: it was killed from outside, as the system does where memory ends.
     """
-    if not adapters and header.metadata.get("pi_gguf.header_sha256") == header.fingerprint():
+    if not adapters and header.metadata.get(f"{MEASURED}header_sha256") == header.fingerprint():
         return
     _check("open", [header, *adapters])
 

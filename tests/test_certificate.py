@@ -10,11 +10,11 @@ from conftest import WINDOW, make_llama, tensors
 
 import pi_gguf
 from pi_gguf.bundled import novels
-from pi_gguf.certificate import PREFIX, Certificate, read_requirements, store
+from pi_gguf.certificate import Certificate, read_requirements, store
 from pi_gguf.errors import CertificateError, CheckError, OptionError, ResourceError
 from pi_gguf.evaluate import Yardstick
 from pi_gguf.gguf_file import read_gguf
-from pi_gguf.gguf_header import Entry, read_header, write_changed
+from pi_gguf.gguf_header import MEASURED, Entry, read_header, write_changed
 
 CONTEXT = 4 * WINDOW
 
@@ -134,7 +134,7 @@ def test_a_certificate_travels_in_the_file(copy, gguf, cli):
     }
     assert tensors(copy) == tensors(gguf)
     before, after = read_gguf(gguf).metadata, read_gguf(copy).metadata
-    assert {key: value for key, value in after.items() if not key.startswith(PREFIX)} == before
+    assert {key: value for key, value in after.items() if not key.startswith(MEASURED)} == before
     code, out, _ = cli("inspect", copy)
     assert code == 0 and "ppl_ratio" in out and f"to {CONTEXT} tokens" in out
     _, out, _ = cli("inspect", copy, "--json")
@@ -218,7 +218,7 @@ def test_a_card_shows_what_stands_in_the_file(copy, tmp_path, cli):
         "general.license": Entry.of("mit"),
         "general.name": Entry.of("A | B\nC"),
     }
-    write_changed(header.changed({**changes, f"{PREFIX}version": None}), tmp_path / "hub.gguf")
+    write_changed(header.changed({**changes, f"{MEASURED}version": None}), tmp_path / "hub.gguf")
     text = pi_gguf.card(tmp_path / "hub.gguf").text
     assert 'base_model: "owner/name"\nlicense: "mit"\n---\n\n# A \\| B C, F32, 256 tokens' in text
     code, _, err = cli("card", copy, "--out", tmp_path / "README.md")
@@ -291,7 +291,7 @@ def test_a_certificate_takes_the_room_that_was_planned_for_it(llama, tmp_path):
         pi_gguf.convert(str(llama), tmp_path / f"{certify}.gguf", **options)
         path = tmp_path / f"{certify}.gguf"
         assert path.stat().st_size == planned.nbytes
-        assert (f"{PREFIX}room" in read_header(path).entries) == certify
+        assert (f"{MEASURED}room" in read_header(path).entries) == certify
     size = (tmp_path / "True.gguf").stat().st_size
     pi_gguf.certify(tmp_path / "True.gguf", against=str(llama))
     assert (tmp_path / "True.gguf").stat().st_size == size
@@ -300,8 +300,8 @@ def test_a_certificate_takes_the_room_that_was_planned_for_it(llama, tmp_path):
 
 def test_a_certificate_with_a_damaged_key_is_a_warning(copy, tmp_path):
     pi_gguf.certify(copy)
-    changes = {f"{PREFIX}perplexity.64": None, f"{PREFIX}perplexity.abc": Entry.of(1.0)}
-    for more, message in ((changes, "perplexity of no window"), ({f"{PREFIX}text": None}, "pi_gguf.text is missing")):
+    changes = {f"{MEASURED}perplexity.64": None, f"{MEASURED}perplexity.abc": Entry.of(1.0)}
+    for more, message in ((changes, "perplexity of no window"), ({f"{MEASURED}text": None}, "pi_gguf.text is missing")):
         damaged = tmp_path / "damaged.gguf"
         write_changed(read_header(copy).changed(more), damaged)
         assert any(message in warning for warning in pi_gguf.inspect(damaged).warnings)
