@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,29 @@ def contents(folder: Path) -> dict[str, bytes | str | None]:
         return str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
 
     return {str(p.relative_to(folder)): of(p) for p in sorted(folder.rglob("*"))}
+
+
+def in_place(source: Path, target: Path, changes: dict[str, Any]) -> Path:
+    """Write a file with other values in the places of the old ones."""
+    from pi_gguf.gguf_header import read_header
+
+    header = read_header(source)
+    target.write_bytes(header.changed(changes).to_bytes() + source.read_bytes()[header.data_offset :])
+    return target
+
+
+@pytest.fixture
+def never_a_hang() -> Iterator[None]:
+    """Fail a test that takes more than a minute; `signal.alarm(n)` inside a test sets a shorter limit."""
+
+    def stop(*_: Any) -> None:
+        pytest.fail("the command did not end in time")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 from conftest import WINDOW, contents, make_llama
 
+pytestmark = pytest.mark.usefixtures("never_a_hang")
+
 OPTION, CHECKPOINT, UNSUPPORTED, TEXT, GGUF, RESOURCE = 2, 3, 4, 5, 6, 8
 """Exit codes, as the table in `pi_gguf/errors.py` has them."""
 
@@ -31,20 +33,6 @@ OLD_FILE = b"what was there before"
 
 
 # What every case needs
-
-
-@pytest.fixture(autouse=True)
-def never_a_hang() -> Iterator[None]:
-    """Fail a test that takes more than a minute; `signal.alarm(n)` inside a test sets a shorter limit."""
-
-    def stop(*_: Any) -> None:
-        pytest.fail("the command did not end in time")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

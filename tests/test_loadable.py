@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import SHARED_MODELS, make_llama
+from conftest import SHARED_MODELS, in_place, make_llama
 from test_families import make_model
 
 import pi_gguf
@@ -25,6 +24,8 @@ from pi_gguf.gguf_file import read_gguf, tensor_nbytes, tensor_types
 from pi_gguf.gguf_header import TYPES, Entry, is_gguf, read_header
 from pi_gguf.loadable import check_adapter, check_loadable, find_fatal
 from pi_gguf.runtime import Model
+
+pytestmark = pytest.mark.usefixtures("never_a_hang")
 
 A, T = "llama.", "tokenizer.ggml."
 
@@ -44,12 +45,6 @@ def experts(tmp_path_factory) -> Path:
     return out
 
 
-def changed(source: Path, target: Path, changes: dict[str, Entry | None]) -> Path:
-    header = read_header(source)
-    target.write_bytes(header.changed(changes).to_bytes() + source.read_bytes()[header.data_offset :])
-    return target
-
-
 def pieces(source: Path, target: Path, **more: Entry | None) -> Path:
     """Write the file with a SentencePiece vocabulary: all bytes, and the letters."""
     rows = read_header(source).entries[f"{T}tokens"].length
@@ -60,7 +55,7 @@ def pieces(source: Path, target: Path, **more: Entry | None) -> Path:
         "scores": Entry.of([-float(i) for i in range(rows)]), "bos_token_id": Entry.of(1), "eos_token_id": Entry.of(2),
         "token_type": Entry.of([2, 3, 3, *[6] * 256, *[1] * (rows - 259)]), **more,
     }  # fmt: skip
-    return changed(source, target, {f"{T}{name}": entry for name, entry in keys.items()})
+    return in_place(source, target, {f"{T}{name}": entry for name, entry in keys.items()})
 
 
 def dies(path: Path, *, quantize: bool = False) -> bool:
@@ -126,7 +121,7 @@ def test_what_llama_cpp_does_not_survive_is_named(name, sound, tmp_path, cli):
     if name == "words":
         types = [6, *read_header(sound).entries[T + "token_type"].value[1:]]
         changes = {**changes, T + "token_type": Entry.of(types)}
-    path = changed(sound, tmp_path / "model.gguf", changes)
+    path = in_place(sound, tmp_path / "model.gguf", changes)
     assert dies(path, quantize="layers" in name or "experts" in name or "scaling" in name)
     findings = list(find_fatal(read_header(path), read_gguf(path).tensors))
     assert [f for f in findings if f.key.endswith(key)], findings
@@ -148,7 +143,7 @@ def test_a_number_of_layers_or_experts_is_mended_by_the_tensors(sound, experts, 
         (sound, "expert_used_count", 1), (experts, "expert_count", None),
     ):  # fmt: skip
         header = read_header(source)
-        path = changed(source, tmp_path / "wrong.gguf", {A + key: None if wrong is None else Entry.of(wrong)})
+        path = in_place(source, tmp_path / "wrong.gguf", {A + key: None if wrong is None else Entry.of(wrong)})
         out = tmp_path / "right.gguf"
         code, _, err = cli("repair", path, out, "--overwrite")
         assert code == 0, err
@@ -167,7 +162,7 @@ def test_layers_are_as_many_as_llama_cpp_holds_where_no_tensor_tells(sound, tmp_
 def test_experts_that_cannot_be_chosen_are_found(experts, tmp_path):
     count = read_header(experts).metadata[A + "expert_count"]
     for used in (0, count + 1):
-        path = changed(experts, tmp_path / "model.gguf", {A + "expert_used_count": Entry.of(used)})
+        path = in_place(experts, tmp_path / "model.gguf", {A + "expert_used_count": Entry.of(used)})
         assert dies(path)
         with pytest.raises(GgufError, match="expert_used_count"):
             check_loadable(read_gguf(path))
@@ -195,7 +190,7 @@ def test_a_vocabulary_of_pieces_must_have_what_plain_text_needs(sound, tmp_path)
 
 def test_heads_given_layer_by_layer_are_counted(sound, tmp_path):
     per_layer = {A + "attention.head_count": Entry.of([4, 4]), A + "attention.head_count_kv": Entry.of([2, 2])}
-    path = changed(sound, tmp_path / "m.gguf", per_layer)
+    path = in_place(sound, tmp_path / "m.gguf", per_layer)
     with Model(path, n_ctx=32, device="cpu") as model, Model(sound, n_ctx=32, device="cpu") as other:
         assert model.kv_cache_bytes == other.kv_cache_bytes
         assert model.tokenize("Once") == other.tokenize("Once")
@@ -205,7 +200,7 @@ def test_heads_given_layer_by_layer_are_counted(sound, tmp_path):
 def test_a_token_is_what_is_before_a_zero_byte(sound, tmp_path):
     tokens = read_header(sound).entries[T + "tokens"].value
     for other, fatal in ((f"{tokens[300]}\0x", True), ("\0", False), ("", False)):
-        path = changed(sound, tmp_path / "m.gguf", {T + "tokens": Entry.of([*tokens[:301], other, *tokens[302:]])})
+        path = in_place(sound, tmp_path / "m.gguf", {T + "tokens": Entry.of([*tokens[:301], other, *tokens[302:]])})
         assert dies(path) is fatal
         assert [f.key for f in find_fatal(read_header(path), read_gguf(path).tensors)] == [T + "tokens"] * fatal
 
@@ -223,7 +218,7 @@ def test_a_trie_without_its_single_bytes_never_ends(sound, tmp_path):
 def test_heads_that_cannot_be_shared_or_rotated_are_found(sound, tmp_path):
     for key, value in (("attention.head_count_kv", 3), ("attention.value_length", 16), ("rope.dimension_count", 15),
                        ("rope.dimension_count", 0)):  # fmt: skip
-        path = changed(sound, tmp_path / "m.gguf", {A + key: Entry.of(value)})
+        path = in_place(sound, tmp_path / "m.gguf", {A + key: Entry.of(value)})
         with pytest.raises(GgufError, match=rf"{key} is {value}"):
             check_loadable(read_gguf(path))
         check_loadable(read_gguf(path), texts=False)
@@ -260,7 +255,7 @@ def test_norms_in_16_bits_are_found(sound, tmp_path):
 
 
 def test_what_reads_texts_only_is_not_run_but_quantized(sound, tmp_path):
-    path = changed(sound, tmp_path / "m.gguf", {A + "attention.causal": Entry.of(False)})
+    path = in_place(sound, tmp_path / "m.gguf", {A + "attention.causal": Entry.of(False)})
     with pytest.raises(GgufError, match="does not continue texts"):
         check_loadable(read_gguf(path))
     check_loadable(read_gguf(path), texts=False)
@@ -314,7 +309,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_that_llama_cpp_does_not_survive_is_named(name, adapter, sound, tmp_path, cli):
     changes, said = ADAPTERS[name]
-    path = changed(adapter, tmp_path / "adapter.gguf", changes)
+    path = in_place(adapter, tmp_path / "adapter.gguf", changes)
     with pytest.raises(GgufError) as caught:
         check_adapter(read_gguf(path), read_gguf(sound))
     assert said in str(caught.value)
@@ -378,7 +373,7 @@ def test_what_is_no_model_is_named_with_what_it_is_for(adapter, sound, cli, tmp_
     code, out, _ = cli("inspect", adapter, "--json")
     assert code == 0
     assert "no model" in out
-    check_loadable(read_gguf(changed(sound, tmp_path / "m.gguf", {"general.type": Entry.of("adapter")})))
+    check_loadable(read_gguf(in_place(sound, tmp_path / "m.gguf", {"general.type": Entry.of("adapter")})))
 
 
 # Headers
@@ -506,12 +501,3 @@ def test_the_newest_type_is_written_and_read(llama, tmp_path):
     assert "Q2_0" in {t.type for t in read_gguf(out).tensors}
     with Model(out, n_ctx=32, device="cpu") as model:
         assert model.tokenize("Once")
-
-
-@pytest.fixture(autouse=True)
-def never_a_hang():
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it did not end in time"))
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)

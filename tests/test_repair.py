@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHARED_MODELS, make_llama, tensors
+from conftest import SHARED_MODELS, in_place, make_llama, tensors
 
 import pi_gguf
 from pi_gguf.checkpoint import load_checkpoint
@@ -69,13 +69,6 @@ def rewritten(source: Path, target: Path, changes: dict, *, drop: tuple[str, ...
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return target
-
-
-def in_place(source: Path, target: Path, changes: dict[str, Entry | None]) -> Path:
-    """Write a file with other values in the places of the old ones."""
-    header = read_header(source)
-    target.write_bytes(header.changed(changes).to_bytes() + source.read_bytes()[header.data_offset :])
     return target
 
 
