@@ -130,6 +130,17 @@ def test_the_property_sees_a_difference(models, tmp_path):
     assert "apart" in difference(merged_here(models["llama"], [folder]), theirs)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_in_64_bits_is_merged_as_peft_merges_it(models, tmp_path, name):
+    folder = adapter_of(models["llama"], tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    wide = {stored: tensor.double() for stored, tensor in load_file(path).items()}
+    path.unlink()
+    (save_file if name.endswith(".safetensors") else torch.save)(wide, folder / name)
+    theirs = merged_by_peft(models["llama"], [folder], 0, tmp_path / "merged")
+    assert difference(merged_here(models["llama"], [folder]), theirs) == ""
+
+
 # Spellings
 
 

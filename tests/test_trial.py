@@ -11,6 +11,7 @@ import pytest
 from pi_gguf import trial
 from pi_gguf.errors import GgufError
 from pi_gguf.gguf_header import Entry, read_header, write_changed
+from pi_gguf.processes import run_child
 from pi_gguf.runtime import Model
 from pi_gguf.trial import check_opens, check_quantizes, fast_buffers_work, trust
 
@@ -149,3 +150,10 @@ def test_nothing_in_the_folder_one_stands_in_is_run(quantized, tmp_path, monkeyp
     assert not (tmp_path / "ran").exists()
     no_more_children(monkeypatch)
     check_opens(read_header(quantized))  # the child did its work: there is a verdict
+
+
+def test_a_child_imports_what_its_parent_does(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(7)")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run_child("trial", "works", seconds=60).returncode == 7
