@@ -104,7 +104,7 @@ def find_fatal(header: Header, tensors: Sequence[TensorInfo], *, texts: bool = T
     if texts:
         yield from _kinds(tensors)
         yield from _heads(header)
-        yield from _reading(header, tensors)
+        yield from _reading(header)
 
 
 def _whole(header: Header, name: str, default: int = 0) -> int:
@@ -238,7 +238,7 @@ def _heads(header: Header) -> Iterator[Finding]:
 # Reading texts
 
 
-def _reading(header: Header, tensors: Sequence[TensorInfo]) -> Iterator[Finding]:
+def _reading(header: Header) -> Iterator[Finding]:
     """Find what keeps llama.cpp from reading and writing texts."""
     arch, metadata = header.arch, header.metadata
     if arch in _NO_WRITERS:

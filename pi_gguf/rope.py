@@ -339,7 +339,7 @@ class RopeScaling:
         if rope_type in ("default", "dynamic"):  # dynamic is the default up to the window, which the file has
             return plain
         if rope_type in ("llama3", "yarn", "longrope") and sliding_theta is None:
-            return _with_own(plain, OwnScaling.from_hf(rope_type, rope, config, window, field, path), path)
+            return _with_own(plain, OwnScaling.from_hf(rope_type, rope, config, window, field, path))
         if rope_type == "linear" and rope.get("factor") == NOPE_FACTOR:
             return replace(plain, rope_type="nope", factor=NOPE_FACTOR)
         if rope_type != "linear":
@@ -500,7 +500,7 @@ def divisors_scaling(divisors: Sequence[float], attention_factor: float = 1.0) -
     return OwnScaling("longrope", {"short_factor": listed, "long_factor": listed, "attention_factor": attention_factor})
 
 
-def _with_own(plain: RopeScaling, own: OwnScaling, path: str) -> RopeScaling:
+def _with_own(plain: RopeScaling, own: OwnScaling) -> RopeScaling:
     """Return window and interpolation of a config that scales its frequencies.
 
     One list of divisors at any length, with a factor between its windows, is Position Interpolation as `to_hf` spells

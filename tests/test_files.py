@@ -282,7 +282,7 @@ def test_a_dangling_link_counts_as_something_that_is_there(out):
 
 
 @pytest.mark.parametrize("when", ["before", "between", "after"])
-def test_a_kill_while_a_folder_replaces_a_folder_loses_neither(out, when, monkeypatch):
+def test_a_kill_while_a_folder_replaces_a_folder_loses_neither(out, when):
     out.mkdir()
     (out / "old").write_text("old")
     child = os.fork()

@@ -494,7 +494,7 @@ def test_sizes_of_types_are_those_of_ggml():
         assert tensor_nbytes(name, (3, 512)) == 3 * library.ggml_row_size(number, 512), name
 
 
-def test_the_newest_type_is_written_and_read(llama, tmp_path):
+def test_the_newest_type_is_written_and_read(tmp_path):
     out = tmp_path / "m.gguf"
     wide = make_llama(tmp_path / "wide", hidden_size=256, intermediate_size=256)
     pi_gguf.convert(str(wide), out, quant="Q2_0", check="none", certify=False)

@@ -117,7 +117,7 @@ def test_a_file_of_others_is_opened_in_a_child_once_and_a_changed_header_again(q
             check_opens(header.changed({"general.name": Entry.of("others")}))
 
 
-def test_a_file_with_a_certificate_and_one_that_was_just_written_need_no_child(quantized, tmp_path, monkeypatch):
+def test_a_file_with_a_certificate_and_one_that_was_just_written_need_no_child(quantized, monkeypatch):
     no_more_children(monkeypatch)
     header = read_header(quantized)
     with pytest.raises(OSError, match="nowhere"):
