@@ -229,7 +229,7 @@ def test_a_rotation_of_nothing_never_ends(sound, tmp_path):
     header = read_header(sound)
     theirs = {key.replace("llama.", "gemma2."): entry for key, entry in header.entries.items() if key[:5] == "llama"}
     theirs |= {"general.architecture": Entry.of("gemma2"), "gemma2.rope.dimension_count": Entry.of(0)}
-    path = changed(sound, tmp_path / "m.gguf", theirs)
+    path = in_place(sound, tmp_path / "m.gguf", theirs)
     assert "gemma2.rope.dimension_count" in [f.key for f in find_fatal(read_header(path), read_gguf(path).tensors)]
 
 
