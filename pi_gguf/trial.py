@@ -35,7 +35,7 @@ _LIVES, _REFUSES = "lives", 3
 _REBUILD = 'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python'
 """Keeps all stores, among them those that GCC 12 drops."""
 
-_SECONDS, _BYTES_A_SECOND = 60, 2**25
+_SECONDS, _BYTES_A_SECOND = 15, 2**25
 """How long a child may take: so much, and the time to read the file from a slow disk."""
 
 _WARNINGS = (3, 4)
@@ -86,7 +86,7 @@ def check_opens(header: Header, adapters: Sequence[Header] = ()) -> None:
     """
     if not adapters and header.metadata.get(f"{MEASURED}header_sha256") == header.fingerprint():
         return
-    _check("open", [header, *adapters])
+    _check("open it", [header, *adapters])
 
 
 def check_quantizes(header: Header, quant: str) -> None:
@@ -95,26 +95,29 @@ def check_quantizes(header: Header, quant: str) -> None:
     Raises:
         GgufError, ResourceError: as `check_opens`.
     """
-    _check(f"quantize to {quant}", [header], quant)
+    _check(f"quantize it to {quant}", [header], quant)
 
 
 def trust(header: Header) -> None:
     """Remember a file that this package wrote whole."""
-    _keep(_key("open", _identity([header])))
+    _keep(_key("open it", _identity([header])))
 
 
 def _check(what: str, headers: Sequence[Header], *more: str) -> None:
     path, paths = headers[0].path, [header.path for header in headers]
-    size = sum(path.stat().st_size for path in paths)
-    died = _tried(what, _identity(headers), [*map(str, paths), *more], _SECONDS + size / _BYTES_A_SECOND)
+    died = _tried(what, _identity(headers), [*map(str, paths), *more], _seconds(paths))
     if died == signal.Signals.SIGKILL.name:
         raise ResourceError(f"{path}: a process that opened it was killed, as systems do out of memory", "free some")
     if died is not None:
         names = " with ".join(map(str, paths))
         raise GgufError(
-            f"{names}: llama.cpp does not survive to {what} it ({died})",
+            f"{names}: llama.cpp ends when asked to {what} ({died})",
             f"pi-gguf inspect {path} shows what its header states; download or convert it again",
         )
+
+
+def _seconds(paths: Sequence[Path]) -> float:
+    return _SECONDS + sum(path.stat().st_size for path in paths) / _BYTES_A_SECOND
 
 
 # Verdicts
@@ -252,7 +255,9 @@ def _read_tokens(path: str, adapters: Sequence[str], *, fast_buffers: bool, toke
 def _main(what: str, path: str = "", *more: str) -> None:
     if what == "works":
         sys.exit(not fast_buffers_work())
-    elif what == "quantize":
+    if hasattr(signal, "alarm"):  # it does not go on for ever where its parent was killed
+        signal.alarm(1 + int(_seconds([file for file in map(Path, (path, *more)) if file.exists()])))
+    if what == "quantize":
         mixture(Path(path), *more, importance={})
     elif what == "buffers":
         _read_tokens(path, (), fast_buffers=True, tokens=range(_MANY))

@@ -130,7 +130,7 @@ def test_a_file_with_a_certificate_and_one_that_was_just_written_need_no_child(q
 
 
 def test_quantizing_is_tried_in_a_child_too(quantized, dying_children):
-    with pytest.raises(GgufError, match=r"quantize to Q8_0 it .SIGSEGV"):
+    with pytest.raises(GgufError, match=r"quantize it to Q8_0 .SIGSEGV"):
         check_quantizes(read_header(quantized), "Q8_0")
 
 
