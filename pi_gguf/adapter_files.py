@@ -150,7 +150,14 @@ def _find_folder(folder: str) -> Path:
 
 
 def _hint_for(path: Path) -> str:
-    """Say where an adapter may lie that is not in a folder: peft saves those with a name in a folder inside."""
+    """Say where an adapter may lie that is not in a folder, and which other tool's it may be.
+
+    peft saves those with a name in a folder inside.
+    """
+    if is_file(path / "adapters.safetensors"):
+        return "it is an adapter of MLX: merge it with mlx_lm.fuse and convert the folder that this writes"
+    if path.suffix == ".gguf":
+        return "an adapter in GGUF is for `pi-gguf run --lora`: give the folder that it was made from here"
     places = [path.parent, path.parent.parent] if is_file(path) else []
     with contextlib.suppress(OSError, ValueError):
         places += sorted(found.parent for found in path.glob(f"*/{CONFIG_FILE}"))

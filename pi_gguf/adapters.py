@@ -621,7 +621,7 @@ def _tokenizer_dir(folder: Path, checkpoint: Checkpoint, now: Path, rows: int) -
     if all(_bytes(folder / name) == _bytes(now / name) for name in texts):
         return now
     try:
-        own = dataclasses.replace(checkpoint, path=folder).load_tokenizer()
+        own = dataclasses.replace(checkpoint, path=folder).open_tokenizer()
     except CheckpointError as error:
         raise CheckpointError(
             str(error), f"delete the tokenizer files in {folder} if MODEL's own tokenizer was used in training"
@@ -631,7 +631,7 @@ def _tokenizer_dir(folder: Path, checkpoint: Checkpoint, now: Path, rows: int) -
         say(f"note: {folder}: its tokenizer has {last + 1} tokens, the model {rows} rows: MODEL's tokenizer is taken")
         return now
     if any(is_file(now / name) for name in names):
-        before = dataclasses.replace(checkpoint, path=now).load_tokenizer()
+        before = dataclasses.replace(checkpoint, path=now).open_tokenizer()
         others = before.get_vocab()
         brings = bool(tokens.items() - others.items()) or max(others.values(), default=0) >= rows
         if not brings and (tokens != others or own.chat_template in (None, before.chat_template)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 import re
 import sys
@@ -30,6 +31,7 @@ from pi_gguf.methods import find_method
 from pi_gguf.rope import FACTOR_TENSORS, RopeScaling, divisors_scaling
 from pi_gguf.tensors import (
     IGNORED_TENSORS,
+    VALUE_HEAD,
     ScaledBlocks,
     TensorSource,
     Wanted,
@@ -281,18 +283,22 @@ class Checkpoint:
         unknown = []
         for name in [name for name in found if name not in wanted]:
             source = found.pop(name)
-            if not (self.configuration.is_part or IGNORED_TENSORS.search(name) or name in known):
+            if VALUE_HEAD.search(name):
+                note(f"{self.path}: v_head, which rated texts in training, is left out")
+            elif not (self.configuration.is_part or IGNORED_TENSORS.search(name) or name in known):
                 unknown.append(source)
         self._check_complete(found, unknown)
         if unknown:
             raise unknown_tensors(unknown, self.config["model_type"])
         check_dtypes(found[name] for name in wanted)
         for name, shape in wanted.items():
-            if found[name].shape != shape:
+            if (got := found[name].shape) != shape:
+                resized = got[1:] == shape[1:] and name in {self._wanted.anchor, *self._tied_keys}
                 raise CheckpointError(
-                    f"{found[name].path}: {name} must have shape {list(shape)} by config.json, "
-                    f"got {list(found[name].shape)}",
-                    "config.json and weights are of different models",
+                    f"{found[name].path}: {name} must have shape {list(shape)} by config.json, got {list(got)}",
+                    f"if the vocabulary was resized, set vocab_size to {got[0]} in config.json"
+                    if resized
+                    else "config.json and weights are of different models",
                 )
         return {name: found[name] for name in wanted}
 
@@ -300,7 +306,7 @@ class Checkpoint:
         missing = [name for name in self.tensor_shapes if name not in found]
         if not missing:
             return
-        if all(name in self._tied_keys for name in missing):
+        if not unknown and all(name in self._tied_keys for name in missing):
             raise CheckpointError(
                 f"{self.path}: {missing[0]} is missing, and tie_word_embeddings is false in config.json or by default",
                 "if the model has no head of its own, set tie_word_embeddings to true; else download the shard with it",
@@ -329,8 +335,32 @@ class Checkpoint:
 
     # Opening with transformers
 
-    def load_tokenizer(self, *, by_class: bool = False) -> PreTrainedTokenizerBase:
-        """Open the tokenizer; tokenizer.json is taken at its word.
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Open the tokenizer, without added tokens that the embedding has no row for: no text can have them.
+
+        Raises:
+            CheckpointError: it does not open, or writes such a token by itself.
+        """
+        tokenizer = self.open_tokenizer()
+        rowless = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if i >= self.vocab_size}
+        if not rowless:
+            return tokenizer
+        own = {tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer("a")["input_ids"]}
+        template = str(tokenizer.chat_template)
+        if used := [f"{token!r} ({i})" for i, token in rowless.items() if i in own or token in template]:
+            raise CheckpointError(
+                f"{self.tokenizer_dir}: the tokenizer writes {', '.join(used[:4])}, config.json's vocab_size is "
+                f"{self.vocab_size}: the embedding has no row for that",
+                "take the tokenizer or the weights of this model that fit: one was resized without the other",
+            )
+        note(
+            f"{self.tokenizer_dir}: the embedding has {self.vocab_size} rows, none for {len(rowless)} added tokens "
+            f"({', '.join(list(rowless.values())[:4])}): they are left out"
+        )
+        return _without_tokens(tokenizer, set(rowless))
+
+    def open_tokenizer(self, *, by_class: bool = False) -> PreTrainedTokenizerBase:
+        """Open the tokenizer as it is; tokenizer.json is taken at its word.
 
         The classes that transformers 5 would choose by model_type rebuild parts of it: a Qwen 2 gets Qwen's
         pre-tokenizer and a padding token whatever its file says.
@@ -547,9 +577,22 @@ def _without_adapter(path: Path, weights: list[Path]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file in [*path.glob("*.json"), *weights]:
-            if file.name != _ADAPTER_FILE and not (folder / file.name).exists():
-                (folder / file.name).symlink_to(file.resolve())
+            link = folder / file.relative_to(path)
+            if file.name != _ADAPTER_FILE and not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
         yield folder
+
+
+def _without_tokens(tokenizer: Any, ids: set[int]) -> PreTrainedTokenizerBase:
+    """Take added tokens out of an opened tokenizer."""
+    parsed = json.loads(tokenizer.backend_tokenizer.to_str())
+    parsed["added_tokens"] = [token for token in parsed["added_tokens"] if token["id"] not in ids]
+    if tokenizer.pad_token_id in ids:
+        tokenizer.pad_token = None
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(parsed))
+    opened: PreTrainedTokenizerBase = tokenizer
+    return opened
 
 
 def _equal(one: TensorSource, other: TensorSource) -> bool:

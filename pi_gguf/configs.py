@@ -94,7 +94,11 @@ def read_config(folder: Path) -> Configuration:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{folder}: config.json is missing", "MODEL must be a Hugging Face folder")
+        adapter = (folder / "adapter_config.json").exists()
+        hint = "this is an adapter's folder: give its base as MODEL and this folder with --lora"
+        raise CheckpointError(
+            f"{folder}: config.json is missing", hint if adapter else "MODEL must be a Hugging Face folder"
+        )
     raw = fields = read_json(path)
     of_text = fields.get("text_config")
     model_type = fields.get("model_type")

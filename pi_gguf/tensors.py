@@ -33,6 +33,9 @@ _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$")
 """Buffers of old checkpoints that follow from the config."""
 
+VALUE_HEAD = re.compile(r"(^|\.)v_head\.")
+"""What rates texts in reinforcement learning, saved with the model by trl; transformers leaves it aside."""
+
 _ACTIVATION_SCALES = re.compile(r"\.(input_scale|activation_scale(_inv)?|output_scale|[qkv]_scale|kv_scale)$")
 """Scales of values that are computed, not of weights."""
 
@@ -59,6 +62,11 @@ _STACKED = {
     r"\.lora_[AB]\.|\.base_layer\.|\.original_module\.": "an adapter that is not merged",
 }
 """What the name of a tensor says of the tool that saved it."""
+
+_OTHER_HEAD = re.compile(r"^(score|classifier|regression_head|reward_head|value_head|qa_outputs)\.")
+"""Heads of models that do not write."""
+
+_ONE_OF_MANY = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 _16_BITS = "use the checkpoint in 16 or 32 bits"
 _QUANTIZED = f"the weights are quantized already: {_16_BITS}"
@@ -185,10 +193,10 @@ def weight_files(folder: Path, explicit: Any = None) -> list[Path]:
         paths = _shards(index_path, folder)
     else:
         raise CheckpointError(f"{folder}: no {single.name} or {index_path.name}", _other_weights(folder))
-    aside = {path.name for path in [*folder.glob("*.safetensors"), index_path] if path.exists()}
-    aside -= {path.name for path in paths} | ({index_path.name} if len(paths) > 1 or paths != [single] else set())
+    aside = {path for path in [*folder.glob("*.safetensors"), index_path] if path.exists()} - {*paths}
+    aside -= {index_path} if paths != [single] else set()
     if aside:
-        names = ", ".join(sorted(aside)[:4]) + (" and more" if len(aside) > 4 else "")
+        names = ", ".join(sorted(path.name for path in aside)[:4]) + (" and more" if len(aside) > 4 else "")
         note(f"{folder}: {names} left aside: weights are read from {paths[0].name if len(paths) == 1 else 'the index'}")
     return paths
 
@@ -197,15 +205,15 @@ def _shards(index_path: Path, folder: Path) -> list[Path]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise CheckpointError(f"{index_path}: weight_map must map tensors to files", "download it again")
-    paths = [folder / name for name in sorted(set(weight_map.values()))]
-    for path in paths:
-        if path.parent != folder or not is_file(path):
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not is_file(folder / name):
             there = sorted(other.name for other in folder.glob("*.safetensors"))
             hint = "download the missing shard"
             if there:
                 hint += f"; or, if {there[0]} is the whole model, remove the index and call it {_SINGLE}"
-            raise CheckpointError(f"{index_path}: names {path.name[:80]!r}, which is absent from the folder", hint)
-    return paths
+            raise CheckpointError(f"{index_path}: names {name[:80]!r}, which is absent from the folder", hint)
+    return [folder / name for name in names]
 
 
 def _checked_file(path: Path) -> Path:
@@ -222,9 +230,17 @@ def _other_weights(folder: Path) -> str:
         name = variants[0].name
         if name.startswith("adapter_model"):
             return "this is an adapter's folder: give its base as MODEL and this folder with --lora"
+        if _ONE_OF_MANY.search(name):
+            return f"{name} is one of several files, and {_INDEX} tells which tensor is in which: download it too"
+        if name.startswith("consolidated"):
+            return f"{name} is in Mistral's own format: take the files that the model's authors made for transformers"
         return f"transformers does not open {name} by itself: if it is the whole model, call it {_SINGLE}"
     if list(folder.glob("*.bin")) or list(folder.glob("*.pth")):
         return "only safetensors are read: save the model with save_pretrained(safe_serialization=True) first"
+    if files := sorted(folder.glob("*.gguf")):
+        return f"{files[0].name} is a GGUF file already: give that file to `pi-gguf quantize`"
+    if inside := sorted(path.parent for name in (_SINGLE, _INDEX) for path in folder.glob(f"*/{name}")):
+        return f"there are weights in {inside[-1]}: give that folder as MODEL"
     return f"put {_SINGLE} there"
 
 
@@ -435,6 +451,11 @@ def check_dtypes(sources: Iterable[TensorSource], *more: str) -> None:
 
 def unknown_tensors(unknown: Sequence[TensorSource], model_type: str) -> UnsupportedError:
     """Return the error of tensors that the model does not have: named for what they are, where their names say it."""
+    if head := next((source for source in unknown if _OTHER_HEAD.search(source.name)), None):
+        return UnsupportedError(
+            f"{head.path}: tensor {head.name} is the head of a classifier or reward model, which writes no text",
+            "convert the language model that it was made from",
+        )
     for pattern, what in _STACKED.items():
         if hit := next((source for source in unknown if re.search(pattern, source.name)), None):
             return UnsupportedError(

@@ -113,7 +113,7 @@ def said(differences: Sequence[Difference], n_texts: int) -> str:
 def _compare_with_class(checkpoint: Checkpoint, tokenizer: Any) -> None:
     """Say where the class that transformers chooses for this model reads its tokenizer.json otherwise."""
     try:
-        other = checkpoint.load_tokenizer(by_class=True)
+        other = checkpoint.open_tokenizer(by_class=True)
     except CheckpointError:
         return
     text = next((t for t in PROSE if tokenizer(t)["input_ids"] != other(t)["input_ids"]), None)

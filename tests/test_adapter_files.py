@@ -470,6 +470,14 @@ def test_where_an_adapter_lies_is_said(models, tmp_path):
         assert caught.value.hint == f"try --lora {folder}"
 
 
+@pytest.mark.parametrize(("name", "hint"), [("adapters.safetensors", "mlx_lm.fuse"), ("lora.gguf", "run --lora")])
+def test_an_adapter_of_another_tool_is_named(models, tmp_path, name, hint):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is missing") as caught:
+        merged_here(models["llama"], [tmp_path / name if name.endswith(".gguf") else tmp_path])
+    assert hint in str(caught.value.hint)
+
+
 # Damaged and hostile folders
 
 

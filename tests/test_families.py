@@ -67,6 +67,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "gpt_neox, sequential residual": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox, groups of heads that it has not": ("gpt_neox", {"num_key_value_heads": 2}),
 }
 KL_LIMIT = {"gemma": 1e-4, "gemma2": 1e-4, "gemma3_text": 1e-4, "nemotron": 2e-5, "olmo": 1e-5, "qwen3_moe": 1e-3}
 """Nats, where llama.cpp's rounding (f16 tables of gelu, f16 products) shows more than in the others; with

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,84 @@ def test_an_absent_head_is_refused_with_the_field_that_mends_it(llama_copy, cli)
     code, _, err = cli("convert", llama_copy, llama_copy.with_name("out.gguf"))
     assert code == 3
     assert "lm_head.weight is missing" in err and "set tie_word_embeddings to true" in err
+
+
+def test_the_value_head_of_a_trainer_is_left_out(llama_copy, capfd):
+    reference = theirs(llama_copy)
+    head = {"v_head.summary.weight": torch.ones(1, 64), "v_head.summary.bias": torch.ones(1)}
+    rewrite(llama_copy, lambda all_: {**{f"pretrained_model.{k}": v for k, v in all_.items()}, **head})
+    assert distance(convert(llama_copy), reference) < 1e-6
+    assert "v_head, which rated texts in training, is left out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_that_writes_no_text_is_refused_as_one(llama_copy, tied):
+    from transformers import AutoModelForSequenceClassification
+
+    edit(llama_copy, tie_word_embeddings=tied, pad_token_id=1)
+    AutoModelForSequenceClassification.from_pretrained(llama_copy).save_pretrained(llama_copy)
+    with pytest.raises(UnsupportedError, match=r"score\.weight is the head of a classifier") as refusal:
+        load_checkpoint(str(llama_copy)).tensors  # noqa: B018
+    assert "language model" in str(refusal.value.hint)
+
+
+def test_shards_may_lie_in_a_folder_inside_but_not_outside(tmp_path):
+    folder = make_llama(tmp_path / "model", max_shard_size="60KB")
+    reference, index = theirs(folder), folder / "model.safetensors.index.json"
+    (folder / "weights").mkdir()
+    for path in folder.glob("model-0*"):
+        path.rename(folder / "weights" / path.name)
+    listed: dict[str, dict[str, str]] = json.loads(index.read_text())
+    (folder / "adapter_config.json").write_text("{}")  # a folder of links is opened in the place of this one
+
+    def point_to(place: str) -> None:
+        shards = {name: place + shard for name, shard in listed["weight_map"].items()}
+        index.write_text(json.dumps({**listed, "weight_map": shards}))
+
+    point_to("weights/")
+    assert distance(convert(folder), reference) < 1e-6
+    for outside in ("../model/weights/", f"{folder}/weights/"):
+        point_to(outside)
+        with pytest.raises(CheckpointError, match="which is absent from the folder"):
+            load_checkpoint(str(folder)).tensors  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("model-00001-of-00002.safetensors", r"model\.safetensors\.index\.json .*download it too"),
+        ("consolidated.safetensors", "Mistral's own format"),
+        ("model.fp16.safetensors", r"call it model\.safetensors"),
+        ("pytorch_model.bin", "safe_serialization"),
+        ("model.Q4_K_M.gguf", "quantize"),
+        ("checkpoint-500/model.safetensors", r"weights in .*checkpoint-500: give that folder"),
+        ("notes.txt", r"put model\.safetensors there"),
+    ],
+)
+def test_without_weights_the_hint_says_what_is_there(llama_copy, name, hint):
+    (llama_copy / name).parent.mkdir(exist_ok=True)
+    (llama_copy / "model.safetensors").rename(llama_copy / name)
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors") as refusal:
+        load_checkpoint(str(llama_copy))
+    assert re.search(hint, str(refusal.value.hint))
+
+
+def test_the_folder_of_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing") as refusal:
+        load_checkpoint(str(tmp_path))
+    assert "--lora" in str(refusal.value.hint)
+
+
+def test_an_embedding_that_was_resized_alone_names_the_field(llama_copy):
+    edit(llama_copy, vocab_size=400)
+    with pytest.raises(CheckpointError, match=r"shape \[400, 64\] by config\.json, got \[410, 64\]") as refusal:
+        load_checkpoint(str(llama_copy)).tensors  # noqa: B018
+    assert "set vocab_size to 410" in str(refusal.value.hint)
+    edit(llama_copy, vocab_size=410, hidden_size=32)
+    with pytest.raises(CheckpointError, match="must have shape") as refusal:
+        load_checkpoint(str(llama_copy)).tensors  # noqa: B018
+    assert "different models" in str(refusal.value.hint)
 
 
 # Forms of the same weights

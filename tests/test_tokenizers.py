@@ -611,6 +611,40 @@ def test_padding_has_a_spelling_that_no_token_has(llama_copy, tmp_path):
     assert read_gguf(tmp_path / "out.gguf").array_lengths["tokenizer.ggml.tokens"] == 410
 
 
+def test_added_tokens_without_a_row_are_left_out_with_a_note(llama_copy, tmp_path, capfd):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_copy)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": [f"<|{i}|>" for i in range(12)]})
+    tokenizer.save_pretrained(llama_copy)
+    out = tmp_path / "out.gguf"
+    check_of(llama_copy, out)
+    tokens = read_array(out, "tokenizer.ggml.tokens")
+    beyond = tokenizer.convert_ids_to_tokens(list(range(410, len(tokenizer))))
+    assert len(tokens) == 410 and len(beyond) == 3
+    assert tokens[400:] == tokenizer.convert_ids_to_tokens(list(range(400, 410))) and not {*beyond} & {*tokens}
+    assert f"410 rows, none for 3 added tokens ({', '.join(beyond)}): they are left out" in capfd.readouterr().err
+    with pi_gguf.open(out) as model:
+        text = f"a {tokens[405]} b {beyond[-1]} c"
+        assert 405 in model.tokenize(text) and max(model.tokenize(text)) < 410
+
+
+@pytest.mark.parametrize("place", ["chat template", "end token"])
+def test_an_added_token_without_a_row_that_is_needed_is_refused(llama_copy, tmp_path, place):
+    edit(
+        llama_copy,
+        "tokenizer.json",
+        lambda j: j["added_tokens"].append({**FLAGS, "id": 410, "content": "<|user|>", "special": True}),
+    )
+    if place == "end token":
+        edit(llama_copy, "tokenizer_config.json", lambda j: j.update(eos_token="<|user|>"))
+    else:
+        (llama_copy / "chat_template.jinja").write_text("<|user|>{{ messages[0].content }}")
+    with pytest.raises(CheckpointError, match=r"writes '<\|user\|>' \(410\), .* vocab_size is 410") as refusal:
+        pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="F32")
+    assert refusal.value.hint
+
+
 def test_every_end_token_ends_in_llama_cpp(llama_copy, tmp_path):
     edit(llama_copy, "tokenizer.json", add(("<A>", True), ("<B>", True), ("<C>", True), ("<|im_end|>", True)))
     edit(llama_copy, "generation_config.json", lambda j: j.update(eos_token_id=[1, 400, 403, 401]))

@@ -87,8 +87,9 @@ def head_dim(config: Config) -> int:
 
 
 def kv_heads(config: Config) -> int:
-    """Return the number of key-value heads."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    """Return the number of key-value heads; a family without groups computes with all heads, whatever a config says."""
+    declared = "num_key_value_heads" in getattr(type(config), "__dataclass_fields__", ())
+    return int((declared and config.num_key_value_heads) or config.num_attention_heads)
 
 
 def full_attention(config: Config) -> Sequence[Any]:
