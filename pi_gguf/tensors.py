@@ -466,5 +466,5 @@ def unknown_tensors(unknown: Sequence[TensorSource], model_type: str) -> Unsuppo
     return UnsupportedError(
         f"{unknown[0].path}: tensor {unknown[0].name} is not part of a {model_type} model ({len(unknown)} such "
         "tensors)",
-        "merge adapters into the weights, or check model_type in config.json",
+        "check model_type and num_hidden_layers in config.json; adapters must be merged into the weights",
     )
