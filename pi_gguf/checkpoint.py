@@ -174,6 +174,13 @@ class Checkpoint:
         return self.path
 
     @property
+    def bare_sentencepiece(self) -> bool:
+        """Whether the tokenizer is a `tokenizer.model` alone."""
+        return (self.tokenizer_dir / "tokenizer.model").exists() and not (
+            self.tokenizer_dir / "tokenizer.json"
+        ).exists()
+
+    @property
     def adapter_hashes(self) -> dict[str, str]:
         """A hash of each adapter that is merged into the tensors, by what it is called in messages."""
         return {}
@@ -395,6 +402,9 @@ class Checkpoint:
                 f"{self.tokenizer_dir}: the tokenizer does not open ({one_line(error)})",
                 "tokenizer.json or tokenizer.model must be in the folder",
             ) from error
+        if tokenizer.chat_template is None and (path := self.tokenizer_dir / "chat_template.json").exists():
+            tokenizer.chat_template = read_json(path).get("chat_template")
+            note(f"{path}: its template, which transformers opens with the processor alone, is taken")
         return tokenizer
 
     def load_model(

@@ -179,7 +179,8 @@ def _check_family(model_type: Any, path: Path) -> None:
 
 def _unknown_family(path: Path, got: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {got}", "this family is not handled"
+        f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {got}",
+        "this family is not handled here; llama.cpp's own convert_hf_to_gguf.py may know it",
     )
 
 

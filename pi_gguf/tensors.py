@@ -58,6 +58,7 @@ _STACKED = {
     r"\.(input_linear|output_linear)\.weight$": "experts stacked as Granite and ScatterMoE keep them",
     r"\.experts\.mlp\.(w1|w2|v1)$": "experts stacked as MegaBlocks keeps them",
     r"\.experts\.(w13_weight|w2_weight|w1|w2|w3)$": "experts stacked as vLLM keeps them",
+    r"\.experts\.(gate|up|down|gate_up)_proj\.weight$": "experts stacked in one matrix of each kind",
     r"\.(qkv_proj|gate_up_proj)\.weight$": "projections fused as vLLM keeps them",
     r"\.lora_[AB]\.|\.base_layer\.|\.original_module\.": "an adapter that is not merged",
 }

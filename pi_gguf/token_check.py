@@ -126,7 +126,7 @@ def _compare_with_class(checkpoint: Checkpoint, tokenizer: Any) -> None:
 
 def _with_added_tokens(checkpoint: Checkpoint, tokenizer: Any) -> list[str]:
     """Return texts with added tokens inside; none for a bare SentencePiece model, which reads them as plain text."""
-    if not (checkpoint.tokenizer_dir / "tokenizer.json").exists():
+    if checkpoint.bare_sentencepiece:
         return []
     added = sorted(
         tokenizer.added_tokens_decoder.values(),

@@ -75,8 +75,12 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
         UnsupportedError: a kind of tokenizer, or a part of it, that llama.cpp has no equivalent for.
     """
     json_path, model_path = checkpoint.tokenizer_dir / "tokenizer.json", checkpoint.tokenizer_dir / "tokenizer.model"
+    if not any((checkpoint.tokenizer_dir / name).exists() for name in (json_path.name, model_path.name, "vocab.json")):
+        raise CheckpointError(
+            f"{checkpoint.tokenizer_dir}: no tokenizer.json or tokenizer.model", "copy the tokenizer of the model there"
+        )
     # As it was opened: the library has filled in defaults and spelled out older forms.
-    parsed = json.loads(tokenizer.backend_tokenizer.to_str()) if json_path.exists() else {}
+    parsed = {} if checkpoint.bare_sentencepiece else json.loads(tokenizer.backend_tokenizer.to_str())
     rows, path = checkpoint.vocab_size, str(json_path)
     model = parsed.get("model") or {}
     kind = model.get("type")
@@ -91,12 +95,8 @@ def gguf_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
         )
     elif parsed:
         keys = keys_of_bpe_json(parsed, _tokens_by_id(model, rows, path), path)
-    elif model_path.exists():
-        keys = keys_of_model(str(model_path))
     else:
-        raise CheckpointError(
-            f"{checkpoint.tokenizer_dir}: no tokenizer.json or tokenizer.model", "copy the tokenizer of the model there"
-        )
+        keys = keys_of_model(str(model_path))
     _add_tokens(keys, tokenizer, checkpoint)
     _pad_to_embedding(keys, checkpoint)
     _special_tokens(keys, checkpoint, tokenizer)
@@ -134,7 +134,7 @@ class Surroundings:
         start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         before, behind = whole[:start], whole[start + len(bare) :]
         bos = tokenizer.bos_token_id
-        if not (checkpoint.tokenizer_dir / "tokenizer.json").exists():
+        if checkpoint.bare_sentencepiece:
             before = [bos] if _begins(checkpoint, tokenizer) else []
         if bos is None:
             bos = before[0] if before else getattr(checkpoint.hf_config, "bos_token_id", None)
@@ -177,12 +177,11 @@ def reference_ids(
         ids = tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
         begin = [surroundings.bos] if surroundings.add_bos and surroundings.bos is not None else []
         ids = begin + ids + ([surroundings.eos] if surroundings.add_eos and surroundings.eos is not None else [])
-    model_path = checkpoint.tokenizer_dir / "tokenizer.model"
-    if (checkpoint.tokenizer_dir / "tokenizer.json").exists() or not model_path.exists():
+    if not checkpoint.bare_sentencepiece:
         return ids
     begin = [tokenizer.bos_token_id] if _begins(checkpoint, tokenizer) else []
     end = [] if tokenizer.eos_token_id is None or ids[-1:] != [tokenizer.eos_token_id] else ids[-1:]
-    pieces: list[int] = open_sentencepiece(str(model_path)).encode(text)
+    pieces: list[int] = open_sentencepiece(str(checkpoint.tokenizer_dir / "tokenizer.model")).encode(text)
     return begin + pieces + end
 
 

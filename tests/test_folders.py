@@ -517,6 +517,7 @@ def test_experts_fused_in_memory_are_those_of_a_tensor_each(kind, tmp_path, capf
     ("name", "said"),
     [
         ("model.layers.0.mlp.switch_mlp.gate_proj.weight", "experts stacked as MLX keeps them"),
+        ("model.layers.0.mlp.experts.gate_proj.weight", "experts stacked in one matrix of each kind"),
         ("model.layers.0.block_sparse_moe.input_linear.weight", "Granite and ScatterMoE"),
         ("model.layers.0.self_attn.qkv_proj.weight", "projections fused as vLLM keeps them"),
     ],

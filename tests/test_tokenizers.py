@@ -612,6 +612,28 @@ def test_padding_has_a_spelling_that_no_token_has(llama_copy, tmp_path):
     assert read_gguf(tmp_path / "out.gguf").array_lengths["tokenizer.ggml.tokens"] == 410
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_a_vocabulary_and_merges_without_a_tokenizer_json_convert(llama_copy, tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    model = json.loads((llama_copy / "tokenizer.json").read_text())["model"]
+    for path in llama_copy.glob("tokenizer*"):
+        path.unlink()
+    edit(llama_copy, "vocab.json", lambda j: j.update(model["vocab"]))
+    (llama_copy / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]))
+    edit(llama_copy, "added_tokens.json", lambda j: j.update({"<|im_start|>": 400}))
+    names = {f"{name}_token": "</s>" for name in ("bos", "eos", "unk", "pad")}
+    edit(llama_copy, "tokenizer_config.json", lambda j: j.update(tokenizer_class=kind, **names))
+    assert check_of(llama_copy, tmp_path / "out.gguf", strict_tokenizer=True).strings_compared > 70
+    with pi_gguf.open(tmp_path / "out.gguf") as opened:
+        text = "<|im_start|>It's 1 of 12 boats."
+        assert opened.tokenize(text) == AutoTokenizer.from_pretrained(llama_copy)(text)["input_ids"]
+    (llama_copy / "vocab.json").unlink()
+    (llama_copy / "merges.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json or tokenizer\.model|does not open"):
+        check_of(llama_copy, tmp_path / "other.gguf")
+
+
 def test_added_tokens_without_a_row_are_left_out_with_a_note(llama_copy, tmp_path, capfd):
     from transformers import AutoTokenizer
 
@@ -747,6 +769,16 @@ def test_all_chat_templates_go_in(llama_copy, tmp_path):
         assert info.metadata["tokenizer.chat_template"] == "{{ messages[0].content }}!"
         assert info.metadata["tokenizer.chat_template.tool_use"] == "T {{ messages[0].content }}"
         assert info.array_lengths["tokenizer.chat_templates"] == 1
+
+
+def test_the_template_of_a_processor_goes_in_where_the_tokenizer_has_none(llama_copy, tmp_path, capfd):
+    edit(llama_copy, "chat_template.json", lambda j: j.update(chat_template="P {{ messages[0].content }}"))
+    check_of(llama_copy, tmp_path / "out.gguf")
+    assert read_gguf(tmp_path / "out.gguf").metadata["tokenizer.chat_template"] == "P {{ messages[0].content }}"
+    assert "with the processor alone, is taken" in capfd.readouterr().err
+    (llama_copy / "chat_template.jinja").write_text("T {{ messages[0].content }}")
+    check_of(llama_copy, tmp_path / "own.gguf")
+    assert read_gguf(tmp_path / "own.gguf").metadata["tokenizer.chat_template"] == "T {{ messages[0].content }}"
 
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}{{ m", "{{ messages | no_such_filter }}"])
