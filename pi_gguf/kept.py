@@ -51,13 +51,19 @@ class Kept:
         self._values[_name(item)] = value
         if self._path is None:
             return
+        line = json.dumps({"item": item, "value": value}).encode() + b"\n"
         whole = self._path.read_bytes() if self._path.exists() else b""
-        with disk_errors(self._path), self._path.open("r+b" if whole else "wb") as file:
-            file.truncate(whole.rfind(b"\n") + 1)  # what a kill cut off
-            file.seek(0, os.SEEK_END)
-            file.write(json.dumps({"item": item, "value": value}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        end = whole.rfind(b"\n") + 1
+        with disk_errors(self._path), self._path.open("r+b" if whole else "wb", buffering=0) as file:
+            file.truncate(end)  # what a kill cut off
+            file.seek(end)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(end)
+                raise
 
 
 def _name(item: dict[str, Any]) -> str:

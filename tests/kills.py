@@ -177,6 +177,7 @@ class Campaign:
         self._seconds: dict[str, float] = {}
         self._wanted: dict[str, str | None] = {}
         self._sizes: dict[str, int] = {}
+        self._kept = b""
         for kind in self.writers:
             with self._place(kind) as (out, _):
                 begun = time.monotonic()
@@ -184,6 +185,8 @@ class Campaign:
                 assert code == 0, f"{kind} ends with {code}: {self._log()}"
                 self._seconds[kind] = time.monotonic() - begun
                 self._wanted[kind] = self._result(kind, out)
+                if kind == "keep":
+                    self._kept = out.read_bytes()
                 files = [path for path in [out, *out.rglob("*")] if path.is_file()]
                 self._sizes[kind] = max(path.stat().st_size for path in files)
 
@@ -227,7 +230,9 @@ class Campaign:
         now = contents(out)
         if now is None and before is not None:
             now = contents(restorable)
-        if kind != "keep" and now != before and self._result(kind, out) != self._wanted[kind]:  # that grows by lines
+        if kind == "keep" and out.exists() and not self._is_begun(out.read_bytes()):
+            self._wrong(trial, "what is kept is not the first lines of what a whole run keeps")
+        if kind != "keep" and now != before and self._result(kind, out) != self._wanted[kind]:
             self._wrong(trial, "what is under the name is neither the old nor the new")
         self._check_others(trial, out, f"{out.name}.partial")
         code = _run(self._command(kind, out), 300)
@@ -238,6 +243,10 @@ class Campaign:
         elif self._result(kind, out) != self._wanted[kind]:
             self._wrong(trial, "the same command wrote something else")
         self._check_others(trial, out)
+
+    def _is_begun(self, kept: bytes) -> bool:
+        """Tell whether a file of finished items holds whole lines, the first of a whole run's."""
+        return self._kept.startswith(kept) and (not kept or kept.endswith(b"\n"))
 
     def _check_others(self, trial: str, out: Path, *allowed: str) -> None:
         for name, text in BYSTANDERS.items():

@@ -10,6 +10,26 @@ from pathlib import Path
 
 import pytest
 
+KEPT = """
+import resource, sys
+from pi_gguf.kept import Kept
+kept = Kept(sys.argv[1])
+kept.put({"i": 1}, "x" * 100)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
+try:
+    kept.put({"i": 2}, "y" * 100)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits")
+def test_a_finished_item_that_does_not_fit_leaves_no_part_of_it(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    done = subprocess.run([sys.executable, "-c", KEPT, path], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ResourceError\n", done.stderr
+    assert path.read_text().endswith("\n") and [json.loads(line)["item"] for line in path.open()] == [{"i": 1}]
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_nothing_is_lost_wrong_or_left():
