@@ -65,19 +65,24 @@ def read_texts(sources: Sequence[str], *, characters: int = 1) -> dict[str, str]
         if _is_on_hub(source) or (source in TEXT_SETS and not Path(source).exists()):
             name, branch = TEXT_SETS.get(source, (source, None))
             long = (text for text in hub_documents(name, branch or _hub_revision(name)) if len(text) >= characters)
-            some = {f"{source} {i}": text[:LONGEST] for i, text in enumerate(itertools.islice(long, HUB_DOCUMENTS), 1)}
+            numbered = enumerate(itertools.islice(long, HUB_DOCUMENTS), 1)
+            some = {name: _cut(text, LONGEST, name) for i, text in numbered for name in [f"{source} {i}"]}
             if not some:
                 raise TextError(f"{source}: no document has {characters} characters", "give smaller --windows")
             found |= some
         elif Path(source).suffix in TABLES:
             (path,) = _find_files(source, TABLES)
-            found |= {f"{path}:{i}": text[:LONGEST] for i, text in enumerate(_file_documents(path), 1)}
+            found |= {f"{path}:{i}": text for i, text in enumerate(_file_documents(path, LONGEST), 1)}
         else:
             found |= {str(path): _read_text(path, LONGEST) for path in _find_files(source, SUFFIXES)}
-    for name, text in found.items():
-        if len(text) == LONGEST:
-            say(f"note: {name}: the first {LONGEST:,} characters are read")
     return found
+
+
+def _cut(text: str, characters: int, name: object) -> str:
+    """Return the first characters of a document, and say so where there are more."""
+    if len(text) > characters:
+        say(f"note: {name}: the first {characters:,} characters are read")
+    return text[:characters]
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,8 @@ def open_texts(sources: Sequence[str]) -> Texts:
         for path in paths:
             yield from _file_documents(path, characters)
         for name, revision in revisions.items():
-            yield from (text[:characters] for text in hub_documents(name, revision))
+            numbered = enumerate(hub_documents(name, revision), 1)
+            yield from (_cut(text, characters, f"{name} {i}") for i, text in numbered)
 
     only_texts = not revisions and all(path.suffix not in TABLES for path in paths)
     return Texts(
@@ -238,7 +244,7 @@ def _read_text(path: Path, characters: int) -> str:
     parts, size, at = [], 0, 0
     try:
         with path.open("rb") as file:
-            while size < characters:
+            while size <= characters:
                 data = file.read(_BLOCK)
                 pending = len(decoder.getstate()[0])
                 parts.append(decoder.decode(data, final=not data))
@@ -250,19 +256,18 @@ def _read_text(path: Path, characters: int) -> str:
         raise TextError(f"{path}: not UTF-8 at byte {at}", "convert it with iconv -t UTF-8") from error
     except OSError as error:
         raise TextError(f"{path}: cannot be read ({error.strerror})", "check that it may be read") from error
-    body = "".join(parts)[:characters].replace("\r\n", "\n").replace("\r", "\n")
+    body = _cut("".join(parts), characters, path).replace("\r\n", "\n").replace("\r", "\n")
     if not body.strip():
         raise TextError(f"{path}: the text is empty", "give a text that is longer than the window")
     return body
 
 
-def _file_documents(path: Path, characters: int = LONGEST) -> Iterator[str]:
+def _file_documents(path: Path, characters: int) -> Iterator[str]:
     """Yield the documents of a file, of each so many characters at most."""
-    if path.suffix == ".jsonl":
-        return (text[:characters] for text in _jsonl_documents(path))
-    if path.suffix == ".parquet":
-        return (text[:characters] for text in _parquet_documents(path))
-    return iter([_read_text(path, characters)])
+    if path.suffix not in TABLES:
+        return iter([_read_text(path, characters)])
+    rows = _jsonl_documents(path) if path.suffix == ".jsonl" else _parquet_documents(path)
+    return (_cut(text, characters, f"{path}:{i}") for i, text in enumerate(rows, 1))
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:

@@ -127,6 +127,17 @@ def test_of_a_text_that_is_longer_than_a_run_the_rest_is_left_out(llama, tmp_pat
     assert 100 < len(short[0]) < len(longer[0]) and len(longer[0]) > 1000
 
 
+def test_training_says_which_documents_it_cuts(llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus_module, "LONGEST", 256)
+    (tmp_path / "long.txt").write_text("a cat sat " * 26)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (256, 257)))
+    (tmp_path / "short.txt").write_text("a" * 254 + "\r\n")
+    load_corpus(load_checkpoint(str(llama)), open_texts([str(tmp_path)]), tmp_path / "tokens")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    cut = [tmp_path / "long.txt", f"{tmp_path / 'rows.jsonl'}:2"]
+    assert notes == [f"note: {name}: the first 256 characters are read" for name in cut]
+
+
 def test_reports_name_files_without_their_folders():
     told = {
         "models": ["/home/alice/ACME/a.gguf", "/home/bob/a.gguf", "rel/a.gguf", "org/model"],
