@@ -132,7 +132,7 @@ def test_training_says_which_documents_it_cuts(llama, tmp_path, monkeypatch, cap
     (tmp_path / "long.txt").write_text("a cat sat " * 26)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (256, 257)))
     (tmp_path / "short.txt").write_text("a" * 254 + "\r\n")
-    load_corpus(load_checkpoint(str(llama)), open_texts([str(tmp_path)]), tmp_path / "tokens")
+    load_corpus(load_checkpoint(str(llama)), open_texts([str(tmp_path)]), tmp_path)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
     cut = [tmp_path / "long.txt", f"{tmp_path / 'rows.jsonl'}:2"]
     assert notes == [f"note: {name}: the first 256 characters are read" for name in cut]
