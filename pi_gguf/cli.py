@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from pi_gguf.endings import check_address_space, prepare_streams, print_all, signals, translated
+from pi_gguf.endings import Signals, check_address_space, prepare_streams, print_all, signals, translated
 from pi_gguf.errors import Interrupted
 from pi_gguf.progress import named_frame, process_rank
 from pi_gguf.tables import text_table
@@ -643,14 +643,14 @@ def entry_point() -> None:
     """Run the command line; every error but a bug ends here, as two lines and its exit code."""
     prepare_streams()  # before anything opens a file
     try:
-        with signals():
-            code = _run_main()
+        with signals() as state:
+            code = _run_main(state)
     except KeyboardInterrupt as stop:  # met before anything had begun, or when all was done
         code = _interrupted(stop)
     sys.exit(code)
 
 
-def _run_main() -> int:
+def _run_main(state: Signals) -> int:
     try:
         named_frame(f"pi-gguf {' '.join(sys.argv[1:])}", main, standalone_mode=False)
         sys.stdout.flush()
@@ -662,6 +662,8 @@ def _run_main() -> int:
     except (KeyboardInterrupt, click.Abort) as stop:
         return _interrupted(stop)
     except Exception as error:
+        if state.met:
+            return _interrupted(state.met)
         known = translated(error)
         if known is None or "--debug" in sys.argv:
             raise

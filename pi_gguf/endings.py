@@ -37,17 +37,20 @@ _OF_THE_MACHINE = {
 }  # fmt: skip
 
 
-class _Signals:
+class Signals:
     """Raises `Interrupted` where the first of Ctrl-C, SIGTERM and SIGHUP is met; a second one ends what still runs."""
 
     def __init__(self) -> None:
         self._seen = self._sent_again = 0
         self._raised = self._ended = False
+        self.met: Interrupted | None = None
+        """The first of them: what it raises, libraries may catch and make something else of."""
 
     def handle(self, number: int, _: Any) -> None:
         if not self._raised:
             self._raised = True
-            raise Interrupted(number)
+            self.met = Interrupted(number)
+            raise self.met
 
     def unraisable(self, lost: Any) -> None:
         """Raise again what was raised in a callback of native code, through which nothing passes."""
@@ -86,12 +89,12 @@ def handled_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def signals() -> Iterator[None]:
+def signals() -> Iterator[Signals]:
     """Let Ctrl-C, SIGTERM and SIGHUP raise `Interrupted`, also where the parent had Ctrl-C ignored."""
+    state = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield state
         return
-    state = _Signals()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = {
@@ -103,7 +106,7 @@ def signals() -> Iterator[None]:
     sys.unraisablehook = state.unraisable
     threading.Thread(target=state.watch, args=[reader], daemon=True).start()
     try:
-        yield
+        yield state
     finally:
         state.end()
         sys.unraisablehook = hook

@@ -108,6 +108,29 @@ def test_a_signal_that_is_met_in_a_callback_of_native_code_is_not_lost():
     assert done.stderr == ""
 
 
+MADE_OF_IT = """
+import os, signal, sys
+from pi_gguf import cli
+
+def main(**_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    except BaseException:
+        pass
+    raise ModuleNotFoundError("could not import: an optional part is not there")
+
+cli.main = main
+sys.argv = ["pi-gguf", "plan"]
+cli.entry_point()
+"""
+
+
+def test_a_signal_that_a_library_takes_for_an_error_of_its_own_ends_like_any():
+    done = python(MADE_OF_IT)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "interrupted\n")
+
+
 STUCK = """
 import hashlib
 from pi_gguf.endings import signals
