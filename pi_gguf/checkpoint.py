@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.agreement import check_rotation, rotated_dimensions
-from pi_gguf.configs import Configuration, note, read_config, read_json
+from pi_gguf.configs import Configuration, check_size, note, read_config, read_json
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
@@ -54,6 +54,11 @@ PROVENANCE_FILE = "pi_gguf.json"
 """Written by `extend` beside the weights: source, windows, steps and tokens trained."""
 
 _ADAPTER_FILE = "adapter_config.json"
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
 
 _MEBIBYTE = 2**20
 
@@ -381,6 +386,9 @@ class Checkpoint:
         import transformers
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        for file in TOKENIZER_FILES:
+            if (self.tokenizer_dir / file).exists():
+                check_size(self.tokenizer_dir / file)
         settings_path = self.tokenizer_dir / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.exists() else {}
         name = str(settings.get("tokenizer_class"))

@@ -145,6 +145,10 @@ def note(text: str) -> None:
     say(f"note: {text}")
 
 
+_MOST_BYTES = 2**27
+"""Of a file that is read as a whole; the largest vocabularies have a quarter of it."""
+
+
 def noted(folder: Path) -> list[str]:
     """Return what was unusual about a folder."""
     return [text for text in _noted if text.startswith(str(folder))]
@@ -157,8 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is no file, not readable or something else.
     """
     try:
-        if not path.is_file():  # a FIFO would be waited for
-            raise CheckpointError(f"{path}: is not a file", "put the checkpoint's own file there")
+        check_size(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: no readable JSON ({one_line(error)})", "download this file again") from error
@@ -167,6 +170,18 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: must hold a JSON object, got {type(value).__name__}", "download this file again"
         )
     return value
+
+
+def check_size(path: Path) -> None:
+    """Check that what is read as a whole is a file, and of a size that such files have.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
+    if not path.is_file():  # a FIFO would be waited for
+        raise CheckpointError(f"{path}: is not a file", "put the checkpoint's own file there")
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise CheckpointError(f"{path}: of {size:,} bytes, more than any such file has", "download this file again")
 
 
 # Opening with transformers

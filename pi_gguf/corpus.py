@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint import TOKENIZER_FILES, Checkpoint
 from pi_gguf.errors import TextError
 from pi_gguf.files import remove, replace_when_complete
 from pi_gguf.progress import progress_bar
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 CACHE_PREFIX = "tokens-"
 """Begins the name of a cache, a folder."""
 
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt",
-)  # fmt: skip
 _BATCH_CHARACTERS = 1 << 20
 _PIECE_CHARACTERS = 1 << 22
 _CHARACTERS = 16
@@ -127,7 +123,7 @@ def load_corpus(checkpoint: Checkpoint, texts: Texts, folder: Path, tokens: int 
 
 def _tokenizer_sha256(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(package_version("tokenizers").encode())
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (checkpoint.tokenizer_dir / name).exists():
             digest.update(f"\0{name}\0".encode() + (checkpoint.tokenizer_dir / name).read_bytes())
     return digest.hexdigest()

@@ -27,6 +27,7 @@ _NO_MEMORY = (
     "can't start new thread", "out of memory",
 )  # fmt: skip
 _DISK_FULL = ("no space left on device", "pytorchstreamwriter failed writing", "file write failed")
+_TOO_LARGE = ("file too large",)
 """What libraries say that have errors of their own for it, in lower case."""
 
 _TORCH_BYTES = 3 * 2**29
@@ -167,6 +168,8 @@ def translated(error: BaseException) -> PiGgufError | None:
         return _of_memory(next((text for text in said if text), "no memory is left"))
     if any(_says(text, _DISK_FULL) for text in said):
         return ResourceError(f"the disk is full ({said[0][:200]})", "free some disk space")
+    if any(_says(text, _TOO_LARGE) for text in said):
+        return ResourceError(f"files may not become so large ({said[0][:200]})", "raise the limit, see ulimit -f")
     first = chain[0]
     if isinstance(first, RecursionError):
         return ResourceError("something in the input is nested too deeply", "--debug shows where it is read")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 from pi_gguf.errors import OptionError, ResourceError
 from pi_gguf.progress import process_rank, say
@@ -407,6 +407,17 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file to read: one writes into a pipe when one likes, and a device has no end.
+
+    Raises:
+        OSError: it is no file, or not to be read.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return path.open("rb")
 
 
 def remove(path: Path) -> None:

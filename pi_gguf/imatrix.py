@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError, one_line
-from pi_gguf.files import check_writable, replace_when_complete, temporary, writes
+from pi_gguf.files import check_writable, open_plain, replace_when_complete, temporary, writes
 from pi_gguf.ggml import ProductWatch
 from pi_gguf.gguf_file import read_gguf, read_values, write_values
 from pi_gguf.gguf_header import is_gguf
@@ -125,7 +125,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         GgufError: the file is none, or a value in it cannot be.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             magic = file.read(4)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from pi_gguf.certificate import Certificate
 from pi_gguf.errors import OptionError
-from pi_gguf.files import check_writable, human_bytes, write_text, writes
+from pi_gguf.files import check_writable, human_bytes, open_plain, write_text, writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import read_header, tensors_sha256
 from pi_gguf.report import (
@@ -99,7 +99,8 @@ def _read_report(folder: Path) -> PageReport:
     """
     path = folder / "report.json"
     try:
-        return PageReport.from_json(json.loads(path.read_text(encoding="utf-8")))
+        with open_plain(path) as file:
+            return PageReport.from_json(json.loads(file.read()))
     except (OSError, ValueError) as error:
         said = getattr(error, "strerror", None) or error
         raise OptionError(f"{path}: no report of an evaluation ({said})", "pi-gguf eval report writes one") from error

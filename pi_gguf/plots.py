@@ -188,6 +188,10 @@ def _figure(path: str | Path, size: tuple[float, float] = (7.5, 5)) -> Iterator[
 
     figure = Figure(figsize=size, layout="constrained")
     yield figure
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        for text in (axes.title, *(legend.get_texts() if legend else ())):  # names of files are no formulas, nor texts
+            text.set(parse_math=False, text=text.get_text().encode(errors="replace").decode())
     with replace_when_complete(Path(path)) as partial:
         figure.savefig(partial, dpi=120, format=Path(path).suffix.lstrip("."))
     say(f"wrote {path}")

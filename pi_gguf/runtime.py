@@ -153,7 +153,7 @@ class Model(LanguageModel):
         self.close()
 
     def close(self) -> None:
-        self._llama.close()
+        compute(self._llama.close)  # behind what may still be running there, where a signal came in between
 
     # What llama.cpp read
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError, one_line
-from pi_gguf.files import writes
+from pi_gguf.files import open_plain, writes
 from pi_gguf.hf_model import HfTokens
 from pi_gguf.kept import Kept
 from pi_gguf.progress import Advance, progress_bar
@@ -172,7 +172,8 @@ def _check_task_files(folder: str) -> None:
         raise OptionError(f"task-dir: no .yaml files in {folder}", "give the folder of your own task files")
     for path in paths:  # those that are included are added on the way
         try:
-            config = yaml.safe_load(path.read_bytes())
+            with open_plain(path) as file:
+                config = yaml.safe_load(file.read())
         except yaml.constructor.ConstructorError as error:
             raise OptionError(f"{path}: would run code ({error.problem})", "write it without tags") from error
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:

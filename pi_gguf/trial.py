@@ -23,14 +23,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pi_gguf.errors import GgufError, ResourceError
+from pi_gguf.files import open_plain
 from pi_gguf.ggml import llama_cpp_library, mixture
 from pi_gguf.gguf_file import TensorInfo, padded, tensor_nbytes, write_header
 from pi_gguf.gguf_header import MEASURED, Header
-from pi_gguf.processes import run_child
+from pi_gguf.processes import SECONDS, run_child
 from pi_gguf.progress import say
 
 _LIVES, _REFUSES = "lives", 3
 """The verdict that is kept; the child's exit code where llama.cpp itself says no, which this process then hears."""
+
+_LONGEST_VERDICT = 64
 
 _REBUILD = 'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python'
 """Keeps all stores, among them those that GCC 12 drops."""
@@ -144,13 +147,34 @@ def _machine() -> str:
     return digest.hexdigest()
 
 
-def _key(what: str, identity: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(base) / "pi-gguf" / hashlib.sha256(f"{what} {identity} {_machine()}".encode()).hexdigest()
+def _key(what: str, identity: str) -> Path | None:
+    """Return where a verdict is kept; None for a user without a home."""
+    given = (os.environ.get("XDG_CACHE_HOME"), os.environ.get("LOCALAPPDATA"))
+    base = next((Path(name) for name in given if name and Path(name).is_absolute()), None)
+    if base is None:
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:  # containers run as users that no list has
+            return None
+    return base / "pi-gguf" / hashlib.sha256(f"{what} {identity} {_machine()}".encode()).hexdigest()
 
 
-def _keep(key: Path, verdict: str = _LIVES) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a child each time
+def _kept(key: Path | None) -> str | None:
+    """Return a verdict; None where there is none, or what no trial wrote."""
+    if key is None:
+        return None
+    try:
+        with open_plain(key) as file:
+            verdict = file.read(_LONGEST_VERDICT).decode()
+    except (OSError, ValueError):
+        return None
+    return verdict if verdict in (_LIVES, *(fault.name for fault in _FAULTS)) else None
+
+
+def _keep(key: Path | None, verdict: str = _LIVES) -> None:
+    if key is None:
+        return
+    with contextlib.suppress(OSError, ValueError):  # a cache that cannot be written costs a child each time
         key.parent.mkdir(parents=True, exist_ok=True)
         partial = key.with_name(f"{key.name}.{os.getpid()}")
         partial.write_text(verdict)
@@ -160,21 +184,18 @@ def _keep(key: Path, verdict: str = _LIVES) -> None:
 def _tried(what: str, identity: str, arguments: Sequence[str], seconds: float = _SECONDS) -> str | None:
     """Return what a child died of; None where it lived. A verdict on the CPU is kept, on a file a good one only."""
     key = _key(what, identity)
-    try:
-        verdict = key.read_text()
-    except (OSError, RuntimeError):  # not tried yet; no home
-        pass
-    else:
+    if verdict := _kept(key):
         return None if verdict == _LIVES else verdict
     if not sys.executable:  # Python inside another program: there is nothing to start
         return None
     try:
         child = run_child(
-            "trial", what.split()[0], *arguments, seconds=seconds, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            "trial", what.split()[0], *arguments, seconds=seconds, stdin=subprocess.DEVNULL, capture_output=True
+        )
     except subprocess.TimeoutExpired:
         return f"it did not come back within {seconds:.0f} seconds"
+    if child.returncode == 0 and not child.stdout.endswith(_LIVES.encode()):
+        return "it did not end as it should"  # where a parent has ignored SIGCHLD, every code is 0
     if child.returncode >= 0:
         if child.returncode == 0:
             _keep(key)
@@ -263,7 +284,10 @@ def _main(what: str, path: str = "", *more: str) -> None:
         _read_tokens(path, (), fast_buffers=True, tokens=range(_MANY))
     else:
         _read_tokens(path, more, fast_buffers=False)
+    os.write(1, _LIVES.encode())
 
 
 if __name__ == "__main__":
+    if SECONDS in os.environ and hasattr(signal, "alarm"):
+        signal.alarm(int(os.environ[SECONDS]))
     _main(*sys.argv[1:])

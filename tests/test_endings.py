@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,17 @@ def test_a_prompt_may_be_empty(gguf, given):
 def test_a_prompt_that_is_no_text_is_refused(gguf):
     code, err = shell(f"run {gguf} --max-tokens 2 < <(printf 'Gr\\xf6\\xdfe')")
     assert code == 5 and "not UTF-8 at byte 2" in err and "hint: " in err
+
+
+def test_a_limit_on_files_that_a_library_meets_is_said():
+    code = (
+        "import resource, sys, numpy\nfrom safetensors.numpy import save_file\n"
+        "from pi_gguf.endings import translated\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n    save_file({'x': numpy.zeros(10**6)}, sys.argv[1])\n"
+        "except Exception as error:\n    print(translated(error))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        assert "files may not become so large" in python(code, Path(folder) / "x.safetensors").stdout
 
 
 # Errors

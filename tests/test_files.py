@@ -383,3 +383,37 @@ def test_publishing_needs_no_more_than_a_rename(out):
         number = made.stat().st_ino
         publish(made, out)
     assert out.stat().st_ino == number and list(out.parent.iterdir()) == [out]
+
+
+def test_names_of_models_are_drawn_as_they_are(tmp_path):
+    """They are no formulas, and need not be text."""
+    from types import SimpleNamespace
+
+    from pi_gguf.plots import plot_perplexity
+
+    rows = [SimpleNamespace(window=n, perplexity=3.0, standard_error=0.1) for n in (64, 128)]
+    plot_perplexity({r"a$\nope{$.gguf": rows, os.fsdecode(b"b\xff.gguf"): rows}, tmp_path / "p.svg")
+    assert (tmp_path / "p.svg").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_nobody_waits_for_a_pipe(cli, gguf, tmp_path):
+    os.mkfifo(tmp_path / "report.json")
+    os.mkfifo(tmp_path / "task.yaml")
+    for code, *words in (
+        (6, "quantize", gguf, tmp_path / "o.gguf", "--quant", "Q8_0", "--imatrix", tmp_path / "report.json"),
+        (2, "card", gguf, "--report", tmp_path),
+        (2, "eval", "short", gguf, "--task-dir", tmp_path, "--tasks", "task"),
+    ):
+        found, _, err = cli(*words)
+        assert found == code and "a pipe or a device" in err, err
+
+
+def test_a_file_of_settings_that_no_checkpoint_has_is_not_read(cli, llama_copy, tmp_path):
+    for name in ("generation_config.json", "tokenizer.json"):
+        path = llama_copy / name
+        whole = path.read_bytes()
+        os.truncate(path, 2**40)
+        code, _, err = cli("convert", llama_copy, tmp_path / "o.gguf", "--quant", "F16", "--check", "none")
+        assert code == 3 and f"{name}: of 1,099,511,627,776 bytes" in err
+        path.write_bytes(whole)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +14,7 @@ from pi_gguf import trial
 from pi_gguf.errors import GgufError
 from pi_gguf.gguf_header import Entry, read_header, write_changed
 from pi_gguf.processes import run_child
+from pi_gguf.processes import SECONDS
 from pi_gguf.runtime import Model
 from pi_gguf.trial import check_opens, check_quantizes, fast_buffers_work, trust
 
@@ -138,6 +141,59 @@ def test_no_verdict_is_kept_where_the_cache_cannot_be_written(monkeypatch, tmp_p
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert fast_buffers_work()
+
+
+HOSTILE = {
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "no text": lambda path: path.write_bytes(b"\xff" * 10),
+    "huge": lambda path: path.write_text("SIGSEGV" * 100_000),
+    "something else": lambda path: path.write_text("lives no more"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes")
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_no_trial_wrote_into_the_cache_is_no_verdict(quantized, tmp_path, what, monkeypatch):
+    key = trial._key("open", read_header(quantized).fingerprint())
+    key.parent.mkdir(parents=True)
+    HOSTILE[what](key)
+    check_opens(read_header(quantized))
+    no_more_children(monkeypatch)
+    if what not in ("a folder",):  # that stays: each time costs a child
+        check_opens(read_header(quantized))
+
+
+def test_a_user_without_a_home_has_no_verdicts_and_all_else(quantized, monkeypatch):
+    import pwd
+
+    def nobody(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    check_opens(read_header(quantized))
+    trust(read_header(quantized))
+
+
+def test_a_child_that_dies_is_seen_where_nobody_waits_for_children(tiny):
+    """With SIGCHLD ignored, as some parents leave it, the system keeps no exit codes."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(GgufError, match="does not survive"):
+            check_opens(read_header(tiny))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_child_ends_by_itself_should_its_parent_be_gone(tmp_path):
+    os.mkfifo(tmp_path / "never.gguf")
+    environment = {**os.environ, SECONDS: "2"}
+    command = [sys.executable, "-m", "pi_gguf.trial", "open", str(tmp_path / "never.gguf")]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=30)
+    assert done.returncode == -signal.SIGALRM
 
 
 def test_nothing_in_the_folder_one_stands_in_is_run(quantized, tmp_path, monkeypatch):
