@@ -197,7 +197,7 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
             top1_agreement=top1,
         )
     if problems:
-        raise CheckError("\n".join(problems), _TOKENIZER_HINT if prose else _hint(reference.unusual))
+        raise CheckError("; ".join(problems), _TOKENIZER_HINT if prose else _hint(reference.unusual))
     if special:
         say(said(special, len(reference.texts)))
     return report

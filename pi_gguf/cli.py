@@ -658,7 +658,7 @@ def _run_main(state: Signals) -> int:
         return stop.exit_code
     except click.ClickException as error:
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pi-gguf"
-        return _refuse(error.format_message(), f"{path} --help shows how it is used", error.exit_code)
+        return _refuse(" ".join(error.format_message().split()), f"{path} --help shows how it is used", error.exit_code)
     except (KeyboardInterrupt, click.Abort) as stop:
         return _interrupted(stop)
     except Exception as error:
@@ -672,8 +672,13 @@ def _run_main(state: Signals) -> int:
 
 
 def _refuse(message: str, hint: str, code: int) -> int:
-    _print_error(f"error: {message}\nhint: {hint}")
+    _print_error(f"error: {_as_line(message)}\nhint: {_as_line(hint)}")
     return code
+
+
+def _as_line(text: str) -> str:
+    """Return a text that a terminal shows on one line, as it is: names of files may hold breaks and control codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print_error(text: str) -> None:

@@ -57,6 +57,9 @@ _NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 _ADDED = re.compile(r"(blk\.\d+\.|output|token_embd)\S*_norm\.(weight|bias)|blk\.\d+\.\S+\.bias")
 """Tensors that llama.cpp adds, or multiplies element by element, in 32 bits only."""
 
+_MULTIPLIED = re.compile(r"(token_embd|output|blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(up|down|gate)(_exps)?))\.weight")
+"""Tensors that are matrices in every architecture."""
+
 _NO_MODELS = {
     "adapter": "apply it to the file of its model: pi-gguf run MODEL.gguf --lora ADAPTER.gguf",
     "imatrix": "give it with --imatrix beside the model",
@@ -206,7 +209,7 @@ def _kinds(tensors: Sequence[TensorInfo]) -> Iterator[Finding]:
     """Find tensors of types that llama.cpp does not calculate with where they are."""
     for t in tensors:
         added = t.name in FACTOR_TENSOR_NAMES or _ADDED.fullmatch(t.name)
-        if t.type != "F32" if added else t.name == "token_embd.weight" and t.type in _NO_WEIGHTS:
+        if t.type != "F32" if added else _MULTIPLIED.fullmatch(t.name) and t.type in _NO_WEIGHTS:
             yield Finding(t.name, t.type, "F32", "llama.cpp calculates with no other type there.", CONVERT)
 
 

@@ -277,6 +277,13 @@ def test_a_wrong_command_is_two_lines(cli, words):
     assert err.splitlines()[0].startswith("error: ") and "--help" in err.splitlines()[1]
 
 
+def test_a_name_of_several_lines_is_one_line(cli, tmp_path):
+    name = "a\nhint: b\x1b[31m\u2028größe.gguf"
+    code, _, err = cli("run", tmp_path / name, "--prompt", "a")
+    assert code == 6 and len(err.splitlines()) == 2 and "\x1b" not in err
+    assert r"a\nhint: b\x1b[31m\u2028größe.gguf: no such file" in err.splitlines()[0]
+
+
 def raised(function: Any) -> BaseException:
     try:
         function()

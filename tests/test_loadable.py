@@ -501,3 +501,23 @@ def test_the_newest_type_is_written_and_read(tmp_path):
     assert "Q2_0" in {t.type for t in read_gguf(out).tensors}
     with Model(out, n_ctx=32, device="cpu") as model:
         assert model.tokenize("Once")
+
+
+
+
+@pytest.fixture(autouse=True)
+def never_a_hang():
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it did not end in time"))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["output.weight", "blk.1.ffn_down.weight", "blk.0.attn_q.weight", "token_embd.weight"])
+def test_a_matrix_of_indices_is_found_before_it_is_multiplied_with(sound, name):
+    info = read_gguf(sound)
+    assert name in {t.name for t in info.tensors} and not list(find_fatal(info.header, info.tensors))
+    for kind in ("I8", "I32", "F64", "Q8_1"):
+        tensors = [replace(t, type=kind) if t.name == name else t for t in info.tensors]
+        assert [finding.key for finding in find_fatal(info.header, tensors) if finding.found == kind] == [name]
