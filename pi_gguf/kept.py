@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.errors import OptionError
-from pi_gguf.files import check_writable, disk_errors
+from pi_gguf.files import check_writable, disk_errors, open_plain
+
+_BEGIN, _LINE_BYTES = b'{"item": ', 2**26
+"""What every line begins with, and what none is longer than."""
 
 
 class Kept:
@@ -32,15 +35,16 @@ class Kept:
         check_writable(self._path, overwrite=True)
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                self._values[_name(record["item"])] = record["value"]
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):  # cut off by a kill, or empty behind the last one
-                    break
-                raise OptionError(f"{path}: line {number} is no finished item", "give another --keep") from error
+        with open_plain(self._path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LINE_BYTES), b""), 1):
+                try:
+                    record = json.loads(line)
+                    self._values[_name(record["item"])] = record["value"]
+                except (ValueError, KeyError, TypeError) as error:
+                    ours = line.startswith(_BEGIN) or _BEGIN.startswith(line)
+                    if ours and line[-1:] != b"\n" and len(line) < _LINE_BYTES:  # cut off by a kill
+                        break
+                    raise OptionError(f"{path}: line {number} is no finished item", "give another --keep") from error
 
     def get(self, item: dict[str, Any]) -> Any:
         """Return the value of an item; None where it is not finished."""
