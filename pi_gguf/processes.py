@@ -25,10 +25,6 @@ _PATIENCE = timedelta(hours=12)
 """How long the others wait for the first one to tokenize or to write."""
 
 
-SECONDS = "PI_GGUF_SECONDS"
-"""Environment variable: after which a child ends itself, should its parent be killed before it."""
-
-
 def run_child(module: str, *arguments: str, seconds: float, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run a module of this package in a process of its own, which imports what this one does.
 
@@ -40,7 +36,7 @@ def run_child(module: str, *arguments: str, seconds: float, **options: Any) -> s
     # -P: the folder that one stands in may be a stranger's, and what lies there is not to be imported
     command = [sys.executable, "-P", "-m", f"pi_gguf.{module}", *arguments]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
-    environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1", SECONDS: str(int(seconds) + 5)}
+    environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
     return subprocess.run(command, env=environment, timeout=seconds, check=False, **options)
 
 

@@ -27,7 +27,7 @@ from pi_gguf.files import open_plain
 from pi_gguf.ggml import llama_cpp_library, mixture
 from pi_gguf.gguf_file import TensorInfo, padded, tensor_nbytes, write_header
 from pi_gguf.gguf_header import MEASURED, Header
-from pi_gguf.processes import SECONDS, run_child
+from pi_gguf.processes import run_child
 from pi_gguf.progress import say
 
 _LIVES, _REFUSES = "lives", 3
@@ -288,6 +288,4 @@ def _main(what: str, path: str = "", *more: str) -> None:
 
 
 if __name__ == "__main__":
-    if SECONDS in os.environ and hasattr(signal, "alarm"):
-        signal.alarm(int(os.environ[SECONDS]))
     _main(*sys.argv[1:])

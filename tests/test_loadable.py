@@ -503,17 +503,6 @@ def test_the_newest_type_is_written_and_read(tmp_path):
         assert model.tokenize("Once")
 
 
-
-
-@pytest.fixture(autouse=True)
-def never_a_hang():
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it did not end in time"))
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.parametrize("name", ["output.weight", "blk.1.ffn_down.weight", "blk.0.attn_q.weight", "token_embd.weight"])
 def test_a_matrix_of_indices_is_found_before_it_is_multiplied_with(sound, name):
     info = read_gguf(sound)
