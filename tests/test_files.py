@@ -397,13 +397,13 @@ def test_names_of_models_are_drawn_as_they_are(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
-def test_nobody_waits_for_a_pipe(cli, gguf, tmp_path):
+def test_nobody_waits_for_a_pipe(cli, f32_gguf, tmp_path):
     os.mkfifo(tmp_path / "report.json")
     os.mkfifo(tmp_path / "task.yaml")
     for code, *words in (
-        (6, "quantize", gguf, tmp_path / "o.gguf", "--quant", "Q8_0", "--imatrix", tmp_path / "report.json"),
-        (2, "card", gguf, "--report", tmp_path),
-        (2, "eval", "short", gguf, "--task-dir", tmp_path, "--tasks", "task"),
+        (6, "quantize", f32_gguf, tmp_path / "o.f32_gguf", "--quant", "Q8_0", "--imatrix", tmp_path / "report.json"),
+        (2, "card", f32_gguf, "--report", tmp_path),
+        (2, "eval", "short", f32_gguf, "--task-dir", tmp_path, "--tasks", "task"),
     ):
         found, _, err = cli(*words)
         assert found == code and "a pipe or a device" in err, err
