@@ -401,7 +401,7 @@ def test_nobody_waits_for_a_pipe(cli, f32_gguf, tmp_path):
     os.mkfifo(tmp_path / "report.json")
     os.mkfifo(tmp_path / "task.yaml")
     for code, *words in (
-        (6, "quantize", f32_gguf, tmp_path / "o.f32_gguf", "--quant", "Q8_0", "--imatrix", tmp_path / "report.json"),
+        (6, "quantize", f32_gguf, tmp_path / "o.gguf", "--quant", "Q8_0", "--imatrix", tmp_path / "report.json"),
         (2, "card", f32_gguf, "--report", tmp_path),
         (2, "eval", "short", f32_gguf, "--task-dir", tmp_path, "--tasks", "task"),
     ):
