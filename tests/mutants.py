@@ -7,6 +7,7 @@ has everything imported; one that dies or hangs is replaced, and the others go o
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -634,6 +635,7 @@ def _work(kinds: dict[str, Kind], folder: Path, jobs: Any, results: Any) -> None
     if used:
         resource.setrlimit(resource.RLIMIT_AS, (used + MORE_MEMORY, used + MORE_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()  # pytest's: a death here is told by its outcome
     _without_trials()
     while (job := jobs.recv()) is not None:
         name, seed = job

@@ -251,20 +251,18 @@ def test_a_tensor_is_unknown(cli, llama_copy, out_folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "name", "wanted"),
+    ("changes", "name", "wanted", "hint"),
     [
-        ({"intermediate_size": 97}, "model.layers.0.mlp.gate_proj.weight", [97, 64]),
-        ({"vocab_size": 411}, "model.embed_tokens.weight", [411, 64]),
-        ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight", [128, 64]),
-        ({"head_dim": ABSENT}, "model.layers.0.self_attn.q_proj.weight", [64, 64]),
+        ({"intermediate_size": 97}, "model.layers.0.mlp.gate_proj.weight", [97, 64], "config.json and weights"),
+        ({"vocab_size": 411}, "model.embed_tokens.weight", [411, 64], "set vocab_size to 410"),
+        ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight", [128, 64], "config.json and weights"),
+        ({"head_dim": ABSENT}, "model.layers.0.self_attn.q_proj.weight", [64, 64], "config.json and weights"),
     ],
 )
-def test_a_shape_contradicts_the_config(cli, llama_copy, out_folder, changes, name, wanted):
+def test_a_shape_contradicts_the_config(cli, llama_copy, out_folder, changes, name, wanted, hint):
     edit_config(llama_copy, **changes)
     path = llama_copy / "model.safetensors"
-    assert_not_converted(
-        cli, llama_copy, out_folder, CHECKPOINT, path, name, f"{wanted}", hint="config.json and weights"
-    )
+    assert_not_converted(cli, llama_copy, out_folder, CHECKPOINT, path, name, f"{wanted}", hint=hint)
 
 
 def test_a_tensor_is_transposed(cli, llama_copy, out_folder):
