@@ -37,6 +37,10 @@ FOUND_SHARE = 0.2
 """A distance counts as reached when at least this share of its keys is found, there and at every shorter one."""
 
 
+_LARGEST_LOSS = 709.0
+"""Nats; the perplexity of more is beyond a 64-bit number."""
+
+
 @dataclass(frozen=True)
 class Yardstick:
     """One text on which perplexities that are to be compared are measured: the same stretches of it at every window.
@@ -238,7 +242,7 @@ def measure_documents(
                 for ids, last in jobs[name]:
                     nll.append(-lm.score(ids, last)[0])
                     losses, tokens = losses + float(nll[-1].sum()), tokens + last
-                    advance(1, text=f"{math.exp(losses / tokens):.3f}")
+                    advance(1, text=f"{math.exp(min(losses / tokens, _LARGEST_LOSS)):.3f}")
                 whole = window == largest and samples is None
                 kept.put(item, {"scored": _sums(nll), "first_pass": _by_position(nll[0], largest) if whole else []})
         found[window] = [kept.get(item) for item in items.values()]
@@ -288,7 +292,8 @@ def _perplexity(parts: Sequence[Sequence[float]]) -> tuple[float, float, int]:
         variance = n / (n - 1) * sum((part[0] - mean * part[2]) ** 2 for part in parts) / tokens**2
     else:
         variance = max(0.0, squares / tokens - mean**2) / (tokens - 1) if tokens > 1 else math.nan
-    return math.exp(mean), math.exp(mean) * math.sqrt(variance), int(tokens)
+    perplexity = math.exp(min(mean, _LARGEST_LOSS))
+    return perplexity, perplexity * math.sqrt(variance), int(tokens)
 
 
 def sliding_windows(ids: list[int], window: int, stride: int, bos: list[int]) -> list[tuple[list[int], int]]:
