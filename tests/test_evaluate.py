@@ -436,3 +436,9 @@ def test_reports_are_drawn(cli, llama, text_path, tmp_path):
     ):
         code, _, err = cli("eval", *command, "--plot", path)
         assert code == 2 and message in err
+
+
+def test_a_loss_beyond_what_64_bits_can_say_has_their_largest_perplexity():
+    from pi_gguf.evaluate import _perplexity
+
+    assert 1e307 < _perplexity([(8000.0, 8000.0**2, 8)])[0] < float("inf")
