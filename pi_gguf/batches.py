@@ -109,11 +109,27 @@ def _mixture(checkpoint: Checkpoint, seed: int, window: int) -> Iterator[np.ndar
     tokenizer: Any = checkpoint.load_tokenizer()
     end = [] if tokenizer.eos_token_id is None else [(tokenizer.eos_token_id, 1.0)]
     weight = max(1.0, window / bundled.TOKENS_PER_WEIGHT)
-    for text in bundled.training_mixture(seed, window):
-        encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
-        answers = {at for match in bundled.ANSWER.finditer(text) for at in range(*match.span(1))}
-        weights = [weight if start in answers else 1.0 for start, _ in encoded["offset_mapping"]]
-        yield np.array([*zip(encoded["input_ids"], weights, strict=True), *end], TOKEN)
+    for texts in _together(bundled.training_mixture(seed, window)):
+        encoded = tokenizer(texts, verbose=False, return_offsets_mapping=True)
+        for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            answers = [at for match in bundled.ANSWER.finditer(text) for at in range(*match.span(1))]
+            document = np.empty(len(ids) + len(end), TOKEN)
+            document["id"][: len(ids)] = ids
+            document["weight"][: len(ids)] = np.where(np.isin(np.array(offsets)[:, 0], answers), weight, 1.0)
+            document[len(ids) :] = end
+            yield document
+
+
+def _together(texts: Iterable[str], characters: int = 2**17) -> Iterator[list[str]]:
+    """Yield texts in groups of about so many characters, for the tokenizer's threads."""
+    group: list[str] = []
+    for text in texts:
+        group.append(text)
+        if sum(map(len, group)) >= characters:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def check_lengths(corpus: Corpus, window: int) -> None:

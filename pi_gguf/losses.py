@@ -1,7 +1,7 @@
 """The loss without logits: [tokens, vocabulary] never exists, only a chunk of it at a time.
 
 In: a causal model of transformers. Out: the same model, whose own forward computes the same loss by torch's
-`linear_cross_entropy`. T tokens, D width, V vocabulary.
+`linear_cross_entropy`, or as that does where torch is older (before 2.13). T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -77,20 +77,16 @@ def _cross_entropy(
         weights: how much each target counts among those that are there, (B, T); alike when None.
     """
     import torch
-    from torch.nn.functional import linear_cross_entropy
 
     targets = targets.reshape(-1).to(hidden.device)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = getattr(head, "bias", None)
-    # Not reduced by torch, which would round the sum to the 8 bits of bfloat16.
-    losses = linear_cross_entropy(
+    losses = _linear_losses(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
         head.weight.to(dtype),
         targets,
-        linear_bias=None if bias is None else bias.to(dtype),
-        reduction="none",
-        options=torch.nn.LinearCrossEntropyOptions(),
+        None if bias is None else bias.to(dtype),
     )
     there = targets != -100
     losses = losses.float()
@@ -98,3 +94,33 @@ def _cross_entropy(
         weights = weights.reshape(-1).to(losses) * there
         losses = losses * weights * (there.sum() / weights.sum())
     return losses.sum() / (there.sum() if count is None else count)
+
+
+def _linear_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the loss of each target, (T): not reduced, as the sum would be rounded to the 8 bits of bfloat16.
+
+    Args:
+        hidden: (T, D).
+        weight: (V, D).
+        targets: (T).
+        bias: (V).
+    """
+    import torch
+    from torch.nn import functional
+
+    if hasattr(functional, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found: torch.Tensor = functional.linear_cross_entropy(
+            hidden, weight, targets, linear_bias=bias, reduction="none", options=options
+        )
+        return found
+    from torch.utils.checkpoint import checkpoint
+
+    def losses(some: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(functional.linear(some, weight, bias).float(), their, reduction="none")
+
+    chunk = max(1, hidden.numel() // len(weight))  # as many logits as hidden states
+    parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
