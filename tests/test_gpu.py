@@ -1,8 +1,8 @@
 """On a card as on the CPU: training step, losses, resume, attention, memory, evaluations, llama.cpp.
 
-`pytest -m gpu tests/test_gpu.py` is the first thing to run on a card. Without one, `device` is the CPU, and all but what
-makes sense on a card only runs there too. Where `PI_GGUF_GPU_OUT` names a folder, memory.json is written to it: of each
-case the predicted and the real peak, in bytes.
+`pytest -m gpu tests/test_gpu.py` is the first thing to run on a card. Without one, `device` is the CPU, and all but
+what makes sense on a card only runs there too. Where `PI_GGUF_GPU_OUT` names a folder, memory.json is written to it: of
+each case the predicted and the real peak, in bytes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pi_gguf
 from pi_gguf.batches import batch_positions, padded, training_batches
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.lora import parts
 from pi_gguf.losses import chunked_loss
 from pi_gguf.planning import _ACTIVATIONS, plan_training
 
@@ -65,8 +66,10 @@ OPTIONS = {
 
 @contextmanager
 def computing(*, bf16, way=None):
-    """Let fine-tunes compute in bf16 or not, whatever the device would, and treat activations in one way."""
+    """Let fine-tunes compute in bf16 or not, whatever the device would, and treat activations in one way; what the old
+    window pays is not measured, for the time."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pi_gguf.validation.Validation.price", lambda *_: None)
         for module in ("planning", "training"):
             patch.setattr(f"pi_gguf.{module}.fast_bf16", lambda device: bf16)
         if way:
@@ -112,41 +115,51 @@ def test_a_step_in_32_bits_is_the_cpus(train, llama, novel, tmp_path, device):
     still = sorted(name for name, size in changed.items() if not size)
     assert still == (["lm_head.weight"] if train == "lora" else []), f"not trained: {still}"
     table = "\n".join(f"{name}: {error:.2e} of a change of {changed[name]:.3g}" for name, error in errors.items())
-    assert max(errors.values()) < 0.03, table
+    assert max(errors.values()) < 0.03, table  # another order of additions: 2e-4; bf16: 0.25
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_the_losses_of_20_steps_are_the_cpus(train, llama, novel, tmp_path, device):
-    runs = {"cpu": ("cpu", False), "exact": (device, False), "bf16": (device, True)}
-    losses = {
-        name: fine_tune(llama, tmp_path / name, novel, where, bf16=bf16, train=train, steps=20)[1]
-        for name, (where, bf16) in runs.items()
-    }
-    said = f"CPU, {device} in 32 bits, {device} in bf16:\n{shown(*losses.values())}"
-    assert len(losses["cpu"]) == 20 and np.mean(losses["cpu"][-5:]) < 0.97 * np.mean(losses["cpu"][:5]), said
-    assert worst(losses["exact"], losses["cpu"]) < 1e-3, said
-    assert worst(losses["bf16"], losses["cpu"]) < 0.02, said
-    assert losses["bf16"] != losses["cpu"], "bf16 was not used"
+def test_20_losses_in_bf16_are_near_the_cpus_in_32_bits(train, llama, novel, tmp_path, device):
+    exact, found = (
+        fine_tune(llama, tmp_path / name, novel, where, bf16=bf16, train=train, steps=20)[1]
+        for name, where, bf16 in (("cpu", "cpu", False), ("device", device, True))
+    )
+    said = f"CPU in 32 bits, {device} in bf16:\n{shown(exact, found)}"
+    assert len(exact) == 20 and np.mean(exact[-5:]) < 0.95 * np.mean(exact[:5]), said
+    assert found != exact, f"bf16 was not used: {said}"
+    assert worst(found, exact) < 2e-3, said  # a CPU's bf16: 2e-4
 
 
-def test_a_model_in_4_bits_trains_like_one_in_16(novel, tmp_path, card):
-    if find_spec("bitsandbytes") is None:
-        pytest.skip("needs bitsandbytes")
-    options = {"context": 8192, "train_window": 512, "batch_tokens": 2048, "steps": 5, "learning_rate": 0.002}
-    outs = {
-        train: fine_tune("bundled:tiny", tmp_path / train, novel, card, bf16=True, train=train, **options)
-        for train in ("lora", "qlora")
-    }
-    losses = [outs[train][1] for train in ("lora", "qlora")]
-    said = f"lora, qlora:\n{shown(*losses)}"
-    assert 0 < abs(losses[1][0] / losses[0][0] - 1) < 0.1, said
-    assert worst(losses[1], losses[0]) < 0.1, said
-    merged = load_checkpoint(str(outs["qlora"][0]))
-    assert merged.rope.factor == 4 and merged.load_model(dtype=torch.float32).config.vocab_size == 2048
-    start = load_checkpoint("bundled:tiny").load_model(dtype=torch.float32).state_dict()
-    for name, tensor in merged.load_model(dtype=torch.float32).state_dict().items():
-        change = (tensor - start[name]).norm() / start[name].norm()
-        assert 0 < change < 0.2, f"{name}: changed by {change:.3g} of itself; merged into weights in 4 bits?"
+def linear_changes(folder):
+    """Return how much each linear layer of a fine-tuned bundled model changed, as a share of itself, by name."""
+    start = load_checkpoint("bundled:tiny").load_model(dtype=torch.float32)
+    found = load_checkpoint(str(folder)).load_model(dtype=torch.float32).state_dict()
+    names = [f"{name}.weight" for name in parts(start).linear]
+    before = start.state_dict()
+    return {name: ((found[name] - before[name]).norm() / before[name].norm()).item() for name in names}
+
+
+def test_adapters_on_fewer_bits_train_like_the_cpus(novel, tmp_path, device):
+    """In 4 bits the base's weights are 9 % off and its first loss 1 % higher (by hand, with the code book of QLoRA,
+    appendix E); what was learned is merged into the base's own weights, so none of that is in the result."""
+    ways = {"lora": (-0.003, 0.003), "qlora": (0.001, 0.04)}
+    if device != "cuda" or find_spec("bitsandbytes") is None:
+        del ways["qlora"]
+    options = {"context": 8192, "train_window": 256, "batch_tokens": 512, "steps": 3, "learning_rate": 0.002}
+    out, exact = fine_tune("bundled:tiny", tmp_path / "cpu", novel, "cpu", bf16=False, train="lora", **options)
+    expected = linear_changes(out)
+    assert len(expected) == 28
+    for train, (least, most) in ways.items():
+        out, losses = fine_tune("bundled:tiny", tmp_path / train, novel, device, bf16=True, train=train, **options)
+        said = f"{train} on {device}, lora on the CPU in 32 bits:\n{shown(losses, exact)}"
+        assert least < losses[0] / exact[0] - 1 < most, said
+        assert worst(losses, exact) < most + 0.01, said
+        assert load_checkpoint(str(out)).rope.factor == 4
+        for name, change in linear_changes(out).items():
+            said = f"{train}: {name} changed by {change:.4f} of itself, by lora on the CPU {expected[name]:.4f}"
+            assert 0.5 < change / expected[name] < 1.5, said
+    if "qlora" not in ways and device == "cuda":
+        pytest.skip("lora passed; qlora needs bitsandbytes")
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -155,9 +168,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, llama, novel, t
         pytest.skip("needs a CUDA GPU: test_training.py does it on a CPU")
     bf16 = device == "cuda"
     options = {**OPTIONS, "steps": 24, "train": train}
-    whole = fine_tune(llama, tmp_path / "whole", novel, device, bf16=bf16, **options)[1]
-    given = {"model": str(llama), "out_dir": str(tmp_path / "killed"), "data": [str(novel)], "device": device, **options}
-    dead = child({"extend": given, "kill_at": 18, "bf16": bf16})
+    given = {"model": str(llama), "out_dir": str(tmp_path / "killed"), "data": [str(novel)], "device": device}
+    with ThreadPoolExecutor(1) as pool:
+        death = pool.submit(child, {"extend": given | options, "kill_at": 18, "bf16": bf16})
+        whole = fine_tune(llama, tmp_path / "whole", novel, device, bf16=bf16, **options)[1]
+        dead = death.result()
     assert dead.returncode == -signal.SIGKILL, f"{dead.returncode}\n{dead.stderr[-3000:]}"
     assert not (tmp_path / "killed").exists()
     capfd.readouterr()
@@ -167,17 +182,17 @@ def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, llama, novel, t
     assert len(whole) == 24 and worst(resumed, whole) < (2e-3 if bf16 else 1e-5), f"{shown(whole, resumed)}"
 
 
-@pytest.mark.parametrize("way", [RECOMPUTED, TILED, OFFLOADED])
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_activations_that_are_not_kept_change_no_loss(train, way, llama, novel, tmp_path, device, monkeypatch):
-    if way == OFFLOADED and device != "cuda":
-        pytest.skip("needs a CUDA GPU: there is no other memory to wait in")
+def test_activations_that_are_not_kept_change_no_loss(train, llama, novel, tmp_path, device, monkeypatch):
     for module in ("planning", "training"):
         monkeypatch.setattr(f"pi_gguf.{module}.TILE", 50)
-    options = {"bf16": False, "train": train, "steps": 4}
-    kept = fine_tune(llama, tmp_path / "kept", novel, device, way=KEPT, **options)[1]
-    found = fine_tune(llama, tmp_path / "found", novel, device, way=way, **options)[1]
-    assert worst(found, kept) < 1e-4, f"{way}, kept:\n{shown(found, kept)}"
+    ways = [KEPT, RECOMPUTED, TILED, OFFLOADED][: 4 if device == "cuda" else 3]  # of a CPU there is no other memory
+    losses = {
+        way: fine_tune(llama, tmp_path / str(i), novel, device, bf16=False, way=way, train=train, steps=4)[1]
+        for i, way in enumerate(ways)
+    }
+    for way in ways[1:]:
+        assert worst(losses[way], losses[KEPT]) < 1e-4, f"{way}, kept:\n{shown(losses[way], losses[KEPT])}"
 
 
 # Attention
@@ -326,7 +341,7 @@ def test_the_predicted_memory_is_the_real_one(card, tmp_path):
     text = tmp_path / "novel.txt"
     text.write_text(next(iter(pi_gguf.bundled.novels("train").values()))[:150_000])
     cases = [case for case in CASES if case[0] != "qlora" or find_spec("bitsandbytes")]
-    figures = measured_memory(model, text, tmp_path, card, cases, context=32768, at_once=8)
+    figures = measured_memory(model, text, tmp_path, card, cases, context=32768, at_once=len(cases))
     assert len(figures) == len(cases) >= 11
     table = "\n".join(json.dumps(figure) for figure in figures)
     assert all(abs(figure.get("ratio", 0) - 1) <= 0.15 for figure in figures), table
@@ -363,9 +378,12 @@ def llama_device(device):
     return device
 
 
-BOUNDS = {"F16": 1e-4, "Q8_0": 3e-3, "Q4_K_M": 0.08}
-"""Nats: mean KL divergence from transformers in 32 bits. On a CPU it is 1e-6, 8e-4 and 0.04 at a window of 4096 tokens; a
-card adds up in other orders and holds some intermediate results in 16 bits."""
+BOUNDS = {
+    "cpu": {"F16": 1e-5, "Q8_0": 2e-3, "Q4_K_M": 0.06},
+    "cuda": {"F16": 5e-4, "Q8_0": 3e-3, "Q4_K_M": 0.08},
+}
+"""Nats: mean KL divergence from transformers in 32 bits. On a CPU it is 1e-6, 8e-4 and 0.04; on a card products of F16
+weights may be added up in 16 bits (ggml's cuBLAS products), and attention is flash attention."""
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +391,7 @@ def files(llama_device, tmp_path_factory):
     """The bundled model interpolated to a window, not trained: files by type, and the window in tokens."""
     window = 32768 if llama_device == "cuda" else 4096
     folder = tmp_path_factory.mktemp("gguf")
-    for quant in BOUNDS:
+    for quant in BOUNDS[llama_device]:
         options = {"context": window, "steps": 0, "quant": quant, "check": "none", "certify": False}
         pi_gguf.convert("bundled:tiny", folder / f"{quant}.gguf", **options)
     return folder, window
@@ -394,16 +412,16 @@ def test_logits_of_llama_cpp_are_those_of_transformers(files, llama_device):
     ids = lm.tokenize(max(pi_gguf.bundled.novels("heldout").values(), key=len)[: 8 * tokens])[:tokens]
     assert len(ids) == tokens
     reference = last_logits(lm, ids)
-    found = {}
-    for quant in BOUNDS:
+    found, bounds = {}, BOUNDS[llama_device]
+    for quant in bounds:
         with pi_gguf.open(folder / f"{quant}.gguf", n_ctx=max(1024, tokens), device=llama_device) as model:
             assert model.tokenize(lm.detokenize(ids[1:100])) == ids[:100]
             kl, same = kl_divergence(reference, last_logits(model, ids))
         found[quant] = {"mean": float(kl.mean()), "worst": float(kl.max()), "top1": float(same.mean())}
     said = f"{llama_device}, last 512 of {tokens} tokens, window {window}: {found}"
-    assert all(found[quant]["mean"] < bound for quant, bound in BOUNDS.items()), said
+    assert all(found[quant]["mean"] < bound for quant, bound in bounds.items()), said
     assert found["F16"]["mean"] < found["Q8_0"]["mean"] < found["Q4_K_M"]["mean"], said
-    assert found["F16"]["top1"] > 0.98 and found["Q8_0"]["top1"] > 0.93 and found["Q4_K_M"]["top1"] > 0.75, said
+    assert found["F16"]["top1"] > 0.97 and found["Q8_0"]["top1"] > 0.93 and found["Q4_K_M"]["top1"] > 0.7, said
 
 
 def test_a_certificate_is_measured(llama, llama_device, tmp_path):
