@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,8 +73,9 @@ class Spread:
         found: dict[str, Any] = {"ddp_find_unused_parameters": False}
         by_fsdp = self.fsdp and recompute and not offload
         if recompute and not by_fsdp:
-            found["activation_checkpointing"] = True
-            found["activation_checkpointing_kwargs"] = {"offload": True} if offload else None
+            name = _recomputing()
+            found[name] = True
+            found[f"{name}_kwargs"] = {"offload": True} if offload else None
         if self.deepspeed:
             found["deepspeed"] = self.deepspeed
         elif self.fsdp:
@@ -88,6 +89,14 @@ class Spread:
                 sp_backend="deepspeed" if self.sp_size > 1 else None,
             )  # fmt: skip
         return found
+
+
+def _recomputing() -> str:
+    """Return what transformers calls recomputation: before 5.23 it was gradient checkpointing."""
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
 
 
 def check_spread(device: str, train: str, *, fsdp: bool, cp_size: int, sp_size: int, deepspeed: str | None) -> Spread:
