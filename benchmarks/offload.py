@@ -320,7 +320,7 @@ class Bench:
         every = SHAPES[shape].layers
         on_gpu = {"all": every + 1, "half": every // 2 + 1}.get(layers, 0)  # the output matrix counts as one
         params.n_gpu_layers = on_gpu if self.device == "cuda" else 0
-        params.use_extra_bufts = self.device == "cuda" or fast_buffers_work()
+        params.use_extra_bufts = (self.device == "cuda" and layers == "all") or fast_buffers_work()
         log.clear()
         model = compute(self._llama_cpp.llama_model_load_from_file, os.fsencode(path), params)
         if not model:
