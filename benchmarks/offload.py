@@ -147,6 +147,7 @@ def list_jobs(scale: str) -> list[dict[str, Any]]:
         rates,
         right(20, "f16", True),
         right(4, "f16", False),
+        *(right(4, "f16", flash, context=8192, window=8192) for flash in (True, False)),
         speed("8b", "Q4_K", 18),
         speed("8b", "Q4_K", 14, flash=False),
         speed("8b", "Q4_K", 7, batch=2048, write=[]),
@@ -158,7 +159,6 @@ def list_jobs(scale: str) -> list[dict[str, Any]]:
         *(right(4, cache, True) for cache in ("q8_0", "q4_0", "f32")),
         right(4, "f32", False),
         right(4, "f16", False, compute="f32"),
-        *(right(4, "f16", flash, context=8192, window=8192) for flash in (True, False)),
         speed("1b", "Q4_K", 5),
         speed("1b", "Q4_K", 4, flash=False),
         speed("1b", "Q4_K", 3, batch=2048, write=[]),
@@ -533,9 +533,10 @@ def passkey_prompt(lm: Any, window: int) -> list[int]:
 
 
 def read_in_steps(lm: Any, ids: list[int], count: int, step: int) -> Iterator[Any]:
-    """Yield logits after the last `count` ids: read from the start in large batches, or these `step` at a time."""
-    lm._evaluated = []  # from the start
+    """Yield logits after the last `count` ids: read from the start in large batches, or these `step` at a time, behind
+    what was read in batches before."""
     if not step:
+        lm._evaluated = []  # from the start
         yield from lm.logits_chunks(ids, count)
         return
     begin = len(ids) - count
