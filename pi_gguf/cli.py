@@ -478,11 +478,12 @@ def _read_prompt() -> str:
 @click.option(
     "--flash-attn/--no-flash-attn",
     default=None,
-    help="flash attention; on a GPU or with a quantized V cache by default",
+    help="flash attention; with all layers on a GPU or a quantized V cache by default",
 )
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token, e.g. 0.8")
 @click.option("--seed", default=0, show_default=True, help="of the sampling")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
+@click.option("--gpu-layers", type=int, help="layers on the GPU, the output matrix as one; all when left out")
 def run(
     file: str, prompt: str | None, max_tokens: int | None, chat: bool, temperature: float, seed: int, **options: Any
 ) -> None:

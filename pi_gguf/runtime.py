@@ -65,9 +65,12 @@ class Model(LanguageModel):
         n_ctx: window to open, in tokens; the file's own when None.
         type_k: type of the K cache: f32, f16, q8_0 or q4_0.
         type_v: type of the V cache.
-        flash_attn: use flash attention; when None on a GPU and with a quantized V cache, which needs it. On a CPU
-            llama.cpp's adds up in 16 bits with an f16 cache, in which what thousands of tokens weigh together is lost.
+        flash_attn: use flash attention; when None where every layer is on a GPU and with a quantized V cache, which
+            needs it. On a CPU llama.cpp's adds up in 16 bits with an f16 cache, in which what thousands of tokens weigh
+            together is lost.
         device: `auto` (GPU when llama.cpp was built for one), `cpu` or `cuda`.
+        gpu_layers: how many layers lie on the GPU with their part of the cache, counted from the last as llama.cpp
+            does, the output matrix as one; all when None. With 0 it only helps to read batches.
         n_threads: threads; all cores when None.
         lora: GGUF adapters to apply, of this model.
         watch: sees what the weights are multiplied with.
@@ -87,6 +90,7 @@ class Model(LanguageModel):
         type_v: str = "f16",
         flash_attn: bool | None = None,
         device: str = "auto",
+        gpu_layers: int | None = None,
         n_threads: int | None = None,
         lora: Sequence[str | Path] = (),
         watch: ProductWatch | None = None,
@@ -101,10 +105,11 @@ class Model(LanguageModel):
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
         _check_options(info, self.n_ctx, type_k, type_v, flash_attn)
-        on_gpu = _use_gpu(device)
-        self.flash_attn = on_gpu or type_v in _QUANTIZED if flash_attn is None else flash_attn
+        gpu = _use_gpu(device)
+        layers = _layers_on_gpu(info, device, gpu, gpu_layers)
+        self.flash_attn = layers == -1 or type_v in _QUANTIZED if flash_attn is None else flash_attn
         self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
-        if not on_gpu:
+        if layers == 0:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
         threads = n_threads or cores()
         check_opens(info.header, [adapter.header for adapter in adapters])
@@ -119,7 +124,8 @@ class Model(LanguageModel):
                 type_k=CACHE_TYPES[type_k][0],
                 type_v=CACHE_TYPES[type_v][0],
                 flash_attn=self.flash_attn,
-                n_gpu_layers=-1 if on_gpu else 0,
+                n_gpu_layers=layers,
+                op_offload=gpu,
                 n_threads=threads,
                 n_threads_batch=threads,
                 verbose=False,
@@ -431,3 +437,15 @@ def _use_gpu(device: str) -> bool:
             "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python",
         )
     return built and device != "cpu"
+
+
+def _layers_on_gpu(info: GgufInfo, device: str, gpu: bool, gpu_layers: int | None) -> int:
+    """Return llama.cpp's number of layers on the GPU: 0 without one, -1 for all, which are one more than the blocks."""
+    if gpu_layers is None:
+        return -1 if gpu else 0
+    if gpu_layers < 0:
+        raise OptionError(f"gpu_layers must be at least 0, got {gpu_layers}", "leave it out for all layers")
+    if not gpu and (gpu_layers or device == "cpu"):
+        where = "is for a GPU, device is cpu" if device == "cpu" else "needs a llama.cpp that was built for a GPU"
+        raise OptionError(f"gpu_layers {where}", "leave it out, and every layer is on the CPU")
+    return -1 if gpu_layers > info.hyperparameter("block_count") else gpu_layers

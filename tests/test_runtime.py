@@ -73,6 +73,8 @@ def test_the_size_of_the_cache_is_known_before(path):
         ({"n_ctx": 0}, "n_ctx must be at least 1"),
         ({"type_v": "q8_0", "flash_attn": False}, "needs flash attention"),
         ({"device": "tpu"}, "device must be"),
+        ({"gpu_layers": -1}, "gpu_layers must be at least 0, got -1"),
+        ({"gpu_layers": 0, "device": "cpu"}, "gpu_layers is for a GPU, device is cpu"),
     ],
 )
 def test_options_that_cannot_work_are_refused(path, options, message):
@@ -98,6 +100,22 @@ def test_flash_attention_is_for_quantized_caches_and_gpus(path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             pi_gguf.open(path, n_ctx=32768, **options)
         assert (asked["flash_attn"], asked["n_ubatch"]) == (flash, 512 if flash else 64), options
+
+
+def test_layers_on_the_gpu_are_counted_as_llama_cpp_does(path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("pi_gguf.runtime._use_gpu", lambda device: device != "cpu")
+    monkeypatch.setattr("pi_gguf.runtime.open_llama", lambda *_, **options: asked.update(options) or 1 / 0)
+    for options, layers, flash in (  # two blocks and the output matrix
+        ({}, -1, True), ({"gpu_layers": 3}, -1, True), ({"gpu_layers": 2}, 2, False), ({"gpu_layers": 0}, 0, False),
+        ({"device": "cpu"}, 0, False), ({"gpu_layers": 1, "flash_attn": True}, 1, True),
+    ):  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            pi_gguf.open(path, **options)
+        assert (asked["n_gpu_layers"], asked["flash_attn"]) == (layers, flash), options
+        assert asked["op_offload"] is (options.get("device") != "cpu"), options
+    with pytest.raises(ResourceError, match="of KV cache at 1000000000 tokens"):  # of this computer's memory
+        pi_gguf.open(path, n_ctx=1_000_000_000, gpu_layers=0)
 
 
 def test_a_quantized_cache_needs_heads_of_whole_blocks(tmp_path):
