@@ -73,8 +73,8 @@ class Spread:
         found: dict[str, Any] = {"ddp_find_unused_parameters": False}
         by_fsdp = self.fsdp and recompute and not offload
         if recompute and not by_fsdp:
-            found["activation_checkpointing"] = True
-            found["activation_checkpointing_kwargs"] = {"offload": True} if offload else None
+            name = _recomputing()
+            found |= {name: True, f"{name}_kwargs": {"offload": True} if offload else None}
         if self.deepspeed:
             found["deepspeed"] = self.deepspeed
         elif self.fsdp:
@@ -88,6 +88,14 @@ class Spread:
                 sp_backend="deepspeed" if self.sp_size > 1 else None,
             )  # fmt: skip
         return found
+
+
+def _recomputing() -> str:
+    """Return what TrainingArguments calls it when activations are recomputed; older transformers (5.17) otherwise."""
+    from transformers import TrainingArguments
+
+    name = "activation_checkpointing"
+    return name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 
 
 def check_spread(device: str, train: str, *, fsdp: bool, cp_size: int, sp_size: int, deepspeed: str | None) -> Spread:
