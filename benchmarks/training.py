@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -277,7 +278,7 @@ class Clock:
     def seconds(self) -> list[float]:
         """Return the time of each step after the short one and the warm-up."""
         times = self._times[1:]
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(times)]
 
 
 def plan(folder: str | Path, train: str, context: int, steps: int, device: str) -> tuple[Any, Any, Any]:
@@ -593,13 +594,14 @@ def card() -> dict[str, Any]:
 
 
 def print_table(record: dict[str, Any]) -> None:
-    print(f"{record['operations_a_second'] / 1e12:.3g} TFLOP/s; shares of it: the model's own operations, all, a layer's")
+    print(
+        f"{record['operations_a_second'] / 1e12:.3g} TFLOP/s; shares of it: the model's own operations, all, a layer's"
+    )
     heads = ("case", "contender", "layers", "s/step", "tokens/s", "share", "all", "layer", "GB", "plan GB", "x Trainer")
     print("{:<20} {:<9} {:>7} {:>8} {:>9} {:>6} {:>6} {:>6} {:>7} {:>7} {:>9}".format(*heads))
     for name, case in record["cases"].items():
         if "skipped" in case:
             print(f"{name:<20} skipped: {case['skipped']}")
-        trainer = case.get("contenders", {}).get("Trainer", {}).get("step_seconds")
         for who, found in case.get("contenders", {}).items():
             if "failed" in found:
                 print(f"{name:<20} {who:<9} failed: {found['failed'][:90]}")
@@ -609,7 +611,7 @@ def print_table(record: dict[str, Any]) -> None:
             print(
                 f"{name:<20} {who:<9} {counts:>7} {found['step_seconds']:>8.3f} {found['tokens_a_second']:>9.0f} "
                 f"{found['share']:>6.1%} {found['hardware_share']:>6.1%} {found.get('layer_share', 0):>6.1%} "
-                f"{sizes[0]:>7.2f} {sizes[1]:>7.2f} {trainer / found['step_seconds'] if trainer else 0:>9.2f}"
+                f"{sizes[0]:>7.2f} {sizes[1]:>7.2f} {found.get('times_the_trainer', 0):>9.2f}"
             )
     if record["not_reached"]:
         print("not reached:", ", ".join(record["not_reached"]))
@@ -704,6 +706,10 @@ def bench(args: argparse.Namespace, cases: list[Case], contenders: list[str], pl
                     break
             entry["runs"][who] = runs
             entry["contenders"][who] = summary(case, shape, counts, runs, record["operations_a_second"])
+            if trainer := entry["contenders"].get("Trainer", {}).get("step_seconds"):
+                for found in entry["contenders"].values():
+                    if "failed" not in found:
+                        found["times_the_trainer"] = trainer / found["step_seconds"]
             save()
             print(f"{time.perf_counter() - started:.0f} s: {case.name} {who}: {entry['contenders'][who]}", flush=True)
     for worker in workers.values():
