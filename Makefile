@@ -8,7 +8,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 export CXXFLAGS += -fno-tree-dse -fno-dse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check gpu gpu-bundle clean
 
 demo: .venv/installed
 	$(BIN)/pi-gguf demo --out out/demo
@@ -20,6 +20,17 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# On a machine with a card: what is installed there if nothing was installed here. PARTS, OUT and MINUTES narrow it.
+GPU_PYTHON ?= $(if $(wildcard .venv/installed-dev),$(BIN)/python,$(PYTHON))
+DEVICE ?= cuda
+SCALE ?= full
+gpu:
+	$(GPU_PYTHON) tools/gpu_campaign.py --device $(DEVICE) --scale $(SCALE) \
+		$(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT)) $(if $(MINUTES),--minutes $(MINUTES))
+
+gpu-bundle: .venv/installed-dev
+	$(BIN)/python tools/gpu_bundle.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \

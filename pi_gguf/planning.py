@@ -565,13 +565,15 @@ def _memory(
 ) -> int:
     """Return the bytes of training on `tokens` at once.
 
-    Source: activations of a layer at 34 bytes a token and hidden unit, arXiv 2205.05198, section 4.1, without the
-    attention matrix, which flash attention never stores; 19 of them are the MLP's. What goes from layer to layer is in
-    32 bits.
+    A layer keeps for its gradient, with flash attention and products in 16 bits: per token 26 bytes a hidden unit and 4
+    of each of K and V's, and in the MLP 4 a hidden unit and 8 an inner one (counted; arXiv 2205.05198, section 4.1,
+    counts another layer). What goes from layer to layer is in 32 bits.
     """
     hidden = tokens * checkpoint.hidden_size
-    tile = min(tokens, TILE if activations.tiled else tokens) * checkpoint.hidden_size
-    stored = (15 * hidden + 19 * tile) * (1 if activations.recompute else checkpoint.n_layers)
+    tile = min(tokens, TILE if activations.tiled else tokens)
+    kv = checkpoint.n_kv_heads / checkpoint.n_heads
+    mlp = tile * (4 * checkpoint.hidden_size + 8 * checkpoint.hf_config.intermediate_size)
+    stored = ((26 + 4 * kv) * hidden + mlp) * (1 if activations.recompute else checkpoint.n_layers)
     if activations.recompute and not activations.offload:
         stored += 4 * hidden * checkpoint.n_layers
     # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.

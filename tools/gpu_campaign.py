@@ -124,7 +124,7 @@ def _tell_base(found: dict[str, Any]) -> str:
 PARTS = {
     "tests": Part("a card computes what the CPU does", 130, _tests, results=("memory.json",), told=_tell_memory),
     "demo": Part("the demo on the card", 120, _demo(DEMO, "demo"), True, ("demo/results.json",), _tell_demo),
-    "training": Part("speed and memory of training", 240, _script("benchmarks/training.py"), False, ("training.json",)),
+    "training": Part("speed and memory of training", 300, _script("benchmarks/training.py"), False, ("training.json",)),
     "llama": Part("llama.cpp at 32k", 170, _script("benchmarks/offload.py"), True, ("offload.json",)),
     "more": Part("the demo on ten times the tokens", 240, _demo(MORE, "more"), True, ("more/results.json",), _tell_demo),
     "base": Part("the bundled base on a billion tokens", 400, _base, False, ("base/training.json",), _tell_base),
@@ -183,7 +183,7 @@ def build_command(source: Path, scratch: Path, out: Path, device: str) -> tuple[
         options += ["-DGGML_CUDA=ON", "-DGGML_CUDA_NO_VMM=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"]
         options += _cublas()
     environment = {
-        "CMAKE_ARGS": " ".join(options), "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
+        "PATH": os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]), "CMAKE_ARGS": " ".join(options), "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
         "CXXFLAGS": "-fno-tree-dse -fno-dse",
     }  # fmt: skip
     wheel = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-v", "-w", str(out), str(tree)]
@@ -305,7 +305,9 @@ def main() -> None:
     parser.add_argument("--scale", choices=("full", "toy"), default="full", help="toy: seconds on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="folder for logs and JSON")
     parser.add_argument("--bundle", type=Path, default=ROOT / "build" / "gpu-bundle", help="of tools/gpu_bundle.py")
-    parser.add_argument("--wheels", type=Path, action="append", default=[], help="folder of more wheels, or their pieces")
+    parser.add_argument(
+        "--wheels", type=Path, action="append", default=[], help="folder of more wheels, or their pieces"
+    )
     parser.add_argument("--minutes", type=float, default=0, help="for everything; the parts' own limits when 0")
     parser.add_argument("--pieces", action="store_true", help="write the compiled llama.cpp in files of 15 MB")
     args = parser.parse_args()
