@@ -95,6 +95,8 @@ def no_4_bits(device: str) -> tuple[str, str] | None:
 def add_adapters(checkpoint: Checkpoint, model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
     """Return the model with adapters, all that is trained in 32 bits and all else frozen.
 
+    What embeddings and norms return is in the base's bits: what goes from layer to layer would be in 32 otherwise.
+
     Args:
         checkpoint: the model's.
         rank: of each adapter.
@@ -104,6 +106,7 @@ def add_adapters(checkpoint: Checkpoint, model: PreTrainedModel, rank: int, alph
     from peft import LoraConfig, get_peft_model
 
     found = parts(model)
+    dtype = model.get_input_embeddings().weight.dtype
     whole = _last_names([*found.whole, *(name.removesuffix(".weight") for name in checkpoint.tied_tensors)])
     config = LoraConfig(
         r=rank,
@@ -121,7 +124,10 @@ def add_adapters(checkpoint: Checkpoint, model: PreTrainedModel, rank: int, alph
             parameter.data = parameter.data.to(torch.float32)
     with open_files() as files:
         for name in found.whole:  # as they are on disk: the base may be in fewer bits
-            for own, parameter in model.get_submodule(name).modules_to_save["default"].named_parameters():
+            trained = model.get_submodule(name).modules_to_save["default"]
+            if dtype != torch.float32:
+                trained.register_forward_hook(lambda _, __, output: output.to(dtype))
+            for own, parameter in trained.named_parameters():
                 if source := checkpoint.tensors.get(f"{name}.{own}"):
                     parameter.data.copy_(source.read(files))
     if checkpoint.tied:  # peft ties the copies itself only where they are called embed_tokens and lm_head

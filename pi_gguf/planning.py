@@ -552,54 +552,66 @@ def estimate_training_memory(
     shards: int = 1,
 ) -> int:
     """Return bytes for weights, gradients, two Adam moments, activations and logits."""
-    tokens = training.micro_batch_tokens
-    weights = _weights_memory(checkpoint, training.train, training.lora_rank, device)
-    whole = _memory(
-        checkpoint, tokens, activations=activations, train=training.train, rank=training.lora_rank, device=device
-    )
-    return int(whole - weights + weights / shards)
+    return _memory(
+        checkpoint, training.micro_batch_tokens, activations=activations, train=training.train,
+        rank=training.lora_rank, device=device, shards=shards,
+    )  # fmt: skip
 
 
 def _memory(
-    checkpoint: Checkpoint, tokens: int, *, activations: Activations, train: str, rank: int, device: str
+    checkpoint: Checkpoint,
+    tokens: int,
+    *,
+    activations: Activations,
+    train: str,
+    rank: int,
+    device: str,
+    shards: int = 1,
 ) -> int:
-    """Return the bytes of training on `tokens` at once.
+    """Return the bytes of training on `tokens` at once, within 15 % of what a GPU takes (tests/test_gpu.py).
 
     A layer keeps for its gradient, with flash attention and products in 16 bits: per token 26 bytes a hidden unit and 4
     of each of K and V's, and in the MLP 4 a hidden unit and 8 an inner one (counted; arXiv 2205.05198, section 4.1,
-    counts another layer). What goes from layer to layer is in 32 bits.
+    counts another layer). Adapters read their inputs in 32 bits. What goes from layer to layer is in 32 bits, with
+    adapters in the base's. Gradients come as what is kept for them goes, so the larger of both counts.
     """
     hidden = tokens * checkpoint.hidden_size
+    inner = checkpoint.hf_config.intermediate_size
     tile = min(tokens, TILE if activations.tiled else tokens)
     kv = checkpoint.n_kv_heads / checkpoint.n_heads
-    mlp = tile * (4 * checkpoint.hidden_size + 8 * checkpoint.hf_config.intermediate_size)
-    stored = ((26 + 4 * kv) * hidden + mlp) * (1 if activations.recompute else checkpoint.n_layers)
+    layer = (26 + 4 * kv) * hidden + tile * (4 * checkpoint.hidden_size + 8 * inner)
+    kept = 0.0 if activations.recompute else layer * checkpoint.n_layers
     if activations.recompute and not activations.offload:
-        stored += 4 * hidden * checkpoint.n_layers
+        kept = hidden * checkpoint.n_layers * (4 if train == "full" else _frozen_bytes(device))
+    at_once = (layer if activations.recompute else 0) + (0 if train == "full" else 4 * (hidden + tile * inner))
     # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
     logits = 12 * (hidden if loss_is_chunked(checkpoint.hf_config) else tokens * checkpoint.vocab_size)
-    return int(_weights_memory(checkpoint, train, rank, device) + stored + logits)
+    trained, frozen = _weights(checkpoint, train, rank, device)
+    copies = 2 * trained if train == "full" and fast_bf16(device) else 0  # of weights, for products in 16 bits
+    return int((12 * trained + frozen) / shards + max(4 * trained / shards, kept + copies) + at_once + logits)
 
-
-_TRAINED_BYTES = 16
-"""Of a trained parameter: itself, its gradient and two Adam moments, in 32 bits."""
 
 _NF4_BYTES = 0.55
 """Of a parameter in 4 bits: with its share of the scales, about (QLoRA, arXiv 2305.14314, section 3: 4.127 bits) and of
 the buffer that one layer is unpacked into."""
 
 
-def _weights_memory(checkpoint: Checkpoint, train: str, rank: int, device: str) -> float:
-    """Return bytes for weights, gradients and moments: adapters add theirs to a base in 16 bits (32 where 16 are slow)
-    or, its linear layers, in 4."""
+def _frozen_bytes(device: str) -> int:
+    """Return the bytes of a parameter that is not trained: 16 bits, or 32 where 16 are slow."""
+    return 2 if fast_bf16(device) else 4
+
+
+def _weights(checkpoint: Checkpoint, train: str, rank: int, device: str) -> tuple[int, float]:
+    """Return how many parameters are trained, in 32 bits with a gradient and two Adam moments, and the bytes of the
+    frozen base under adapters: in 16 bits (32 where 16 are slow) or, its linear layers, in 4."""
     n = checkpoint.n_parameters()
     if train == "full":
-        return _TRAINED_BYTES * n
+        return n, 0.0
     found = parts(checkpoint.skeleton)
-    frozen: float = n * (2 if fast_bf16(device) else 4)
+    frozen: float = n * _frozen_bytes(device)
     if train == "qlora":
         frozen = 2 * n - (2 - _NF4_BYTES) * found.linear_parameters
-    return frozen + _TRAINED_BYTES * found.trained(rank)
+    return found.trained(rank), frozen
 
 
 def free_memory(device: str) -> int:
