@@ -11,6 +11,7 @@ import ctypes
 import difflib
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -59,6 +60,8 @@ def llama_cpp_library() -> Any:
     def collect(level: int, text: bytes, _: Any) -> None:
         log.append(text.decode(errors="replace"))
         del log[:-100_000]
+        if text.startswith((b"CUDA error", b"ROCm error")):  # the process ends with it, and the log with the process
+            sys.stderr.write(log[-1])
 
     _callbacks.append(collect)
     llama_cpp.llama_log_set(collect, None)

@@ -527,7 +527,7 @@ def fit_activations(
     free = free_memory(device)
     ways = _ACTIVATIONS if device == "cuda" else _ACTIVATIONS[:-1]
     found: tuple[Activations, int] | None = None
-    for way, share in zip(ways, (0.6, 0.75, 0.9, 1.0), strict=False):
+    for way, share in zip(ways, (0.75, 0.85, 0.92, 1.0), strict=False):
         need = estimate_training_memory(checkpoint, training, device, way, shards=shards)
         if found and need >= found[1]:
             continue  # it takes time and saves nothing, as tiles do where there is one

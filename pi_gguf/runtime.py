@@ -120,7 +120,8 @@ class Model(LanguageModel):
                 fast_buffers=all(t.type in UNQUANTIZED for t in info.tensors) or fast_buffers_work(),
                 n_ctx=self.n_ctx,
                 n_batch=_BATCH,
-                n_ubatch=_BATCH if self.flash_attn else _scores_batch(info, self.n_ctx),
+                # On a GPU few tokens at a time are slow, and at a long window llama.cpp ends (recipes/gpu).
+                n_ubatch=_BATCH if self.flash_attn or layers else _scores_batch(info, self.n_ctx),
                 type_k=CACHE_TYPES[type_k][0],
                 type_v=CACHE_TYPES[type_v][0],
                 flash_attn=self.flash_attn,

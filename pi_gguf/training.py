@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,9 +170,6 @@ def run_training(
         shard_on_cpu()
     # After the arguments, which take this process's GPU.
     model = _open_model(checkpoint, rope, training, seed, "cpu" if spread.fsdp or spread.deepspeed else device)
-    if device == "cuda" and fast_bf16(device) and find_spec("flash_attn") and flash_attn_fits(training, batches):
-        model.set_attn_implementation("flash_attention_2")
-        say("attention by flash-attn")
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         progress = Progress(advance)
@@ -249,16 +245,6 @@ def _open_model(checkpoint: Checkpoint, rope: RopeScaling, training: TrainingPla
         model = add_adapters(checkpoint, base, training.lora_rank, training.lora_alpha)
     model.config.use_cache = False
     return model
-
-
-def flash_attn_fits(training: TrainingPlan, batches: list[list[Row]]) -> bool:
-    """Tell whether flash-attn, where it is installed, can read a run's batches; torch's own attention reads all.
-
-    transformers hands it positions where others get a mask: at a skip it would see another document begin, and it knows
-    no mask between documents of a row. (A factor grows in skipping sequences only.)
-    """
-    one_document = all(len(row) == 1 for batch in batches for row in batch)
-    return training.sequences == "full length" and one_document
 
 
 def check_reports(report_to: str) -> list[str]:

@@ -256,6 +256,7 @@ def _read_tokens(path: str, adapters: Sequence[str], *, fast_buffers: bool, toke
         piece = ctypes.create_string_buffer(64)
         llama_cpp.llama_token_to_piece(vocab, tokens[-1], piece, len(piece), 0, True)
     settings = llama_cpp.llama_context_default_params()
+    settings.op_offload = False  # it is the CPU that is tried, where llama.cpp was built for a GPU too
     settings.n_ctx = min(512, max(64, llama_cpp.llama_model_n_ctx_train(model)))
     settings.n_threads = settings.n_threads_batch = 1
     context = llama_cpp.llama_init_from_model(model, settings)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from children import Command
@@ -37,7 +36,7 @@ from pi_gguf.planning import (
 from pi_gguf.processes import check_spread
 from pi_gguf.tensors import open_files
 from pi_gguf.tiles import tiled_mlps
-from pi_gguf.training import check_reports, flash_attn_fits
+from pi_gguf.training import check_reports
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
 KEPT, RECOMPUTED, TILED, OFFLOADED = _ACTIVATIONS
@@ -343,7 +342,7 @@ def test_tiles_and_the_hosts_memory_when_a_gpu_is_full(llama, monkeypatch):
     checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=8192, train_window=256)
     monkeypatch.setattr("pi_gguf.planning.fast_bf16", lambda device: True)
     needs = []
-    for way, share in ((KEPT, 0.6), (RECOMPUTED, 0.75), (TILED, 0.9), (TILED, 0.0)):
+    for way, share in ((KEPT, 0.75), (RECOMPUTED, 0.85), (TILED, 0.92), (TILED, 0.0)):
         free = int(estimate_training_memory(checkpoint, plan, "cuda", way) / share) + 1 if share else 1
         monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device, free=free: free)
         needs.append(fit_activations(checkpoint, plan, "cuda"))
@@ -464,17 +463,6 @@ def test_losses_are_reported_where_asked(llama, tmp_path):
     for name in {"tensorboard", "wandb", "mlflow"} - set(installed):
         with pytest.raises(OptionError, match=f"report-to {name}: it is not installed"):
             pi_gguf.extend(str(llama), tmp_path / "out", report_to=name, **OPTIONS)
-
-
-def test_flash_attn_is_left_out_where_it_would_read_skips_as_documents(llama):
-    row = [np.zeros(8, np.int32)]
-    for options, batches, fits in (
-        ({"train_window": 4 * WINDOW}, [[row]], True),
-        ({"train_window": WINDOW}, [[row]], False),
-        ({"train_window": WINDOW, "mix": 0.5}, [[row]], False),
-        ({"train_window": 4 * WINDOW}, [[row], [row, row * 2]], False),
-    ):
-        assert flash_attn_fits(training_plan(llama, **options), batches) == fits, options
 
 
 # More than one process

@@ -1,6 +1,7 @@
-"""Write the recorded tables into README.md, between the marks `<!-- table FILE -->` and `<!-- end -->`.
+"""Write the recorded tables into README.md and recipes/gpu, between the marks `<!-- table FILE -->` and `<!-- end -->`.
 
-In: `recipes/*/results.json`, as `pi-gguf demo` writes them, and `benchmarks/*.json`. Out: README.md with their tables.
+In: `recipes/*/results.json`, as `pi-gguf demo` writes them, `recipes/gpu/*.json` and `benchmarks/*.json`. Out: the
+texts with their tables. Where a file has several, the mark names one behind a `#`.
 
 Example:
     python tools/write_tables.py
@@ -54,12 +55,96 @@ def methods_table(record: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
+def training_table(record: dict[str, Any]) -> str:
+    """Return speed and memory of training on a card, a row for each contender."""
+    header = [
+        "model, weights trained",
+        "by",
+        "seconds a step",
+        "tokens/s",
+        "of the card's speed",
+        "peak, GB",
+        "x Trainer",
+    ]
+    rows = []
+    for case, found in record["cases"].items():
+        for who, run in found.get("contenders", {}).items():
+            if "step_seconds" not in run:
+                continue
+            rows.append([
+                case, who, f"{run['step_seconds']:.2f}", f"{run['tokens_a_second']:,.0f}", f"{run['share']:.0%}",
+                f"{run['peak_memory_bytes'] / 1e9:.1f}",
+                f"{run['times_the_trainer']:.2f}" if "times_the_trainer" in run else "",
+            ])  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def memory_table(record: dict[str, Any]) -> str:
+    """Return what was predicted beside what was taken."""
+    header = ["weights trained", "activations", "tokens", "predicted, GB", "taken, GB", "ratio"]
+    rows = [
+        [
+            case["train"], case["activations"], f"{case['tokens']:,}", f"{case['predicted'] / 1e9:.2f}",
+            f"{case['peak'] / 1e9:.2f}", f"{case['ratio']:.2f}",
+        ]
+        for case in record["cases"]
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def kernels_table(record: dict[str, Any]) -> str:
+    """Return the time of attention and of layers by kernel."""
+    rows = [
+        [part, name, f"{1000 * run['seconds']:.1f}"]
+        for part in ("attention", "layers")
+        for name, run in record[part].items()
+        if "seconds" in run
+    ]
+    return markdown_table(["", "kernel", "ms, forward and backward"], rows)
+
+
+def speed_table(record: dict[str, Any]) -> str:
+    """Return tokens a second that llama.cpp reads and writes on a card, by depth."""
+    runs = {name: run for name, run in record["results"].items() if run.get("kind") == "speed" and "seconds" in run}
+    places = [
+        (what, depth)
+        for what in ("read", "write")
+        for depth in sorted({int(d) for run in runs.values() if "error" not in run for d in run[what]})
+    ]
+    rows = [
+        [name, *(f"{run[w].get(str(d), 0):,.0f}" if str(d) in run[w] else "" for w, d in places)]
+        for name, run in runs.items()
+        if "error" not in run
+    ]
+    return markdown_table(["", *(f"{what} at {depth:,}" for what, depth in places)], rows)
+
+
+def divergence_table(record: dict[str, Any]) -> str:
+    """Return mean KL divergence from transformers in 32 bits, in nats, by setting and way to read."""
+    ways = ("prose 32768, batches", "prose 32768, one by one", "passkey 32768, batches", "passkey 32768, one by one")
+    rows = [
+        [name.removeprefix("KL, "), *(f"{run[way]['kl_mean']:.1e}" for way in ways)]
+        for name, run in record["results"].items()
+        if run.get("kind") == "kl" and ways[0] in run
+    ]
+    return markdown_table(["file and setting", *ways], rows)
+
+
+_SEVERAL = {
+    "training": training_table, "memory": memory_table, "kernels": kernels_table, "speed": speed_table,
+    "divergence": divergence_table,
+}  # fmt: skip
+
+
 def with_tables(text: str) -> str:
     """Return a text with what lies between its marks made anew."""
 
     def table(match: re.Match[str]) -> str:
-        record = json.loads((ROOT / match[1]).read_text())
-        if "settings" in record and "original_window" in record["settings"]:
+        path, _, which = match[1].partition("#")
+        record = json.loads((ROOT / path).read_text())
+        if which:
+            made = _SEVERAL[which](record)
+        elif "settings" in record and "original_window" in record["settings"]:
             made = methods_table(record)
         else:
             made = benchmark_table(record) if "medians" in record else markdown_table(*table_cells(record))
@@ -69,9 +154,9 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
-    print(f"wrote {readme}")
+    for path in (ROOT / "README.md", ROOT / "recipes" / "gpu" / "README.md"):
+        path.write_text(with_tables(path.read_text()))
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
