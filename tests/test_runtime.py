@@ -93,13 +93,14 @@ def test_flash_attention_is_for_quantized_caches_and_gpus(path, monkeypatch):
     asked = {}
     monkeypatch.setattr("pi_gguf.runtime._use_gpu", lambda device: device == "cuda")
     monkeypatch.setattr("pi_gguf.runtime.open_llama", lambda *_, **options: asked.update(options) or 1 / 0)
-    for options, flash in (
-        ({}, False), ({"type_k": "q8_0"}, False), ({"type_v": "q8_0"}, True), ({"device": "cuda"}, True),
-        ({"flash_attn": True}, True), ({"device": "cuda", "flash_attn": False}, False),
+    for options, flash, at_once in (
+        ({}, False, 64), ({"type_k": "q8_0"}, False, 64), ({"type_v": "q8_0"}, True, 512),
+        ({"device": "cuda"}, True, 512), ({"flash_attn": True}, True, 512),
+        ({"device": "cuda", "flash_attn": False}, False, 512), ({"device": "cuda", "gpu_layers": 1}, False, 512),
     ):  # fmt: skip
         with pytest.raises(ZeroDivisionError):
             pi_gguf.open(path, n_ctx=32768, **options)
-        assert (asked["flash_attn"], asked["n_ubatch"]) == (flash, 512 if flash else 64), options
+        assert (asked["flash_attn"], asked["n_ubatch"]) == (flash, at_once), options
 
 
 def test_layers_on_the_gpu_are_counted_as_llama_cpp_does(path, monkeypatch):
