@@ -284,14 +284,13 @@ class Clock:
 def plan(folder: str | Path, train: str, context: int, steps: int, device: str) -> tuple[Any, Any, Any]:
     """Return checkpoint, scaling and plan of a run on one whole sequence a step."""
     from pi_gguf.checkpoint import load_checkpoint
+    from pi_gguf.options import TuneOptions
     from pi_gguf.planning import plan_training
 
     checkpoint = load_checkpoint(str(folder))
     rope = checkpoint.extended(context)
-    training = plan_training(
-        checkpoint, rope, steps=steps, train_window=context, learning_rate=1e-6, batch_tokens=context,
-        schedule="constant", factor_warmup=0, device=device, train=train,
-    )  # fmt: skip
+    tune = TuneOptions(steps=steps, train_window=context, learning_rate=1e-6, batch_tokens=context, train=train)
+    training = plan_training(checkpoint, rope, tune, device=device)
     return checkpoint, rope, training
 
 

@@ -1,7 +1,8 @@
 """The command line: click commands made from the public functions, tables, and the one place where errors end.
 
 A command's options are its function's keyword parameters: default and type stand in the signature, help in the
-docstring, each once. Data goes to standard output, progress and messages to standard error.
+docstring, each once; those that several functions share stand in `options`. Data goes to standard output, progress and
+messages to standard error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,15 @@ import click
 
 from pi_gguf.endings import Signals, check_address_space, prepare_streams, print_all, signals, translated
 from pi_gguf.errors import Interrupted
+from pi_gguf.options import GROUPS, Options, flag
 from pi_gguf.progress import named_frame, process_rank
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
 _REPEATABLE = {
-    "data": "SOURCE",
-    "second_text": "PATH",
-    "text": "PATH",
-    "tensor_type": "PATTERN=TYPE",
-    "lora": "ADAPTER",
-    "eval_text": "PATH",
-    "set": "KEY=VALUE",
-}
+    "second_text": "PATH", "text": "PATH", "set": "KEY=VALUE",
+    **{one.name: one.metadata["each"] for group in GROUPS for one in fields(group) if one.metadata["each"]},
+}  # fmt: skip
 """What one value of an option that may be repeated is."""
 
 
@@ -71,10 +69,9 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
     module, function_name = target.split(":")
     function = getattr(importlib.import_module(f"pi_gguf.{module}"), function_name)
     summary, helps, example = _parse_docstring(function.__doc__)
-    hints = typing.get_type_hints(function)
     params: list[click.Parameter] = []
     several = False  # whether the last argument may be repeated
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
         text = helps[parameter.name]
         if parameter.kind is parameter.VAR_POSITIONAL:
             several, metavar = True, f"{parameter.name.upper()}..."
@@ -83,7 +80,7 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
         if parameter.kind is not parameter.KEYWORD_ONLY:
             params.append(click.Argument([parameter.name], metavar=parameter.name.upper()))
             continue
-        params.append(_option(parameter, hints[parameter.name], text))
+        params.append(_option(parameter, parameter.annotation, text))
     if reports:
         params.append(click.Option(["--json", "as_json"], is_flag=True, help="print JSON"))
 
@@ -99,14 +96,17 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
     arguments = "\n".join(
         f"  {p.name.upper()}: {helps[p.name]}" for p in params if p.name in helps and p.param_type_name == "argument"
     )
-    text = f"{summary}\n\n\b\n{arguments}\n\n\b\nExample:\n  {example}"
-    return click.Command(
-        name or function_name, params=params, callback=run, help=text, short_help=summary.split("\n")[0]
-    )
+    short, _, _ = summary.partition("\n\n")
+    used = f"\b\n{arguments}\n\n\b\nExample:\n  {example}"
+    groups = getattr(function, "groups", ())
+    return Grouped(
+        name or function_name, groups, f"{summary}\n\n{used}", params=params, callback=run,
+        help=f"{short if groups else summary}\n\n{used}", short_help=summary.split("\n")[0],
+    )  # fmt: skip
 
 
 def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
-    flag = "--" + parameter.name.replace("_", "-")
+    name = f"--{flag(parameter.name)}"
     required = parameter.default is parameter.empty
     options: dict[str, Any] = {
         "required": required,
@@ -121,12 +121,12 @@ def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
     elif typing.get_origin(hint) is Sequence or hint == Sequence[str]:
         options |= {"multiple": True, "type": str, "metavar": _REPEATABLE[parameter.name]}
     elif hint is bool or inner == [bool]:
-        flag = f"{flag}/--no-{flag[2:]}" if parameter.default in (True, None) else flag
+        name = f"{name}/--no-{name[2:]}" if parameter.default in (True, None) else name
         options |= {"is_flag": True}
     else:
         kind = inner[0] if inner else hint
         options["type"] = str if kind is Path or str in inner else kind
-    return click.Option([flag], **options)
+    return click.Option([name], **options)
 
 
 def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str]:
@@ -138,6 +138,61 @@ def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str]:
     for match in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", parts.get("Args", ""), re.MULTILINE):
         helps[match[1]] = " ".join(match[2].split())
     return sections[0].strip(), helps, " ".join(parts.get("Example", "").split())
+
+
+class Grouped(click.Command):
+    """A command whose help shows what most people need, and all of it, by concern, with --help-all.
+
+    Args:
+        groups: the concerns, classes of `options`.
+        whole: the text above the options with --help-all.
+    """
+
+    def __init__(self, name: str, groups: Sequence[type[Options]], whole: str, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        self._groups, self._whole = groups, whole
+        if groups:
+            text = "show every option"
+            self.params.append(
+                click.Option(
+                    ["--help-all"], is_flag=True, is_eager=True, expose_value=False, help=text, callback=_help_all
+                )
+            )
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if ctx.meta.get(_ALL):
+            self.help = self._whole
+        super().format_help_text(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = (p for p in self.get_params(ctx) if isinstance(p, click.Option))
+        records = {p.name: p.get_help_record(ctx) for p in options}
+        shown = {name: record for name, record in records.items() if record}
+        titles = {group.title: [one for one in fields(group) if one.name in shown] for group in self._groups}
+        grouped = {one.name for several in titles.values() for one in several}
+        needed = [one.name for several in titles.values() for one in several if one.metadata["needed"]]
+        first = [name for name in shown if name not in grouped]
+        with formatter.section("Options"):
+            formatter.write_dl([shown[name] for name in (*first[:1], *needed, *first[1:])])
+        for title, several in titles.items():
+            left = [one.name for one in several if one.name not in needed]
+            if not left:
+                continue
+            with formatter.section(title):
+                if ctx.meta.get(_ALL):
+                    formatter.write_dl([shown[name] for name in left])
+                else:
+                    formatter.write_text(" ".join(f"--{flag(name)}" for name in left))
+
+
+_ALL = "pi_gguf.help_all"
+
+
+def _help_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        ctx.meta[_ALL] = True
+        print_all(ctx.get_help())
+        ctx.exit()
 
 
 class Lazy(click.Group):

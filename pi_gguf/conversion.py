@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from pi_gguf.adapters import AdaptedCheckpoint, with_adapters
 from pi_gguf.certificate import (
@@ -19,7 +19,7 @@ from pi_gguf.certificate import (
     read_requirements,
     store,
 )  # fmt: skip
-from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
+from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint, model_name, public_source
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
@@ -28,6 +28,7 @@ from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantizatio
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
 from pi_gguf.imatrix import read_imatrix
+from pi_gguf.options import ConvertKeywords, ExtendKeywords, ProofOptions, TuneOptions, WriteOptions, flat, take
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
@@ -88,39 +89,16 @@ class DryRun:
 
 
 @writes("out", unless="dry_run")
+@flat(TuneOptions, WriteOptions, ProofOptions)
 def convert(
     model: str,
     out: str | Path,
     *,
     context: int | None = None,
-    method: str = "linear",
-    quant: str = "Q4_K_M",
-    steps: int = 1000,
-    data: Sequence[str] = (),
-    train_window: int | str | None = None,
-    learning_rate: float | None = None,
-    batch_tokens: int | None = None,
-    schedule: str = "constant",
-    factor_warmup: int = 0,
-    mix: float | None = None,
-    packing: str | None = None,
-    longest_first: bool = False,
-    train: str = "full",
-    lora_rank: int = 16,
-    lora_alpha: int | None = None,
-    check: str = "quick",
-    strict_tokenizer: bool = False,
-    certify: bool | None = None,
-    require: str | None = None,
-    seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
-    tensor_type: Sequence[str] = (),
-    split_max_size: str | None = None,
-    lora: Sequence[str] = (),
-    adapter_only: bool = False,
-    imatrix: str | None = None,
     dry_run: bool = False,
+    **options: Unpack[ConvertKeywords],
 ) -> Conversion | DryRun:
     """Convert a Hugging Face model to GGUF; with --context, interpolate its positions and fine-tune it first.
 
@@ -137,45 +115,8 @@ def convert(
         model: Hugging Face folder, Hub id or bundled:tiny.
         out: GGUF file to write.
         context: new window, in tokens, e.g. 32768; converted as it is when left out.
-        method: linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.
-        quant: any type llama.cpp has, e.g. F16, Q8_0 or Q4_K_M; quantized in one pass, with no file in between.
-        steps: optimizer steps; 0 applies the scaling without training.
-        data: text, JSONL or Parquet file, folder of them, or a data set of the Hub as owner/name or owner/name:split;
-            the bundled sample when left out. Repeatable.
-        train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
-            follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
-        learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
-        batch_tokens: tokens of an optimizer step; by the model's size when left out.
-        schedule: constant (the paper's) or decay (to a tenth over the last third).
-        factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
-        mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
-            train-window with PoSE; when left out, a quarter where whole sequences fit the GPU, none elsewhere.
-        packing: isolate (documents that share a row do not see each other) or join (a row is one sequence); when left
-            out, isolate, but join for the bundled model's own training mixture.
-        longest_first: fill rows with the longest documents first, and train on those alone if there are enough.
-        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
-            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
-        lora_rank: rank of the adapters, of lora and qlora.
-        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
-        check: quick reads a prompt longer than the original window, full the whole new window; none.
-        strict_tokenizer: refuse a file in which any text of the check is tokenized otherwise than in Hugging Face. When
-            left out, prose must be alike; texts that begin with spaces, or have an added token inside, are counted.
-        certify: measure the file in llama.cpp at its window, perplexity and passkeys, and write the figures into its
-            header; where the whole window would take more than some ten minutes, a half, a quarter and so on of it.
-            When left out, unless --check none.
-        require: figures and what they must be, e.g. k_max>=32768,ppl_ratio<=1.02; a file that falls short is kept as
-            OUT-uncertified.gguf.
-        seed: of the order of the data and of the skips.
         device: auto, cpu or cuda; for the fine-tune.
         overwrite: replace what is there; a fine-tune or a file of the same settings is still used or gone on with.
-        tensor_type: PATTERN=TYPE: another type for the tensors whose GGUF name has the pattern in it, e.g. attn_v=Q8_0.
-            Repeatable; the first that fits holds.
-        split_max_size: of a file, e.g. 4G or 500M (decimal): larger models become OUT-00001-of-00003.gguf and so on;
-            one file when left out.
-        lora: LoRA adapter of the model to merge, as peft saves it: a folder with adapter_config.json and
-            adapter_model.safetensors (or .bin), or the Hub id of one. Repeatable. With --context it needs --steps 0.
-        adapter_only: write the adapter alone, as a GGUF file for llama.cpp to apply to the base's; F32 or F16.
-        imatrix: importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.
         dry_run: print every tensor with type and bytes, and the exact size, memory and disk needed; write nothing.
 
     Example:
@@ -183,22 +124,24 @@ def convert(
     """
     if process_count() > 1:
         raise OptionError(f"convert runs in one process, got {process_count()}", "run extend under torchrun, then this")
-    out, quant = Path(out), check_quantization(quant, importance=imatrix is not None)
-    overrides = [_read_override(text) for text in tensor_type]
-    certify = check != "none" if certify is None else certify
-    requirements = read_requirements(require)
+    tune, write, proof = take(TuneOptions, options), take(WriteOptions, options), take(ProofOptions, options)
+    out, quant = Path(out), check_quantization(write.quant, importance=write.imatrix is not None)
+    lora, adapter_only, check, method = write.lora, write.adapter_only, proof.check, tune.method
+    overrides = [_read_override(text) for text in write.tensor_type]
+    certify = check != "none" if proof.certify is None else proof.certify
+    requirements = read_requirements(proof.require)
     uncertified = out.with_name(f"{out.stem}-uncertified.gguf")
-    max_bytes = None if split_max_size is None else _read_size(split_max_size)
+    max_bytes = None if write.split_max_size is None else _read_size(write.split_max_size)
     _check_options(
-        out, quant, check, overrides=bool(overrides), strict_tokenizer=strict_tokenizer, required=bool(requirements),
-        certified=certify and not (adapter_only or dry_run),
+        out, quant, check, overrides=bool(overrides), strict_tokenizer=proof.strict_tokenizer,
+        required=bool(requirements), certified=certify and not (adapter_only or dry_run),
     )  # fmt: skip
-    _check_adapter_options(lora, context, steps, adapter_only, quant)
+    _check_adapter_options(lora, context, tune.steps, adapter_only, quant)
     if not dry_run:
         check_writable(out, overwrite)
         if requirements:
             check_writable(uncertified, overwrite)
-    matrix = read_imatrix(Path(imatrix)) if imatrix is not None else None
+    matrix = read_imatrix(Path(write.imatrix)) if write.imatrix is not None else None
     checkpoint = load_checkpoint(model)
     if lora:
         checkpoint = with_adapters(checkpoint, lora)
@@ -211,15 +154,11 @@ def convert(
         name = _general(model, rope, trained, (), method)["general.name"]
         if (chosen := file_name(name, tokenizer)) != name:
             say(f"note: general.name is {chosen!r}: by phi-3 in it llama.cpp drops the spaces behind special tokens")
-    fine_tune = context is not None and steps != 0
+    fine_tune = context is not None and tune.steps != 0
     planned = None
     if dry_run and fine_tune:
-        planned = plan_training(
-            checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, mix=mix,
-            device=torch_device(device), train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
-        )  # fmt: skip
-        trained = {"source": checkpoint.source, "steps": steps, "tokens": planned.tokens}
+        planned = plan_training(checkpoint, rope, tune, device=torch_device(device))
+        trained = {"source": checkpoint.source, "steps": tune.steps, "tokens": planned.tokens}
 
     def plans_of(checkpoint: Checkpoint, trained: dict[str, Any]) -> list[FilePlan]:
         adapters: list[str] = []
@@ -256,12 +195,8 @@ def convert(
         assert context is not None
         check_free_disk(out.parent, nbytes)
         hf_dir = out.with_name(out.stem + "-hf")
-        extend(
-            model, hf_dir, context=context, method=method, data=data, steps=steps, train_window=train_window,
-            learning_rate=learning_rate, batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup,
-            mix=mix, packing=packing, longest_first=longest_first, train=train, lora_rank=lora_rank,
-            lora_alpha=lora_alpha, seed=seed, device=device, overwrite=overwrite,
-        )  # fmt: skip
+        given: ExtendKeywords = {**vars(tune)}  # type: ignore[typeddict-item]
+        extend(model, hf_dir, context=context, device=device, overwrite=overwrite, **given)
         checkpoint = load_checkpoint(str(hf_dir))
         plans = plans_of(checkpoint, checkpoint.provenance)
     work_dir = out.with_name(out.name + ".partial")
@@ -277,7 +212,7 @@ def convert(
             write_file(plan, partial, overwrite=overwrite)
         if check != "none" and not adapter_only:
             checks.append(
-                check_gguf(partials[0], Reference(checkpoint, rope, check, strict_tokenizer=strict_tokenizer))
+                check_gguf(partials[0], Reference(checkpoint, rope, check, strict_tokenizer=proof.strict_tokenizer))
             )
             say(str(checks[-1]))
     except (CheckError, CheckpointError):
@@ -286,7 +221,7 @@ def convert(
     certificate = None
     if certify and not adapter_only:
         base = Base.of_fine_tune(checkpoint.provenance) if fine_tune or context is None else checkpoint
-        certificate = _certify(partials[0], base, checks, checkpoint.source, seed, device, bool(requirements))
+        certificate = _certify(partials[0], base, checks, checkpoint.source, tune.seed, device, bool(requirements))
     missed = find_missed(certificate, requirements, rope.max_position_embeddings) if certificate else []
     if missed:
         finals = split_paths(uncertified, len(plans))
@@ -349,8 +284,6 @@ def _check_options(
         raise OptionError(f"tensor-type is for quantized files, quant is {quant}", "give --quant Q8_0 or another")
     if out.suffix != ".gguf":
         raise OptionError(f"{out}: the name must end in .gguf")
-    if check not in LEVELS:
-        raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}")
     if strict_tokenizer and check == "none":
         raise OptionError("strict-tokenizer is for the check, check is none", "leave one of them out")
     if required and not certified:

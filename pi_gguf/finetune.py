@@ -11,16 +11,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.adapters import with_adapters
-from pi_gguf.batches import PACKINGS, training_batches
+from pi_gguf.batches import training_batches
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, public_source
 from pi_gguf.configs import read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json, writes
+from pi_gguf.options import ExtendKeywords, SpreadOptions, TuneOptions, flat, take
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
 from pi_gguf.progress import process_count, say
@@ -40,37 +41,16 @@ _TOKENIZER_FILES = (
 
 
 @writes("out_dir")
+@flat(TuneOptions, SpreadOptions)
 def extend(
     model: str,
     out_dir: str | Path,
     *,
     context: int,
-    method: str = "linear",
-    data: Sequence[str] = (),
-    steps: int = 1000,
-    train_window: int | str | None = None,
-    learning_rate: float | None = None,
-    batch_tokens: int | None = None,
-    schedule: str = "constant",
-    factor_warmup: int = 0,
-    mix: float | None = None,
-    packing: str | None = None,
-    longest_first: bool = False,
-    train: str = "full",
-    lora_rank: int = 16,
-    lora_alpha: int | None = None,
     adapter_only: bool = False,
-    eval_steps: int = 0,
-    eval_text: Sequence[str] = (),
-    early_stop: bool = False,
-    report_to: str = "auto",
-    fsdp: bool = True,
-    cp_size: int = 1,
-    sp_size: int = 1,
-    deepspeed: str | None = None,
-    seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
+    **options: Unpack[ExtendKeywords],
 ) -> Path:
     """Fine-tune a model with Position Interpolation and write a Hugging Face folder.
 
@@ -78,40 +58,8 @@ def extend(
         model: Hugging Face folder, Hub id or bundled:tiny.
         out_dir: folder to write.
         context: new window, in tokens, e.g. 32768.
-        method: linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.
-        data: text, JSONL or Parquet file, folder of them, or a data set of the Hub as owner/name or owner/name:split;
-            the bundled sample when left out. Repeatable.
-        steps: optimizer steps; 0 applies the scaling without training.
-        train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
-            follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
-        learning_rate: at its peak; by the model's size when left out (2e-5 for 7B).
-        batch_tokens: tokens of an optimizer step; by the model's size when left out.
-        schedule: constant (the paper's) or decay (to a tenth over the last third).
-        factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
-        mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
-            train-window with PoSE; when left out, a quarter where whole sequences fit the GPU, none elsewhere.
-        packing: isolate (documents that share a row do not see each other) or join (a row is one sequence); when left
-            out, isolate, but join for the bundled model's own training mixture.
-        longest_first: fill rows with the longest documents first, and train on those alone if there are enough.
-        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
-            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
-        lora_rank: rank of the adapters, of lora and qlora.
-        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
         adapter_only: write the adapter alone as peft does, with the embeddings and norms that were trained along, and
             the position scaling in pi_gguf.json; `convert MODEL --lora` merges it. Of lora and qlora, method linear.
-        eval_steps: steps between two validations: perplexity at the old and the new window, and k_max at the new one of
-            a few passkeys; 0 for none while it runs. What the old window pays is measured at the end in any case.
-        eval_text: text to validate on, as long as the new window; a held-out novel of the bundled sample when left out.
-            Repeatable; the longest is read.
-        early_stop: end the run when a validation finds k_max at the new window.
-        report_to: where the losses are shown while it runs: auto (TensorBoard where installed, in OUT_DIR.runs), none,
-            or names that transformers knows, separated by commas.
-        fsdp: under torchrun or accelerate launch, with train full: shard weights, gradients and moments over the
-            processes (FSDP2); --no-fsdp copies them to each (DDP), as lora and qlora do.
-        cp_size: GPUs that share one sequence, by torch's context parallelism.
-        sp_size: GPUs that share one sequence, by DeepSpeed's sequence parallelism.
-        deepspeed: a DeepSpeed config in JSON, which then shards instead of FSDP2.
-        seed: of the order of the data and of the skips.
         device: auto, cpu or cuda.
         overwrite: replace another run that is there; a run of the same settings is used or gone on with.
 
@@ -123,49 +71,41 @@ def extend(
     """
     from pi_gguf.hf_model import torch_device
 
-    out_dir = Path(out_dir)
+    tune, spread_options, out_dir = take(TuneOptions, options), take(SpreadOptions, options), Path(out_dir)
     checkpoint = load_checkpoint(model)
-    rope = checkpoint.extended(context, method)
-    if packing is not None and packing not in PACKINGS:
-        raise OptionError(f"packing must be {' or '.join(PACKINGS)}, got {packing}")
-    if steps < 0:
-        raise OptionError(f"steps must not be negative, got {steps}")
+    rope = checkpoint.extended(context, tune.method)
     device = torch_device(device)
-    reports = check_reports(report_to)
+    reports = check_reports(tune.report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     record: dict[str, Any] = {
         "source": public_source(checkpoint.source),
         "weights_sha256": checkpoint.fingerprint(),
-        "method": method,
+        "method": tune.method,
         "rope_type": rope.rope_type,
         "factor": rope.factor,
         "original_window": rope.original_max_position_embeddings,
         "context": context,
-        "steps": steps,
-        "seed": seed,
+        "steps": tune.steps,
+        "seed": tune.seed,
     }
-    if not steps and process_count() > 1:
+    if not tune.steps and process_count() > 1:
         raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
-    if not steps:
+    if not tune.steps:
         check_writable(out_dir, overwrite, folder=True)
         _write_folder(checkpoint, rope, out_dir, record, None)
         return out_dir
-    validation = Validation(checkpoint, context, every=eval_steps, early_stop=early_stop, text=eval_text)
-    spread = check_spread(device, train, fsdp=fsdp, cp_size=cp_size, sp_size=sp_size, deepspeed=deepspeed)
-    training = plan_training(
-        checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-        batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
-        train=train, lora_rank=lora_rank, lora_alpha=lora_alpha, readers=spread.readers,
-    )  # fmt: skip
+    validation = Validation(checkpoint, context, every=tune.eval_steps, early_stop=tune.early_stop, text=tune.eval_text)
+    spread = check_spread(device, tune.train, spread_options)
+    training = plan_training(checkpoint, rope, tune, device=device, readers=spread.readers)
     if adapter_only:
-        _check_adapter_only(training.train, method, checkpoint)
-    texts = _texts(checkpoint, data)
-    if texts is None and longest_first:
+        _check_adapter_only(training.train, tune.method, checkpoint)
+    texts = _texts(checkpoint, tune.data)
+    if texts is None and tune.longest_first:
         raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
-    packing = packing or ("join" if texts is None else "isolate")
+    packing = tune.packing or ("join" if texts is None else "isolate")
     record |= {"tokens": training.tokens, **asdict(training), **_text_record(texts), "adapter_only": adapter_only}
-    record |= {"packing": packing, "longest_first": longest_first}
-    record |= {"eval_steps": eval_steps, "early_stop": early_stop}
+    record |= {"packing": packing, "longest_first": tune.longest_first}
+    record |= {"eval_steps": tune.eval_steps, "early_stop": tune.early_stop}
     if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
@@ -178,18 +118,20 @@ def extend(
         try:
             corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir, training.tokens)
             batches = training_batches(
-                checkpoint, training, corpus, seed, packing=packing, longest_first=longest_first
-            )  # fmt: skip
+                checkpoint, training, corpus, tune.seed, packing=packing, longest_first=tune.longest_first
+            )
         except PiGgufError:
             if is_first_process() and not any(work_dir.glob("checkpoint-*")):
                 _clear(work_dir)
             raise
     say(
-        f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {method}, "
-        f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
+        f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {tune.method}, "
+        f"{tune.steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
         f"{', '.join(map(str, training.steps_by_window()))} tokens ({training.reason})"
     )
-    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device, reports, spread, validation)
+    trained = run_training(
+        checkpoint, rope, training, batches, work_dir, tune.seed, device, reports, spread, validation
+    )
     if is_first_process():
         record |= trained.measured | {"validations": trained.validations}
         if adapter_only:

@@ -11,13 +11,14 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.files import human_bytes
 from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
 from pi_gguf.losses import loss_is_chunked
+from pi_gguf.options import TuneKeywords, TuneOptions, flat, take
 from pi_gguf.rope import RopeScaling
 from pi_gguf.tiles import TILE
 
@@ -203,21 +204,7 @@ def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
 
 
 def plan_training(
-    checkpoint: Checkpoint,
-    rope: RopeScaling,
-    *,
-    steps: int,
-    train_window: int | str | None,
-    learning_rate: float | None,
-    batch_tokens: int | None,
-    schedule: str,
-    factor_warmup: int,
-    device: str,
-    mix: float | None = None,
-    train: str = "full",
-    lora_rank: int = 16,
-    lora_alpha: int | None = None,
-    readers: int = 1,
+    checkpoint: Checkpoint, rope: RopeScaling, tune: TuneOptions, *, device: str, readers: int = 1
 ) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
 
@@ -227,21 +214,14 @@ def plan_training(
     Raises:
         OptionError: a value that cannot work.
     """
+    steps, mix, train, train_window, factor_warmup = (
+        tune.steps, tune.mix, tune.train, tune.train_window, tune.factor_warmup
+    )  # fmt: skip
+    learning_rate, batch_tokens, lora_rank = tune.learning_rate, tune.batch_tokens, tune.lora_rank
     context, original = rope.max_position_embeddings, rope.original_max_position_embeddings
     if steps < 1:
         raise OptionError(f"steps must be at least 1 to train, got {steps}")
-    if schedule not in ("constant", "decay"):
-        raise OptionError(f"schedule must be constant or decay, got {schedule}")
-    if learning_rate is not None and not 0 < learning_rate < 1:
-        raise OptionError(f"learning-rate must be between 0 and 1, got {learning_rate}")
-    if batch_tokens is not None and batch_tokens < 1:
-        raise OptionError(f"batch-tokens must be at least 1, got {batch_tokens}")
-    if mix is not None and not 0 <= mix < 1:
-        raise OptionError(
-            f"mix must be from 0 to below 1, got {mix}",
-            f"--train-window {context} without --mix trains on sequences of the whole window only",
-        )
-    lora_alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
+    lora_alpha = 2 * tune.lora_rank if tune.lora_alpha is None else tune.lora_alpha
     check_way(train, device, lora_rank, lora_alpha)
     train_reason = "as given by --train"
     if train == "auto":
@@ -303,7 +283,7 @@ def plan_training(
         accumulation=accumulation,
         learning_rate=learning_rate or recipe.learning_rate,
         warmup_steps=min(20, steps),
-        schedule=schedule,
+        schedule=tune.schedule,
         factor_warmup_steps=factor_warmup,
         mix=mix,
         full_window=context if mix else 0,
@@ -378,46 +358,21 @@ class Plan:
         return {**asdict(self), **tokens}
 
 
+@flat(TuneOptions)
 def plan(
     model: str,
     *,
     context: int | None = None,
-    method: str = "linear",
     quant: str = "Q4_K_M",
-    steps: int = 1000,
-    train_window: int | str | None = None,
-    learning_rate: float | None = None,
-    batch_tokens: int | None = None,
-    schedule: str = "constant",
-    factor_warmup: int = 0,
-    mix: float | None = None,
-    train: str = "full",
-    lora_rank: int = 16,
-    lora_alpha: int | None = None,
-    seed: int = 0,
     device: str = "auto",
+    **options: Unpack[TuneKeywords],
 ) -> Plan:
     """Say what a conversion would do and cost; reads the config only.
 
     Args:
         model: Hugging Face folder, Hub id or bundled:tiny.
         context: new window, in tokens; the model's own when left out.
-        method: linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.
         quant: type of the output file, e.g. F16, Q8_0 or Q4_K_M.
-        steps: optimizer steps of the fine-tune; 0 for none.
-        train_window: tokens of a training sequence; below the context positions skip (PoSE). Several with their steps
-            follow each other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.
-        learning_rate: at its peak; by the model's size when left out.
-        batch_tokens: tokens of an optimizer step; by the model's size when left out.
-        schedule: constant (the paper's) or decay (to a tenth over the last third).
-        factor_warmup: steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.
-        mix: share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of
-            train-window with PoSE; when left out, a quarter where whole sequences fit the GPU, none elsewhere.
-        train: full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same
-            on weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.
-        lora_rank: rank of the adapters, of lora and qlora.
-        lora_alpha: an adapter counts alpha / rank times; twice the rank when left out.
-        seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 
     Example:
@@ -426,6 +381,7 @@ def plan(
     from pi_gguf.ggml import spelled
     from pi_gguf.runtime import CACHE_TYPES, kv_cache_bytes
 
+    tune = take(TuneOptions, options)
     checkpoint = load_checkpoint(model, config_only=True)
     known = spelled(quant, BITS_PER_WEIGHT)
     if known is None:
@@ -433,18 +389,12 @@ def plan(
             f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}",
             "convert --dry-run gives the exact size of any type, from the weights",
         )
-    rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
+    rope = checkpoint.rope if context is None else checkpoint.extended(context, tune.method)
     device = _device(device)
     training, seconds, memory, activations = None, 0.0, 0, _ACTIVATIONS[0]
     n = checkpoint.n_parameters()
-    if steps < 0:
-        raise OptionError(f"steps must not be negative, got {steps}")
-    if context is not None and steps:
-        training = plan_training(
-            checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-            batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
-            train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
-        )  # fmt: skip
+    if context is not None and tune.steps:
+        training = plan_training(checkpoint, rope, tune, device=device)
         operations = sum(
             tokens * _train_operations(checkpoint, window) for window, tokens in training.tokens_by_window().items()
         )
@@ -463,7 +413,7 @@ def plan(
     return Plan(
         model=model,
         parameters=n,
-        method=method,
+        method=tune.method,
         factor=rope.factor,
         rope_theta=rope.rope_theta,
         original_window=rope.original_max_position_embeddings,

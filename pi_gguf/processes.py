@@ -12,13 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pi_gguf.errors import OptionError
+from pi_gguf.options import SpreadOptions
 from pi_gguf.progress import process_count, process_rank
 
 _PATIENCE = timedelta(hours=12)
@@ -73,9 +74,8 @@ class Spread:
         found: dict[str, Any] = {"ddp_find_unused_parameters": False}
         by_fsdp = self.fsdp and recompute and not offload
         if recompute and not by_fsdp:
-            name = _recomputing()
-            found[name] = True
-            found[f"{name}_kwargs"] = {"offload": True} if offload else None
+            found["activation_checkpointing"] = True
+            found["activation_checkpointing_kwargs"] = {"offload": True} if offload else None
         if self.deepspeed:
             found["deepspeed"] = self.deepspeed
         elif self.fsdp:
@@ -91,21 +91,13 @@ class Spread:
         return found
 
 
-def _recomputing() -> str:
-    """Return what transformers calls recomputation: before 5.23 it was gradient checkpointing."""
-    from transformers import TrainingArguments
-
-    known = {field.name for field in fields(TrainingArguments)}
-    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-
-
-def check_spread(device: str, train: str, *, fsdp: bool, cp_size: int, sp_size: int, deepspeed: str | None) -> Spread:
+def check_spread(device: str, train: str, options: SpreadOptions) -> Spread:
     """Return how a run is spread over the processes there are; adapters are never sharded.
 
     Raises:
         OptionError: it cannot work here.
     """
-    processes = process_count()
+    processes, cp_size, sp_size, deepspeed = process_count(), options.cp_size, options.sp_size, options.deepspeed
     for name, size in (("cp-size", cp_size), ("sp-size", sp_size)):
         if size < 1:
             raise OptionError(f"{name} must be at least 1, got {size}")
@@ -122,7 +114,7 @@ def check_spread(device: str, train: str, *, fsdp: bool, cp_size: int, sp_size: 
         raise OptionError(f"deepspeed: no such file as {deepspeed}", "give a DeepSpeed config in JSON")
     if (deepspeed is not None or sp_size > 1) and find_spec("deepspeed") is None:
         raise OptionError("deepspeed is not installed", "pip install deepspeed, or leave --deepspeed and --sp-size out")
-    sharded = fsdp and train == "full" and processes > 1 and deepspeed is None
+    sharded = options.fsdp and train == "full" and processes > 1 and deepspeed is None
     if cp_size > 1 and not sharded:
         raise OptionError("cp-size goes with --train full and --fsdp only", "leave it out")
     return Spread(processes, sharded, cp_size, sp_size, deepspeed)

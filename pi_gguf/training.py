@@ -13,7 +13,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ def run_training(
         seed=seed,
         remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda",
-        **spread.arguments(activations.recompute, activations.offload),
+        **_as_known(spread.arguments(activations.recompute, activations.offload), TrainingArguments),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one device; Trainer would split every batch over all there are
     if spread.fsdp and device == "cpu":
@@ -216,6 +216,15 @@ def run_training(
     if is_first_process():
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), work_dir / "adapter")
     return Trained(None, work_dir / "adapter", losses, validations, measured)
+
+
+def _as_known(arguments: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Return arguments by the names of the installed transformers: before 5.23 recomputation was called
+    gradient_checkpointing."""
+    names = {one.name for one in fields(kind)}
+    return {
+        name if name in names else name.replace("activation_", "gradient_"): value for name, value in arguments.items()
+    }
 
 
 def _whole_model(trainer: Any, checkpoint: Checkpoint, rope: RopeScaling, spread: Spread) -> Any:

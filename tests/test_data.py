@@ -25,19 +25,17 @@ from pi_gguf.data import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
 from pi_gguf.files import replace_when_complete
+from pi_gguf.options import TuneOptions
 from pi_gguf.planning import Stage, estimate_training_memory, plan_training
 from pi_gguf.texts import HUB_DOCUMENTS, LONGEST, hub_documents, open_texts, read_texts
 
 DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", "The captain went on board. " * 9]
 
 
-def plan_of(llama, **options):
+def plan_of(llama, device="cpu", **options):
     checkpoint = load_checkpoint(str(llama))
-    defaults = {
-        "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
-        "factor_warmup": 0, "device": "cpu",
-    }  # fmt: skip
-    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), **{**defaults, **options})
+    tune = TuneOptions(**{"steps": 100, **options})
+    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), tune, device=device)
 
 
 # Where texts come from
@@ -495,10 +493,8 @@ def test_a_mix_is_in_the_batches_and_in_the_memory(llama):
 
 def test_the_bundled_mixture_can_be_isolated_and_mixed():
     tiny = load_checkpoint("bundled:tiny")
-    plan = plan_training(
-        tiny, tiny.extended(4096), steps=8, train_window=512, learning_rate=None, batch_tokens=4096,
-        schedule="constant", factor_warmup=0, device="cpu", mix=0.5,
-    )  # fmt: skip
+    tune = TuneOptions(steps=8, train_window=512, batch_tokens=4096, mix=0.5)
+    plan = plan_training(tiny, tiny.extended(4096), tune, device="cpu")
     batches = training_batches(tiny, plan, None, 0, packing="isolate")
     assert [len(batch) == 1 for batch in batches] == plan.full_length
     assert any(len(row) > 1 for batch in batches for row in batch)
@@ -517,10 +513,8 @@ def test_a_row_of_which_nothing_is_predicted_is_left_out(llama):
 
 def test_a_step_with_a_mix_is_no_longer_than_it_is_asked_for(llama):
     checkpoint = load_checkpoint(str(llama))
-    plan = plan_training(
-        checkpoint, checkpoint.extended(16384), steps=10, train_window=None, learning_rate=None, batch_tokens=32768,
-        schedule="constant", factor_warmup=0, device="cpu", mix=0.5,
-    )  # fmt: skip
+    tune = TuneOptions(steps=10, batch_tokens=32768, mix=0.5)
+    plan = plan_training(checkpoint, checkpoint.extended(16384), tune, device="cpu")
     assert (plan.accumulation, plan.full_micro_batch) == (2, 1) and plan.tokens == 10 * 32768
 
 

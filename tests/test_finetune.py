@@ -18,6 +18,7 @@ from pi_gguf.batches import TOKEN, batch_positions, padded, training_batches
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.data import pack, pose_positions
 from pi_gguf.losses import chunked_loss
+from pi_gguf.options import TuneOptions
 from pi_gguf.planning import Stage, plan_training
 from pi_gguf.training import rate_share
 
@@ -58,13 +59,10 @@ def test_attention_crosses_a_skip_in_the_positions(llama):
     assert not torch.equal(seen[0], seen[1])
 
 
-def training_plan(llama, **options):
+def training_plan(llama, device="cpu", **options):
     checkpoint = load_checkpoint(str(llama))
-    defaults = {
-        "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
-        "factor_warmup": 0, "device": "cpu",
-    }  # fmt: skip
-    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), **{**defaults, **options})
+    tune = TuneOptions(**{"steps": 100, **options})
+    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), tune, device=device)
 
 
 def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
@@ -250,10 +248,8 @@ def test_lengths_come_in_turn(llama):
 
 def test_answers_of_recall_tasks_weigh_by_the_length_of_the_sequence():
     tiny = load_checkpoint("bundled:tiny")
-    training = plan_training(
-        tiny, tiny.extended(8192), steps=6, train_window="512x3,4096", learning_rate=None, batch_tokens=None,
-        schedule="constant", factor_warmup=0, device="cpu",
-    )  # fmt: skip
+    tune = TuneOptions(steps=6, train_window="512x3,4096")
+    training = plan_training(tiny, tiny.extended(8192), tune, device="cpu")
     batches = training_batches(tiny, training, None, seed=0)
     tokenizer = tiny.load_tokenizer()
     found = 0

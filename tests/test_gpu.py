@@ -29,6 +29,7 @@ from pi_gguf.batches import batch_positions, padded, training_batches
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.lora import parts
 from pi_gguf.losses import chunked_loss
+from pi_gguf.options import TuneOptions
 from pi_gguf.planning import _ACTIVATIONS, plan_training
 
 pytestmark = pytest.mark.gpu
@@ -202,10 +203,8 @@ def micro_batches(model, packing, train_window):
     """Return micro-batches as a run of two steps makes them."""
     checkpoint = load_checkpoint(str(model))
     rope = checkpoint.extended(CONTEXT)
-    training = plan_training(
-        checkpoint, rope, steps=2, train_window=train_window, learning_rate=None, batch_tokens=2 * train_window,
-        schedule="constant", factor_warmup=0, device="cpu",
-    )  # fmt: skip
+    tune = TuneOptions(steps=2, train_window=train_window, batch_tokens=2 * train_window)
+    training = plan_training(checkpoint, rope, tune, device="cpu")
     text = next(iter(pi_gguf.bundled.novels("train").values()))
     texts = [text[:20_000]]  # rows as long as the window, but for the last
     if packing == "isolate":

@@ -35,6 +35,7 @@ LAYERS = [
     },
     {
         "rope",
+        "options",
         "files",
         "texts",
         "sample_texts",

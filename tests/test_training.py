@@ -23,6 +23,7 @@ from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
 from pi_gguf.lora import add_adapters, parts
 from pi_gguf.losses import chunked_loss
+from pi_gguf.options import SpreadOptions, TuneOptions
 from pi_gguf.planning import (
     _ACTIVATIONS,
     _memory,
@@ -55,13 +56,10 @@ def tied(tmp_path_factory):
     return make_llama(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True, dtype="bfloat16")
 
 
-def training_plan(model, **options):
+def training_plan(model, device="cpu", **options):
     checkpoint = load_checkpoint(str(model))
-    defaults = {
-        "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
-        "factor_warmup": 0, "device": "cpu",
-    }  # fmt: skip
-    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), **{**defaults, **options})
+    tune = TuneOptions(**{"steps": 100, **options})
+    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), tune, device=device)
 
 
 # The loss
@@ -550,14 +548,14 @@ def test_a_spread_that_cannot_work_is_refused_early(llama, tmp_path, monkeypatch
         "cp-size goes with --train full and --fsdp only": {"cp_size": 2, "fsdp": False},
     }.items():
         with pytest.raises(OptionError, match=said):
-            check_spread("cuda", "full", **{**settings, **changes})
-    spread = check_spread("cuda", "full", **{**settings, "cp_size": 2})
+            check_spread("cuda", "full", SpreadOptions(**{**settings, **changes}))
+    spread = check_spread("cuda", "full", SpreadOptions(**{**settings, "cp_size": 2}))
     assert (spread.readers, spread.fsdp) == (2, True)
     arguments = spread.arguments(recompute=True, offload=False)
     assert arguments["parallelism_config"].cp_size == 2
     assert arguments["fsdp_config"]["activation_checkpointing"] and "activation_checkpointing" not in arguments
     assert spread.arguments(recompute=True, offload=True)["activation_checkpointing_kwargs"] == {"offload": True}
-    assert not check_spread("cuda", "lora", **settings).fsdp
+    assert not check_spread("cuda", "lora", SpreadOptions(**settings)).fsdp
     code, _, err = cli("convert", llama, tmp_path / "m.gguf", "--context", "256")
     assert code == 2 and "convert runs in one process, got 4" in err
     code, _, err = cli(*command, "--steps", "0")
@@ -568,6 +566,6 @@ def test_a_deepspeed_config_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr("pi_gguf.processes.find_spec", lambda name: object())
     path = tmp_path / "zero.json"
     path.write_text("{}")
-    spread = check_spread("cuda", "full", fsdp=True, cp_size=1, sp_size=1, deepspeed=str(path))
+    spread = check_spread("cuda", "full", SpreadOptions(deepspeed=str(path)))
     arguments = spread.arguments(recompute=True, offload=False)
     assert arguments["deepspeed"] == str(path) and "fsdp" not in arguments and arguments["activation_checkpointing"]

@@ -1,0 +1,334 @@
+"""Every option of fine-tune, file and proof, defined once: default, type, help, and what it may be.
+
+In: flat keywords, as Python callers and the command line give them. Out: one frozen object a concern, which the inner
+functions take. Command line, help, signature, docstring, a run's record and docs/options.md are made from the fields; a
+new option is a field here, a line in the keywords of the functions that take it (`Keywords` below, which editors and
+mypy read) and its use.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ParamSpec, TypedDict, TypeVar
+
+from pi_gguf.errors import OptionError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T", bound="Options")
+
+
+def option(text: str, *, default: Any, choices: Sequence[str] = (), each: str = "", needed: bool = False) -> Any:
+    """Define an option.
+
+    Args:
+        text: its help, with the unit and an example.
+        default: None where it is chosen when left out.
+        choices: what it may be.
+        each: what one value is called, of an option that may be repeated.
+        needed: most people need it; it stands first in the help.
+    """
+    return field(default=default, metadata={"help": text, "choices": tuple(choices), "each": each, "needed": needed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of one concern; its title stands above them in help and documentation."""
+
+    title: typing.ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, choices = getattr(self, one.name), one.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                named = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise OptionError(f"{flag(one.name)} must be {named}, got {value}")
+            if one.metadata["each"]:
+                object.__setattr__(self, one.name, tuple(value))
+
+
+def flag(name: str) -> str:
+    """Return an option's name as the command line and messages have it."""
+    return name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(Options):
+    """How a model is fine-tuned, and on what."""
+
+    title: typing.ClassVar[str] = "Fine-tune"
+
+    method: str = option(
+        "linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.", default="linear"
+    )
+    data: Sequence[str] = option(
+        "text, JSONL or Parquet file, folder of them, or a data set of the Hub as owner/name or owner/name:split; the "
+        "bundled sample when left out. Repeatable.",
+        default=(),
+        needed=True,
+        each="SOURCE",
+    )
+    steps: int = option("optimizer steps; 0 applies the scaling without training.", default=1000, needed=True)
+    train: str = option(
+        "full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same on "
+        "weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.",
+        default="full",
+        needed=True,
+    )
+    train_window: int | str | None = option(
+        "tokens of a training sequence; below the context positions skip (PoSE). Several with their steps follow each "
+        "other, 512x500,2048x200,8192, or come in turn, 512x500,8192+512.",
+        default=None,
+    )
+    mix: float | None = option(
+        "share of the tokens to train in sequences of the whole context, e.g. 0.1, spread evenly among sequences of "
+        "train-window with PoSE; when left out, a quarter where whole sequences fit the GPU, none elsewhere.",
+        default=None,
+    )
+    factor_warmup: int = option(
+        "steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.", default=0
+    )
+    learning_rate: float | None = option("at its peak; by the model's size when left out (2e-5 for 7B).", default=None)
+    batch_tokens: int | None = option("tokens of an optimizer step; by the model's size when left out.", default=None)
+    schedule: str = option(
+        "constant (the paper's) or decay (to a tenth over the last third).",
+        default="constant",
+        choices=("constant", "decay"),
+    )
+    packing: str | None = option(
+        "isolate (documents that share a row do not see each other) or join (a row is one sequence); when left out, "
+        "isolate, but join for the bundled model's own training mixture.",
+        default=None,
+        choices=("isolate", "join"),
+    )
+    longest_first: bool = option(
+        "fill rows with the longest documents first, and train on those alone if there are enough.", default=False
+    )
+    lora_rank: int = option("rank of the adapters, of lora and qlora.", default=16)
+    lora_alpha: int | None = option("an adapter counts alpha / rank times; twice the rank when left out.", default=None)
+    eval_steps: int = option(
+        "steps between two validations: perplexity at the old and the new window, and k_max at the new one of a few "
+        "passkeys; 0 for none while it runs. What the old window pays is measured at the end in any case.",
+        default=0,
+    )
+    eval_text: Sequence[str] = option(
+        "text to validate on, as long as the new window; a held-out novel of the bundled sample when left out. "
+        "Repeatable; the longest is read.",
+        default=(),
+        each="PATH",
+    )
+    early_stop: bool = option("end the run when a validation finds k_max at the new window.", default=False)
+    report_to: str = option(
+        "where the losses are shown while it runs: auto (TensorBoard where installed, in OUT.runs), none, or names "
+        "that transformers knows, separated by commas.",
+        default="auto",
+    )
+    seed: int = option("of the order of the data and of the skips.", default=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 0:
+            raise OptionError(f"steps must not be negative, got {self.steps}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise OptionError(f"learning-rate must be between 0 and 1, got {self.learning_rate}")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise OptionError(f"batch-tokens must be at least 1, got {self.batch_tokens}")
+        if self.mix is not None and not 0 <= self.mix < 1:
+            raise OptionError(
+                f"mix must be from 0 to below 1, got {self.mix}",
+                "--train-window with the context, without --mix, trains on sequences of the whole window only",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadOptions(Options):
+    """How a fine-tune is spread over processes, under torchrun or accelerate launch."""
+
+    title: typing.ClassVar[str] = "Several processes"
+
+    fsdp: bool = option(
+        "under torchrun or accelerate launch, with train full: shard weights, gradients and moments over the processes "
+        "(FSDP2); --no-fsdp copies them to each (DDP), as lora and qlora do.",
+        default=True,
+    )
+    cp_size: int = option("GPUs that share one sequence, by torch's context parallelism.", default=1)
+    sp_size: int = option("GPUs that share one sequence, by DeepSpeed's sequence parallelism.", default=1)
+    deepspeed: str | None = option("a DeepSpeed config in JSON, which then shards instead of FSDP2.", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(Options):
+    """What is written."""
+
+    title: typing.ClassVar[str] = "File"
+
+    quant: str = option(
+        "any type llama.cpp has, e.g. F16, Q8_0 or Q4_K_M; quantized in one pass, with no file in between.",
+        default="Q4_K_M",
+        needed=True,
+    )
+    tensor_type: Sequence[str] = option(
+        "PATTERN=TYPE: another type for the tensors whose GGUF name has the pattern in it, e.g. attn_v=Q8_0. "
+        "Repeatable; the first that fits holds.",
+        default=(),
+        each="PATTERN=TYPE",
+    )
+    imatrix: str | None = option(
+        "importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.",
+        default=None,
+    )
+    split_max_size: str | None = option(
+        "of a file, e.g. 4G or 500M (decimal): larger models become OUT-00001-of-00003.gguf and so on; one file when "
+        "left out.",
+        default=None,
+    )
+    lora: Sequence[str] = option(
+        "LoRA adapter of the model to merge, as peft saves it: a folder with adapter_config.json and "
+        "adapter_model.safetensors (or .bin), or the Hub id of one. Repeatable. With --context it needs --steps 0.",
+        default=(),
+        each="ADAPTER",
+    )
+    adapter_only: bool = option(
+        "write the adapter alone, as a GGUF file for llama.cpp to apply to the base's; F32 or F16.", default=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofOptions(Options):
+    """What is checked and measured before a file gets its name."""
+
+    title: typing.ClassVar[str] = "Proof"
+
+    check: str = option(
+        "quick reads a prompt longer than the original window, full the whole new window; none.",
+        default="quick",
+        choices=("quick", "full", "none"),
+    )
+    strict_tokenizer: bool = option(
+        "refuse a file in which any text of the check is tokenized otherwise than in Hugging Face. When left out, "
+        "prose must be alike; texts that begin with spaces, or have an added token inside, are counted.",
+        default=False,
+    )
+    certify: bool | None = option(
+        "measure the file in llama.cpp at its window, perplexity and passkeys, and write the figures into its header; "
+        "where the whole window would take more than some ten minutes, a half, a quarter and so on of it. When left "
+        "out, unless --check none.",
+        default=None,
+    )
+    require: str | None = option(
+        "figures and what they must be, e.g. k_max>=32768,ppl_ratio<=1.02; a file that falls short is kept as "
+        "OUT-uncertified.gguf.",
+        default=None,
+    )
+
+
+GROUPS: tuple[type[Options], ...] = (TuneOptions, SpreadOptions, WriteOptions, ProofOptions)
+
+
+# The flat keywords, for editors and mypy; a test holds them against the fields
+
+
+class TuneKeywords(TypedDict, total=False):
+    method: str
+    data: Sequence[str]
+    steps: int
+    train: str
+    train_window: int | str | None
+    mix: float | None
+    factor_warmup: int
+    learning_rate: float | None
+    batch_tokens: int | None
+    schedule: str
+    packing: str | None
+    longest_first: bool
+    lora_rank: int
+    lora_alpha: int | None
+    eval_steps: int
+    eval_text: Sequence[str]
+    early_stop: bool
+    report_to: str
+    seed: int
+
+
+class ExtendKeywords(TuneKeywords, total=False):
+    fsdp: bool
+    cp_size: int
+    sp_size: int
+    deepspeed: str | None
+
+
+class ConvertKeywords(TuneKeywords, total=False):
+    quant: str
+    tensor_type: Sequence[str]
+    imatrix: str | None
+    split_max_size: str | None
+    lora: Sequence[str]
+    adapter_only: bool
+    check: str
+    strict_tokenizer: bool
+    certify: bool | None
+    require: str | None
+
+
+# From keywords to objects
+
+
+def take(group: type[T], keywords: Mapping[str, Any]) -> T:
+    """Make a group's object of its own among flat keywords.
+
+    Raises:
+        OptionError: one of them is not among its choices.
+    """
+    return group(**{one.name: keywords[one.name] for one in fields(group) if one.name in keywords})
+
+
+def hints(group: type) -> dict[str, Any]:
+    """Return the types of a group's options by name."""
+    known = typing.get_type_hints(group)
+    return {one.name: known[one.name] for one in fields(group)}
+
+
+def flat(*groups: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Give a function that takes groups' options as `**options` their signature and documentation.
+
+    A keyword that is no option is refused as Python does it.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kinds[one.name])
+            for group in groups
+            for kinds in (hints(group),)
+            for one in fields(group)
+            if one.name not in signature.parameters
+        ]
+        whole = signature.replace(parameters=[*own, *more])
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            whole.bind(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        checked.__signature__ = whole  # type: ignore[attr-defined]
+        checked.groups = groups  # type: ignore[attr-defined]
+        checked.__doc__ = _documented(function.__doc__ or "", groups, {p.name for p in own})
+        return checked
+
+    return decorate
+
+
+def _documented(doc: str, groups: Sequence[type], own: set[str]) -> str:
+    """Return a docstring whose `Args` go on with the options."""
+    doc = inspect.cleandoc(doc)
+    lines = [
+        f"    {one.name}: {one.metadata['help']}" for group in groups for one in fields(group) if one.name not in own
+    ]
+    head, mark, rest = doc.partition("\nArgs:\n")
+    args, gap, tail = rest.partition("\n\n")
+    return f"{head}{mark}{args}\n" + "\n".join(lines) + f"{gap}{tail}"

@@ -1,0 +1,132 @@
+"""Options are defined once: command line, signature, documentation and keywords of the functions follow the fields."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+import pi_gguf
+from pi_gguf import cli as command_line
+from pi_gguf import options
+from pi_gguf.errors import OptionError
+from pi_gguf.options import (
+    GROUPS,
+    ConvertKeywords,
+    ExtendKeywords,
+    ProofOptions,
+    SpreadOptions,
+    TuneKeywords,
+    TuneOptions,
+    WriteOptions,
+    flat,
+    hints,
+    option,
+    take,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import write_options
+
+
+@pytest.mark.parametrize(
+    ("keywords", "groups"),
+    [
+        (TuneKeywords, (TuneOptions,)),
+        (ExtendKeywords, (TuneOptions, SpreadOptions)),
+        (ConvertKeywords, (TuneOptions, WriteOptions, ProofOptions)),
+    ],
+)
+def test_the_keywords_for_editors_are_the_fields(keywords, groups):
+    mirror = typing.get_type_hints(keywords)
+    assert mirror == {name: kind for group in groups for name, kind in hints(group).items()}
+
+
+def test_a_new_option_is_one_field(monkeypatch, capfd):
+    """It is in the signature, the documentation, the object, the command line, its help and the page."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class More(TuneOptions):
+        wish: float | None = option("how much of it, in percent, e.g. 7.", default=None)
+
+    taken = []
+
+    @flat(More)
+    def try_it(model: str, *, device: str = "auto", **given) -> None:
+        """Try it.
+
+        Args:
+            model: what.
+            device: where.
+
+        Example:
+            pi-gguf try-it x
+        """
+        taken.append(take(More, given))
+
+    monkeypatch.setattr(options, "try_it", try_it, raising=False)
+    made = command_line.command("options:try_it", str, reports=False)
+    made.main(["x", "--wish", "7", "--mix", "0.5"], standalone_mode=False)
+    assert (taken[0].wish, taken[0].mix, taken[0].steps) == (7.0, 0.5, 1000)
+    parameter = inspect.signature(try_it).parameters["wish"]
+    assert (parameter.default, parameter.annotation) == (None, float | None)
+    assert "    wish: how much of it, in percent, e.g. 7." in try_it.__doc__
+    assert try_it.__doc__.index("wish:") < try_it.__doc__.index("Example:")
+    for help_flag, said in (("--help", "--seed --wish"), ("--help-all", "how much of it, in percent")):
+        made.main([help_flag], standalone_mode=False)
+        assert said in " ".join(capfd.readouterr().out.split()), help_flag
+    monkeypatch.setattr(write_options, "GROUPS", (More,))
+    assert "`--wish` (float): how much of it" in write_options.page()
+
+
+def test_a_keyword_that_is_no_option_is_refused():
+    for function in (pi_gguf.extend, pi_gguf.convert, pi_gguf.plan):
+        with pytest.raises(TypeError, match="mixx"):
+            function("bundled:tiny", *["out"][: function is not pi_gguf.plan], context=4096, mixx=1)
+
+
+@pytest.mark.parametrize(
+    ("group", "wrong", "said"),
+    [
+        (TuneOptions, {"schedule": "linear"}, "schedule must be constant or decay, got linear"),
+        (TuneOptions, {"packing": "tight"}, "packing must be isolate or join, got tight"),
+        (TuneOptions, {"mix": 1.0}, "mix must be from 0 to below 1, got 1.0"),
+        (TuneOptions, {"steps": -1}, "steps must not be negative, got -1"),
+        (TuneOptions, {"learning_rate": 2.0}, "learning-rate must be between 0 and 1, got 2.0"),
+        (TuneOptions, {"batch_tokens": 0}, "batch-tokens must be at least 1, got 0"),
+        (ProofOptions, {"check": "all"}, "check must be quick, full or none, got all"),
+    ],
+)
+def test_a_wrong_value_names_its_option(group, wrong, said):
+    with pytest.raises(OptionError, match=said):
+        group(**wrong)
+
+
+def test_a_repeatable_option_is_kept_as_it_was_given():
+    given = ["a", "b"]
+    tune = TuneOptions(data=given)
+    given.append("c")
+    assert tune.data == ("a", "b")
+
+
+def test_convert_takes_what_extend_does():
+    names = {one.name for one in fields(TuneOptions)}
+    for function in (pi_gguf.extend, pi_gguf.convert, pi_gguf.plan):
+        assert names <= set(inspect.signature(function).parameters), function
+
+
+def test_the_help_of_convert_fits_a_screen(cli):
+    code, out, _ = cli("convert", "--help")
+    assert code == 0 and len(out.splitlines()) <= 50
+    code, whole, _ = cli("convert", "--help-all")
+    assert code == 0 and "SuperHOT" in whole and "SuperHOT" not in out
+    every = {f"--{name.replace('_', '-')}" for group in GROUPS if group is not SpreadOptions for name in hints(group)}
+    assert all(name in whole and name in out for name in every)
+
+
+def test_the_page_of_options_is_made_from_them():
+    assert write_options.PAGE.read_text() == write_options.page()
