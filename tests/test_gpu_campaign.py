@@ -78,6 +78,20 @@ def test_wheels_go_before_what_is_installed(campaign, tmp_path):
     assert "the wheel" in out and record["wheels"] == ["click-99-py3-none-any.whl"]
 
 
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [
+        ("datasets-5.2.0-py3-none-any.whl", True),
+        ("multiprocess-0.70.19-py312-none-any.whl", True),
+        (f"x-1-cp{sys.version_info[0]}{sys.version_info[1]}-cp3-linux_x86_64.whl", True),
+        ("xxhash-4.1.0-cp39-cp39-manylinux2014_x86_64.manylinux_2_17_x86_64.whl", False),
+        ("safetensors-1-cp38-abi3-manylinux_2_17_x86_64.whl", True),
+    ],
+)
+def test_wheels_of_another_python_are_left_out(name, here):
+    assert gpu_campaign.fits(name) == here
+
+
 def test_kernels_are_measured_on_a_cpu(campaign):
     record, out = campaign("--parts", "kernels", parts={"kernels": PARTS["kernels"]})
     assert record["parts"]["kernels"]["outcome"] == "done", out

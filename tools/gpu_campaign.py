@@ -151,10 +151,16 @@ PARTS = {
 # What is missing
 
 
+def fits(wheel: str) -> bool:
+    """Tell by its name whether a wheel is for this Python."""
+    python, abi = wheel.removesuffix(".whl").split("-")[-3:-1]
+    return python.startswith("py") or "abi3" in abi or f"cp{sys.version_info[0]}{sys.version_info[1]}" in python
+
+
 def unpack(folders: list[Path], site: Path) -> list[str]:
-    """Unpack wheels, which goes before what is installed; return their names."""
+    """Unpack wheels for this Python, which go before what is installed; return their names."""
     names = []
-    for wheel in (path for folder in folders for path in sorted(folder.glob("*.whl"))):
+    for wheel in (path for folder in folders for path in sorted(folder.glob("*.whl")) if fits(path.name)):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
         names.append(wheel.name)
