@@ -45,7 +45,7 @@ class Options:
         for one in fields(self):
             value, choices = getattr(self, one.name), one.metadata["choices"]
             if choices and value is not None and value not in choices:
-                named = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                named = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
                 raise OptionError(f"{flag(one.name)} must be {named}, got {value}")
             if one.metadata["each"]:
                 object.__setattr__(self, one.name, tuple(value))

@@ -98,7 +98,7 @@ def test_a_keyword_that_is_no_option_is_refused():
         (TuneOptions, {"steps": -1}, "steps must not be negative, got -1"),
         (TuneOptions, {"learning_rate": 2.0}, "learning-rate must be between 0 and 1, got 2.0"),
         (TuneOptions, {"batch_tokens": 0}, "batch-tokens must be at least 1, got 0"),
-        (ProofOptions, {"check": "all"}, "check must be quick, full or none, got all"),
+        (ProofOptions, {"check": "all"}, "check must be one of quick, full, none, got all"),
     ],
 )
 def test_a_wrong_value_names_its_option(group, wrong, said):
