@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,37 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune:
+    """How to fine-tune, in the words of `extend`, where each is described."""
+
+    method: str
+    data: Sequence[str]
+    steps: int
+    train_window: int | str | None
+    learning_rate: float | None
+    batch_tokens: int | None
+    schedule: str
+    factor_warmup: int
+    mix: float | None
+    packing: str | None
+    longest_first: bool
+    train: str
+    lora_rank: int
+    lora_alpha: int | None
+    seed: int
+    device: str
+    adapter_only: bool = False
+    eval_steps: int = 0
+    eval_text: Sequence[str] = ()
+    early_stop: bool = False
+    report_to: str = "auto"
+    fsdp: bool = True
+    cp_size: int = 1
+    sp_size: int = 1
+    deepspeed: str | None = None
 
 
 @writes("out_dir")
@@ -121,51 +152,76 @@ def extend(
     Example:
         pi-gguf extend bundled:tiny tiny-32k --context 32768 --steps 100
     """
+    options = FineTune(
+        method=method, data=data, steps=steps, train_window=train_window, learning_rate=learning_rate,
+        batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, mix=mix, packing=packing,
+        longest_first=longest_first, train=train, lora_rank=lora_rank, lora_alpha=lora_alpha, adapter_only=adapter_only,
+        eval_steps=eval_steps, eval_text=eval_text, early_stop=early_stop, report_to=report_to, fsdp=fsdp,
+        cp_size=cp_size, sp_size=sp_size, deepspeed=deepspeed, seed=seed, device=device,
+    )  # fmt: skip
+    return extend_checkpoint(load_checkpoint(model).extended(context, method), out_dir, options, overwrite=overwrite)
+
+
+@writes("out_dir")
+def extend_checkpoint(
+    checkpoint: Checkpoint, out_dir: str | Path, options: FineTune, *, overwrite: bool = False
+) -> Path:
+    """Fine-tune an extended checkpoint as `extend` does, and return the folder written."""
     from pi_gguf.hf_model import torch_device
 
-    out_dir = Path(out_dir)
-    checkpoint = load_checkpoint(model)
-    rope = checkpoint.extended(context, method)
+    out_dir, rope = Path(out_dir), checkpoint.rope
+    context, steps, packing = rope.max_position_embeddings, options.steps, options.packing
     if packing is not None and packing not in PACKINGS:
         raise OptionError(f"packing must be {' or '.join(PACKINGS)}, got {packing}")
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
-    device = torch_device(device)
-    reports = check_reports(report_to)
+    device = torch_device(options.device)
+    reports = check_reports(options.report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     record: dict[str, Any] = {
         "source": public_source(checkpoint.source),
         "weights_sha256": checkpoint.fingerprint(),
-        "method": method,
+        "method": options.method,
         "rope_type": rope.rope_type,
         "factor": rope.factor,
         "original_window": rope.original_max_position_embeddings,
         "context": context,
         "steps": steps,
-        "seed": seed,
+        "seed": options.seed,
     }
     if not steps and process_count() > 1:
         raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
     if not steps:
         check_writable(out_dir, overwrite, folder=True)
-        _write_folder(checkpoint, rope, out_dir, record, None)
+        _write_folder(checkpoint, out_dir, record, None)
         return out_dir
-    validation = Validation(checkpoint, context, every=eval_steps, early_stop=early_stop, text=eval_text)
-    spread = check_spread(device, train, fsdp=fsdp, cp_size=cp_size, sp_size=sp_size, deepspeed=deepspeed)
-    training = plan_training(
-        checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
-        batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
-        train=train, lora_rank=lora_rank, lora_alpha=lora_alpha, readers=spread.readers,
+    validation = Validation(
+        checkpoint, every=options.eval_steps, early_stop=options.early_stop, text=options.eval_text
     )  # fmt: skip
-    if adapter_only:
-        _check_adapter_only(training.train, method, checkpoint)
-    texts = _texts(checkpoint, data)
-    if texts is None and longest_first:
+    spread = check_spread(
+        device, options.train, fsdp=options.fsdp, cp_size=options.cp_size, sp_size=options.sp_size,
+        deepspeed=options.deepspeed,
+    )  # fmt: skip
+    training = plan_training(
+        checkpoint, steps=steps, train_window=options.train_window, learning_rate=options.learning_rate,
+        batch_tokens=options.batch_tokens, schedule=options.schedule, factor_warmup=options.factor_warmup,
+        device=device, mix=options.mix, train=options.train, lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha, readers=spread.readers,
+    )  # fmt: skip
+    if options.adapter_only:
+        _check_adapter_only(training.train, options.method, checkpoint.original.rope)
+    texts = _texts(checkpoint, options.data)
+    if texts is None and options.longest_first:
         raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
     packing = packing or ("join" if texts is None else "isolate")
-    record |= {"tokens": training.tokens, **asdict(training), **_text_record(texts), "adapter_only": adapter_only}
-    record |= {"packing": packing, "longest_first": longest_first}
-    record |= {"eval_steps": eval_steps, "early_stop": early_stop}
+    record |= {
+        "tokens": training.tokens,
+        **asdict(training),
+        **_text_record(texts),
+        "adapter_only": options.adapter_only,
+    }
+    record |= {"packing": packing, "longest_first": options.longest_first}
+    record |= {"eval_steps": options.eval_steps, "early_stop": options.early_stop}
     if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
@@ -178,25 +234,27 @@ def extend(
         try:
             corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir, training.tokens)
             batches = training_batches(
-                checkpoint, training, corpus, seed, packing=packing, longest_first=longest_first
+                checkpoint, training, corpus, options.seed, packing=packing, longest_first=options.longest_first
             )  # fmt: skip
         except PiGgufError:
             if is_first_process() and not any(work_dir.glob("checkpoint-*")):
                 _clear(work_dir)
             raise
     say(
-        f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {method}, "
-        f"{steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
+        f"fine-tune {checkpoint.source}: window {rope.original_max_position_embeddings} -> {context} by method "
+        f"{options.method}, {steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
         f"{', '.join(map(str, training.steps_by_window()))} tokens ({training.reason})"
     )
-    trained = run_training(checkpoint, rope, training, batches, work_dir, seed, device, reports, spread, validation)
+    trained = run_training(
+        checkpoint, training, batches, work_dir, options.seed, device, reports, spread, validation
+    )  # fmt: skip
     if is_first_process():
         record |= trained.measured | {"validations": trained.validations}
-        if adapter_only:
+        if options.adapter_only:
             assert trained.adapter_dir is not None
             _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
         else:
-            _write_folder(checkpoint, rope, out_dir, record, trained, lambda after: validation.price(after, device))
+            _write_folder(checkpoint, out_dir, record, trained, lambda after: validation.price(after, device))
         _clear(work_dir)
     wait_for_everyone(device)
     return out_dir
@@ -259,7 +317,6 @@ def _clear(work_dir: Path, *, corpora: bool = True) -> None:
 
 def _write_folder(
     checkpoint: Checkpoint,
-    rope: RopeScaling,
     out_dir: Path,
     record: dict[str, Any],
     trained: Trained | None,
@@ -278,9 +335,9 @@ def _write_folder(
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]
     if trained is None:
-        model = checkpoint.load_model(dtype=stored, rope=rope)
+        model = checkpoint.load_model(dtype=stored)
     elif trained.adapter_dir is not None:
-        model = with_adapters(checkpoint, [str(trained.adapter_dir)]).load_model(dtype=stored, rope=rope)
+        model = with_adapters(checkpoint, [str(trained.adapter_dir)]).load_model(dtype=stored)
     else:
         assert trained.model is not None
         model = trained.model
@@ -290,7 +347,7 @@ def _write_folder(
             model.to(stored).save_pretrained(partial)
         except SafetensorError as error:  # its only way to say that the disk is full
             raise ResourceError(f"{out_dir}: the weights were not written ({error})", "free some disk space") from error
-        config = {**rope.to_hf(checkpoint.config), "tie_word_embeddings": checkpoint.tied}
+        config = {**checkpoint.config, "tie_word_embeddings": checkpoint.tied}
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name in _TOKENIZER_FILES:
             if (checkpoint.path / name).exists():
@@ -298,7 +355,7 @@ def _write_folder(
         settings_path = partial / "tokenizer_config.json"
         if settings_path.exists():
             settings = json.loads(settings_path.read_text())
-            settings["model_max_length"] = rope.max_position_embeddings
+            settings["model_max_length"] = checkpoint.rope.max_position_embeddings
             settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         del model
         if price:
@@ -306,13 +363,13 @@ def _write_folder(
         _write_record(partial, record, trained.losses if trained else [])
 
 
-def _check_adapter_only(train: str, method: str, checkpoint: Checkpoint) -> None:
+def _check_adapter_only(train: str, method: str, before: RopeScaling) -> None:
     if train == "full":
         raise OptionError("adapter-only is for train lora and qlora, got full", "give --train lora")
-    if method != "linear" or checkpoint.rope.rope_type != "default" or checkpoint.rope.own is not None:
+    if method != "linear" or before.rope_type != "default" or before.own is not None:
         raise OptionError(
             f"adapter-only is for method linear on a model without scaling, got method {method} on rope_type "
-            f"{checkpoint.rope.own.rope_type if checkpoint.rope.own else checkpoint.rope.rope_type}",
+            f"{before.own.rope_type if before.own else before.rope_type}",
             "leave --adapter-only out: the merged folder states any scaling",
         )
 

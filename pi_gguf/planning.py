@@ -18,7 +18,6 @@ from pi_gguf.errors import OptionError
 from pi_gguf.files import human_bytes
 from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
 from pi_gguf.losses import loss_is_chunked
-from pi_gguf.rope import RopeScaling
 from pi_gguf.tiles import TILE
 
 BITS_PER_WEIGHT = {
@@ -204,7 +203,6 @@ def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
 
 def plan_training(
     checkpoint: Checkpoint,
-    rope: RopeScaling,
     *,
     steps: int,
     train_window: int | str | None,
@@ -222,11 +220,13 @@ def plan_training(
     """Choose what the user left open, and check what the user chose.
 
     Args:
+        checkpoint: extended to the new window.
         readers: processes that read micro-batches of their own; each gets as many of a step.
 
     Raises:
         OptionError: a value that cannot work.
     """
+    rope = checkpoint.rope
     context, original = rope.max_position_embeddings, rope.original_max_position_embeddings
     if steps < 1:
         raise OptionError(f"steps must be at least 1 to train, got {steps}")
@@ -433,15 +433,16 @@ def plan(
             f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}",
             "convert --dry-run gives the exact size of any type, from the weights",
         )
-    rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
-    device = _device(device)
+    if context is not None:
+        checkpoint = checkpoint.extended(context, method)
+    rope, device = checkpoint.rope, _device(device)
     training, seconds, memory, activations = None, 0.0, 0, _ACTIVATIONS[0]
     n = checkpoint.n_parameters()
     if steps < 0:
         raise OptionError(f"steps must not be negative, got {steps}")
     if context is not None and steps:
         training = plan_training(
-            checkpoint, rope, steps=steps, train_window=train_window, learning_rate=learning_rate,
+            checkpoint, steps=steps, train_window=train_window, learning_rate=learning_rate,
             batch_tokens=batch_tokens, schedule=schedule, factor_warmup=factor_warmup, device=device, mix=mix,
             train=train, lora_rank=lora_rank, lora_alpha=lora_alpha,
         )  # fmt: skip

@@ -61,7 +61,7 @@ def training_plan(model, **options):
         "steps": 100, "train_window": None, "learning_rate": None, "batch_tokens": None, "schedule": "constant",
         "factor_warmup": 0, "device": "cpu",
     }  # fmt: skip
-    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), **{**defaults, **options})
+    return plan_training(checkpoint.extended(4 * WINDOW), **{**defaults, **options})
 
 
 # The loss
