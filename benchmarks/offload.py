@@ -510,9 +510,10 @@ class Bench:
         key = (hash(tuple(ids)), context)
         if key not in self._references or len(self._references[key]) < count:
             checkpoint = load_checkpoint(self.model)
-            rope = checkpoint.extended(context) if self.model == bundled.TINY else checkpoint.rope
-            lm = HfModel(checkpoint, device=self.device, rope=rope)
-            lm._model = checkpoint.load_model(dtype=torch.float32, device=self.device, rope=rope).eval()
+            if self.model == bundled.TINY:
+                checkpoint = checkpoint.extended(context)
+            lm = HfModel(checkpoint, device=self.device)
+            lm._model = checkpoint.load_model(dtype=torch.float32, device=self.device).eval()
             self._references[key] = np.concatenate(list(lm.logits_chunks(ids[:-1], count)))
             lm.close()
             if self.device == "cuda":

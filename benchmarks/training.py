@@ -281,17 +281,16 @@ class Clock:
         return [after - before for before, after in itertools.pairwise(times)]
 
 
-def plan(folder: str | Path, train: str, context: int, steps: int, device: str) -> tuple[Any, Any, Any]:
-    """Return checkpoint, scaling and plan of a run on one whole sequence a step."""
+def plan(folder: str | Path, train: str, context: int, steps: int, device: str) -> tuple[Any, Any]:
+    """Return the extended checkpoint and the plan of a run on one whole sequence a step."""
     from pi_gguf.checkpoint import load_checkpoint
     from pi_gguf.options import TuneOptions
     from pi_gguf.planning import plan_training
 
-    checkpoint = load_checkpoint(str(folder))
-    rope = checkpoint.extended(context)
+    checkpoint = load_checkpoint(str(folder)).extended(context)
     tune = TuneOptions(steps=steps, train_window=context, learning_rate=1e-6, batch_tokens=context, train=train)
-    training = plan_training(checkpoint, rope, tune, device=device)
-    return checkpoint, rope, training
+    training = plan_training(checkpoint, tune, device=device)
+    return checkpoint, training
 
 
 def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, Any]) -> None:
@@ -302,7 +301,7 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     from pi_gguf.planning import Activations, estimate_training_memory, fit_activations, free_memory
     from pi_gguf.processes import Spread
 
-    checkpoint, rope, training = plan(job["folder"], job["train"], job["context"], len(job["rows"]), device)
+    checkpoint, training = plan(job["folder"], job["train"], job["context"], len(job["rows"]), device)
     whole = plan(job["whole"], job["train"], job["context"], len(job["rows"]), device)[0]
     way, need = fit_activations(whole, training, device)
     if job["least"]:
@@ -320,7 +319,7 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     module.fit_activations = lambda *_, **__: (way, predicted)
     batches = [[[row.astype(np.int32)]] for row in job["rows"]]
     module.run_training(
-        checkpoint, rope, training, batches, Path(job["work_dir"]), 0, device, [], Spread(), clock
+        checkpoint, training, batches, Path(job["work_dir"]), 0, device, [], Spread(), clock
     )  # fmt: skip
 
 
@@ -538,7 +537,7 @@ def measured_layers(case: Case, shape: Shape, folder: Any, device: str) -> list[
         return [layers] if layers == whole else [layers, layers // 2]
     choices = [[whole]] * shape.all_measured + [[4, 2], [2, 1]]
     for choice in choices:
-        checkpoint, _, training = plan(folder(choice[0]), case.train, case.context, 2, device)
+        checkpoint, training = plan(folder(choice[0]), case.train, case.context, 2, device)
         need = estimate_training_memory(checkpoint, training, device, Activations("recomputed", True))
         if need < 0.9 * free_memory(device):
             return choice

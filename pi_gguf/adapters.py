@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pi_gguf.adapter_files import CONFIG_FILE, AdapterFiles, load_adapter_files
 from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, read_provenance
@@ -113,7 +113,7 @@ class AdaptedCheckpoint(Checkpoint):
     def adapter_hashes(self) -> dict[str, str]:
         return {f"adapter {i} ({adapter.name})": adapter.files.sha256() for i, adapter in enumerate(self.adapters, 1)}
 
-    def extended(self, context: int, method: str = "linear") -> RopeScaling:
+    def extended(self, context: int, method: str = "linear") -> Self:
         if not self.rope_stated:
             return super().extended(context, method)
         if context != self.rope.max_position_embeddings:
@@ -121,7 +121,7 @@ class AdaptedCheckpoint(Checkpoint):
                 f"context must be the adapter's {self.rope.max_position_embeddings} tokens, got {context}",
                 "leave --context out",
             )
-        return self.rope
+        return self
 
     def _open_model(self, config: Any, dtype: torch.dtype) -> Any:
         text = copy.deepcopy(config.get_text_config())
@@ -164,12 +164,12 @@ def with_adapters(checkpoint: Checkpoint, folders: Sequence[str]) -> AdaptedChec
                 "merge adapters of one position scaling only",
             )
     fields = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(Checkpoint)}
-    if stated:
-        fields["rope"] = stated[0].rope
-    return AdaptedCheckpoint(
-        **{**fields, **model.configs()}, base=checkpoint, adapters=tuple(adapters), merged=model.tensors,
-        tokens_dir=tokens_dir,
-    )  # fmt: skip
+    fields |= {**model.configs(), "before": None}  # its shapes may be others
+    adapted = AdaptedCheckpoint(
+        **fields, base=checkpoint, adapters=tuple(adapters), merged=model.tensors, tokens_dir=tokens_dir
+    )
+    rope = stated[0].rope if stated else None
+    return adapted if rope is None else adapted.scaled(rope)
 
 
 def _factor(adapter: Adapter) -> float:
@@ -698,7 +698,7 @@ def _rope_of_config(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
             f"{stated.factor:g}-fold, got {config.get(checkpoint.family.window)}",
             "check that MODEL is the one the adapter was trained on",
         )
-    return checkpoint.extended(scaled)
+    return checkpoint.extended(scaled).rope
 
 
 def _rope_of_record(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
@@ -724,4 +724,4 @@ def _rope_of_record(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
         )
     if base.rope_type == "linear" and base.max_position_embeddings == context:
         return base
-    return checkpoint.extended(context)
+    return checkpoint.extended(context).rope

@@ -219,13 +219,13 @@ class BatchDataset:
 
     Args:
         batches: rows by micro-batch.
-        rope: the scaling that is trained.
+        checkpoint: whose scaling is trained.
         training: the plan.
         seed: of the skips.
     """
 
-    def __init__(self, batches: Sequence[list[Row]], rope: RopeScaling, training: TrainingPlan, seed: int) -> None:
-        self._batches, self._rope, self._training, self._seed = batches, rope, training, seed
+    def __init__(self, batches: Sequence[list[Row]], checkpoint: Checkpoint, training: TrainingPlan, seed: int) -> None:
+        self._batches, self._rope, self._training, self._seed = batches, checkpoint.rope, training, seed
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -411,15 +411,16 @@ def certify(
     checkpoint = check = None
     if against is not None:
         checkpoint = load_checkpoint(against)
-        rope = checkpoint.rope if context is None else checkpoint.extended(context, method)
+        if context is not None:
+            checkpoint = checkpoint.extended(context, method)
         try:
-            check = check_gguf(path, Reference(checkpoint, rope, "quick", strict_tokenizer=strict_tokenizer))
+            check = check_gguf(path, Reference(checkpoint, "quick", strict_tokenizer=strict_tokenizer))
         except CheckError as error:
             raise CheckError(
                 str(error), f"convert it again, or: pi-gguf repair {path} OUT --against {against}"
             ) from error
         say(str(check))
-    base: Base | Checkpoint | None = checkpoint
+    base: Base | Checkpoint | None = None if checkpoint is None else checkpoint.original
     if checkpoint is not None and context is None and checkpoint.rope.is_extended:
         base = Base.of_fine_tune(checkpoint.provenance)
     if against is not None and Path(against).is_dir():

@@ -19,7 +19,7 @@ from pi_gguf.files import human_bytes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel
 from pi_gguf.progress import say, stage
-from pi_gguf.rope import RopeScaling, check_consistent
+from pi_gguf.rope import check_consistent
 from pi_gguf.runtime import Model
 from pi_gguf.scoring import LanguageModel, kl_divergence
 from pi_gguf.token_check import TokenizedTexts, said
@@ -93,21 +93,18 @@ class Reference:
     """The Hugging Face side of the comparison, opened once for several files.
 
     Args:
-        checkpoint: of the model that was written.
-        rope: the scaling that was written.
+        checkpoint: of the model that was written, under the scaling that was.
         level: `quick` reads a prompt a little longer than the original window; `full` the whole new window.
         strict_tokenizer: special texts must be tokenized alike too, not prose alone.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, rope: RopeScaling, level: str, *, strict_tokenizer: bool = False
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, level: str, *, strict_tokenizer: bool = False) -> None:
         import numpy as np
         import psutil
 
         if level not in LEVELS:
             raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {level}")
-        self.rope = rope
+        self.rope = rope = checkpoint.rope
         self.unusual = noted(checkpoint.path)
         self.vocabulary = checkpoint.vocab_size
         self.slack = EXPERTS_SLACK if "expert_count" in checkpoint.family.keys(checkpoint.hf_config) else 1
@@ -130,7 +127,7 @@ class Reference:
             )
             return
         text = "\n".join(bundled.novels("heldout").values())
-        lm = HfModel(checkpoint, device="cpu", rope=rope)
+        lm = HfModel(checkpoint, device="cpu")
         self.ids = _first_tokens(lm, text, length)
         last = min(_SCORED_TOKENS, length - 1)
         try:

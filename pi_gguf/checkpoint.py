@@ -13,12 +13,12 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pi_gguf import bundled
 from pi_gguf.agreement import check_rotation, rotated_dimensions
@@ -64,6 +64,22 @@ _MEBIBYTE = 2**20
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+T = TypeVar("T")
+
+
+def _of_files(read: Callable[[Any], T]) -> cached_property[T]:
+    """Make a cached property that no scaling changes: an extended checkpoint has that of the one it was made from."""
+
+    @wraps(read)
+    def shared(checkpoint: Checkpoint) -> T:
+        before = checkpoint.before
+        if before is None:
+            return read(checkpoint)
+        value: T = getattr(before, read.__name__)
+        return value
+
+    return cached_property(shared)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -72,10 +88,12 @@ class Checkpoint:
     Args:
         source: MODEL as the user gave it.
         path: the local folder.
-        config: fields of its config.json; of a vision-language model those of its text model.
+        config: fields of its config.json, with `rope` where that was extended; of a vision-language model those of its
+            text model.
         hf_config: the same, opened by transformers, with its defaults and standard names.
         rope: the position scaling of the model.
         configuration: all that was read of config.json.
+        before: the checkpoint this one was extended from; None where it was not.
     """
 
     source: str
@@ -84,6 +102,7 @@ class Checkpoint:
     hf_config: PretrainedConfig
     rope: RopeScaling
     configuration: Configuration
+    before: Checkpoint | None = field(default=None, kw_only=True, repr=False)
 
     @property
     def name(self) -> str:
@@ -94,8 +113,8 @@ class Checkpoint:
     def family(self) -> Family:
         return FAMILIES[self.config["model_type"]]
 
-    def extended(self, context: int, method: str = "linear") -> RopeScaling:
-        """Return the scaling of this model extended to a window of `context` tokens.
+    def extended(self, context: int, method: str = "linear") -> Self:
+        """Return this model extended to a window of `context` tokens: the same weights under another scaling.
 
         Args:
             context: new window, in tokens.
@@ -114,11 +133,23 @@ class Checkpoint:
             )
         if self.family.longrope_only and rope.own is None:
             rope = replace(rope, own=divisors_scaling([1.0] * (self.rotary_dim // 2)))
-        scaled = self._scaled_config(rope).get_text_config()
-        _check_variant(self.family, scaled, path)
-        _check_rope(rope, self.family, scaled, path)
-        check_rotation(self.skeleton, scaled, rope, self.rotary_dim, path)
-        return rope
+        checkpoint = replace(self.scaled(rope), before=self)
+        config = checkpoint._scaled_config().get_text_config()
+        _check_variant(self.family, config, path)
+        _check_rope(rope, self.family, config, path)
+        check_rotation(self.skeleton, config, rope, self.rotary_dim, path)
+        return checkpoint
+
+    def scaled(self, rope: RopeScaling) -> Self:
+        """Return this model with `rope` as its scaling, which is not checked against the model."""
+        hf_config = copy.deepcopy(self.hf_config)
+        rope.apply_to(hf_config)
+        return replace(self, rope=rope, config=rope.to_hf(self.config), hf_config=hf_config)
+
+    @property
+    def original(self) -> Checkpoint:
+        """The model before it was extended; itself where it was not."""
+        return self.before or self
 
     # Shapes, by the standard names of transformers
 
@@ -150,7 +181,7 @@ class Checkpoint:
     def vocab_size(self) -> int:
         return int(self.hf_config.vocab_size)
 
-    @cached_property
+    @_of_files
     def tied(self) -> bool:
         """Whether the head is the embedding: as the config says, unless the weights hold two that differ."""
         if not self.hf_config.tie_word_embeddings:
@@ -190,7 +221,7 @@ class Checkpoint:
         """A hash of each adapter that is merged into the tensors, by what it is called in messages."""
         return {}
 
-    @cached_property
+    @_of_files
     def skeleton(self) -> PreTrainedModel:
         """The model as transformers builds it, without memory for its weights."""
         import torch
@@ -205,7 +236,7 @@ class Checkpoint:
                     "correct the config",
                 ) from error
 
-    @cached_property
+    @_of_files
     def _saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that transformers saves, tied or not."""
         from transformers.core_model_loading import revert_weight_conversion
@@ -213,7 +244,7 @@ class Checkpoint:
         saved = revert_weight_conversion(self.skeleton, self.skeleton.state_dict())
         return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 
-    @cached_property
+    @_of_files
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that must be on disk; shapes as torch has them (out, in)."""
         tied = self.tied_tensors
@@ -238,7 +269,7 @@ class Checkpoint:
     def n_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes.values())
 
-    @cached_property
+    @_of_files
     def _wanted(self) -> Wanted:
         """The model's tensors, and how transformers holds them in memory."""
         from transformers.core_model_loading import revert_weight_conversion
@@ -255,7 +286,7 @@ class Checkpoint:
             fused=_fused(set(memory) - {n for n, t in memory.items() if id(t) in by_id}, saved),
         )
 
-    @cached_property
+    @_of_files
     def _read(self) -> tuple[dict[str, TensorSource], str]:
         """Every tensor of the files, by the name that transformers saves it by, in a form that can be read; and what
         the names in the files have before those of the model without its head."""
@@ -279,7 +310,7 @@ class Checkpoint:
     def _found(self) -> dict[str, TensorSource]:
         return self._read[0]
 
-    @cached_property
+    @_of_files
     def tensors(self) -> dict[str, TensorSource]:
         """Every tensor of the model, in the order of `tensor_shapes`.
 
@@ -415,22 +446,19 @@ class Checkpoint:
             note(f"{path}: its template, which transformers opens with the processor alone, is taken")
         return tokenizer
 
-    def load_model(
-        self, *, dtype: torch.dtype, device: str = "cpu", rope: RopeScaling | None = None, four_bits: bool = False
-    ) -> PreTrainedModel:
-        """Open the model with transformers.
+    def load_model(self, *, dtype: torch.dtype, device: str = "cpu", four_bits: bool = False) -> PreTrainedModel:
+        """Open the model with transformers, under its scaling.
 
         Args:
             dtype: of the weights in memory.
             device: `cpu` or `cuda`.
-            rope: scaling to apply instead of the config's own.
             four_bits: hold the linear layers but the head in 4 bits (NF4, with bitsandbytes; CUDA only).
         """
         import torch
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        config = self._scaled_config(rope or self.rope)
+        config = self._scaled_config()
         try:
             model = self._open_in_4_bits(config, dtype) if four_bits else self._open_model(config, dtype).to(device)
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -446,11 +474,11 @@ class Checkpoint:
         model.config.tie_word_embeddings = self.tied
         return model
 
-    def _scaled_config(self, rope: RopeScaling) -> PretrainedConfig:
-        """Return the config as transformers reads it off the folder, with another position scaling where it is one."""
+    def _scaled_config(self) -> PretrainedConfig:
+        """Return the config as transformers reads it off the folder, with this scaling where that is another one."""
         config = copy.deepcopy(self.configuration.whole)
-        if rope != self.configuration.rope:
-            rope.apply_to(config.get_text_config())
+        if self.rope != self.configuration.rope:
+            self.rope.apply_to(config.get_text_config())
         return config
 
     def _open_model(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -23,16 +23,15 @@ from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint, model_name, public_source
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
-from pi_gguf.finetune import extend
+from pi_gguf.finetune import extend_checkpoint
 from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
 from pi_gguf.imatrix import read_imatrix
-from pi_gguf.options import ConvertKeywords, ExtendKeywords, ProofOptions, TuneOptions, WriteOptions, flat, take
+from pi_gguf.options import ConvertKeywords, ProofOptions, TuneOptions, WriteOptions, flat, take
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
-from pi_gguf.rope import RopeScaling
 from pi_gguf.vocabulary import file_name, gguf_vocabulary
 from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file
 
@@ -146,26 +145,24 @@ def convert(
     if lora:
         checkpoint = with_adapters(checkpoint, lora)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
-    rope = checkpoint.extended(context, method) if context is not None else checkpoint.rope
+    if context is not None:
+        checkpoint = checkpoint.extended(context, method)
     trained, vocabulary = checkpoint.provenance, {}
     if not adapter_only:
         tokenizer = checkpoint.load_tokenizer()
         vocabulary = gguf_vocabulary(checkpoint, tokenizer)
-        name = _general(model, rope, trained, (), method)["general.name"]
+        name = _general(checkpoint, trained, method)["general.name"]
         if (chosen := file_name(name, tokenizer)) != name:
             say(f"note: general.name is {chosen!r}: by phi-3 in it llama.cpp drops the spaces behind special tokens")
     fine_tune = context is not None and tune.steps != 0
     planned = None
     if dry_run and fine_tune:
-        planned = plan_training(checkpoint, rope, tune, device=torch_device(device))
+        planned = plan_training(checkpoint, tune, device=torch_device(device))
         trained = {"source": checkpoint.source, "steps": tune.steps, "tokens": planned.tokens}
 
     def plans_of(checkpoint: Checkpoint, trained: dict[str, Any]) -> list[FilePlan]:
-        adapters: list[str] = []
-        stated = False
-        if isinstance(checkpoint, AdaptedCheckpoint):
-            adapters, stated = [adapter.name for adapter in checkpoint.adapters], checkpoint.rope_stated
-        general = _general(model, rope, trained, adapters, method)
+        rope, general = checkpoint.rope, _general(checkpoint, trained, method)
+        stated = isinstance(checkpoint, AdaptedCheckpoint) and checkpoint.rope_stated
         if adapter_only:
             assert isinstance(checkpoint, AdaptedCheckpoint)
             if stated:
@@ -176,7 +173,7 @@ def convert(
             return [plan_adapter_file(checkpoint, general=general, quantization=quant)]
         general["general.name"] = file_name(general["general.name"], tokenizer)
         plan = plan_file(
-            checkpoint, rope=rope, vocabulary=vocabulary,
+            checkpoint, vocabulary=vocabulary,
             general={**general, **(matrix.keys() if matrix else {}), **(ROOM if certify else {})},
             finetuned=rope.rope_type == "linear" and (stated or trained.get("steps", 0) > 0), quantization=quant,
             overrides=overrides, importance=matrix.importance if matrix else {},
@@ -192,12 +189,11 @@ def convert(
     if dry_run:
         return DryRun.of(plans, out, quant, training_disk_bytes(checkpoint, planned) if planned else 0)
     if fine_tune:
-        assert context is not None
         check_free_disk(out.parent, nbytes)
         hf_dir = out.with_name(out.stem + "-hf")
-        given: ExtendKeywords = {**vars(tune)}  # type: ignore[typeddict-item]
-        extend(model, hf_dir, context=context, device=device, overwrite=overwrite, **given)
-        checkpoint = load_checkpoint(str(hf_dir))
+        extend_checkpoint(checkpoint, hf_dir, tune, device=device, overwrite=overwrite)
+        # The folder states the window before only where the scaling needs it.
+        checkpoint = load_checkpoint(str(hf_dir)).scaled(checkpoint.rope)
         plans = plans_of(checkpoint, checkpoint.provenance)
     work_dir = out.with_name(out.name + ".partial")
     finals = split_paths(out, len(plans))
@@ -211,18 +207,17 @@ def convert(
         for plan, partial in zip(plans, partials, strict=True):
             write_file(plan, partial, overwrite=overwrite)
         if check != "none" and not adapter_only:
-            checks.append(
-                check_gguf(partials[0], Reference(checkpoint, rope, check, strict_tokenizer=proof.strict_tokenizer))
-            )
+            reference = Reference(checkpoint, check, strict_tokenizer=proof.strict_tokenizer)
+            checks.append(check_gguf(partials[0], reference))
             say(str(checks[-1]))
     except (CheckError, CheckpointError):
         _clear(partials)  # nothing there is worth going on with
         raise
     certificate = None
     if certify and not adapter_only:
-        base = Base.of_fine_tune(checkpoint.provenance) if fine_tune or context is None else checkpoint
+        base = Base.of_fine_tune(checkpoint.provenance) if fine_tune or context is None else checkpoint.original
         certificate = _certify(partials[0], base, checks, checkpoint.source, tune.seed, device, bool(requirements))
-    missed = find_missed(certificate, requirements, rope.max_position_embeddings) if certificate else []
+    missed = find_missed(certificate, requirements, checkpoint.rope.max_position_embeddings) if certificate else []
     if missed:
         finals = split_paths(uncertified, len(plans))
     with disk_errors(out):
@@ -337,11 +332,10 @@ def _read_override(text: str) -> tuple[str, str]:
     return pattern, known
 
 
-def _general(
-    source: str, rope: RopeScaling, trained: dict[str, Any], adapters: Sequence[str], method: str
-) -> dict[str, Any]:
+def _general(checkpoint: Checkpoint, trained: dict[str, Any], method: str) -> dict[str, Any]:
     """Return the `general.*` keys that say where a file comes from."""
-    source = str(trained.get("source", source))
+    source, rope = str(trained.get("source", checkpoint.source)), checkpoint.rope
+    adapters = [one.name for one in checkpoint.adapters] if isinstance(checkpoint, AdaptedCheckpoint) else []
     keys: dict[str, Any] = {
         "general.type": "model", "general.name": model_name(source), "general.source.repository": public_source(source)
     }  # fmt: skip

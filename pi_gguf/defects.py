@@ -56,13 +56,11 @@ class Expectation:
     """What the checkpoint says that a file must state.
 
     Args:
-        checkpoint: the file was made from.
-        rope: position scaling of the file.
+        checkpoint: the file was made from, extended where the file is.
         metadata: keys of the architecture and the tokenizer, in the order in which `convert` writes them.
     """
 
     checkpoint: Checkpoint
-    rope: RopeScaling
     metadata: dict[str, Any]
 
 
@@ -82,14 +80,10 @@ def expect(header: Header, tensors: Sequence[TensorInfo], checkpoint: Checkpoint
     if kind == "linear" and not factor > 1 and _is_window(window):
         factor = window / before
     if rope.rope_type == "default" and kind in (None, "linear") and 1 < factor < 1e6 and not checkpoint.family.alibi:
-        rope = checkpoint.extended(round(factor * before))
+        checkpoint = checkpoint.extended(round(factor * before))
     finetuned = metadata.get(f"{arch}.rope.scaling.finetuned", checkpoint.provenance.get("steps", 0) > 0)
     vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
-    return Expectation(
-        checkpoint,
-        rope,
-        {**model_metadata(checkpoint, rope, finetuned=bool(finetuned)), **vocabulary},
-    )
+    return Expectation(checkpoint, {**model_metadata(checkpoint, finetuned=bool(finetuned)), **vocabulary})
 
 
 def _check_same_model(header: Header, tensors: Sequence[TensorInfo], checkpoint: Checkpoint) -> None:
@@ -184,7 +178,7 @@ def _against(header: Header, tensors: Sequence[TensorInfo], expected: Expectatio
             yield Finding(key, entry.value, value, f"it differs from {source}.")
     yield from _against_scaling(header, expected)
     yield from _against_arrays(header, expected)
-    wanted = expected.rope.factor_tensors(header.arch, expected.checkpoint.rotary_dim)
+    wanted = expected.checkpoint.rope.factor_tensors(header.arch, expected.checkpoint.rotary_dim)
     there = {t.name for t in tensors if t.name in FACTOR_TENSOR_NAMES}
     for name in wanted if not _is_split(header) else ():
         if name not in there:
@@ -244,7 +238,7 @@ def _against_scaling(header: Header, expected: Expectation) -> Iterator[Finding]
     arch = header.arch
     harmless = {f"{arch}.rope.scaling.type": ("none",), f"{arch}.rope.scaling.factor": (0.0, 1.0)}
     kind, factor = header.metadata.get(f"{arch}.rope.scaling.type", "none"), _factor(header.metadata, arch)
-    if expected.rope.rope_type != "linear" and kind == "none" and factor == 1:
+    if expected.checkpoint.rope.rope_type != "linear" and kind == "none" and factor == 1:
         return
     for key, value in header.metadata.items():
         ours = key.startswith(f"{arch}.rope.scaling.") or key == f"{arch}.rope.scale_linear"

@@ -69,11 +69,29 @@ def extend(
     Example:
         pi-gguf extend bundled:tiny tiny-32k --context 32768 --steps 100
     """
+    tune, spread = take(TuneOptions, options), take(SpreadOptions, options)
+    checkpoint = load_checkpoint(model).extended(context, tune.method)
+    return extend_checkpoint(
+        checkpoint, out_dir, tune, spread, adapter_only=adapter_only, device=device, overwrite=overwrite
+    )
+
+
+@writes("out_dir")
+def extend_checkpoint(
+    checkpoint: Checkpoint,
+    out_dir: str | Path,
+    tune: TuneOptions,
+    spread_options: SpreadOptions | None = None,
+    *,
+    adapter_only: bool = False,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Fine-tune an extended checkpoint as `extend` does, and return the folder written."""
     from pi_gguf.hf_model import torch_device
 
-    tune, spread_options, out_dir = take(TuneOptions, options), take(SpreadOptions, options), Path(out_dir)
-    checkpoint = load_checkpoint(model)
-    rope = checkpoint.extended(context, tune.method)
+    out_dir, rope = Path(out_dir), checkpoint.rope
+    context = rope.max_position_embeddings
     device = torch_device(device)
     reports = check_reports(tune.report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
@@ -92,13 +110,13 @@ def extend(
         raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
     if not tune.steps:
         check_writable(out_dir, overwrite, folder=True)
-        _write_folder(checkpoint, rope, out_dir, record, None)
+        _write_folder(checkpoint, out_dir, record, None)
         return out_dir
-    validation = Validation(checkpoint, context, every=tune.eval_steps, early_stop=tune.early_stop, text=tune.eval_text)
-    spread = check_spread(device, tune.train, spread_options)
-    training = plan_training(checkpoint, rope, tune, device=device, readers=spread.readers)
+    validation = Validation(checkpoint, every=tune.eval_steps, early_stop=tune.early_stop, text=tune.eval_text)
+    spread = check_spread(device, tune.train, spread_options or SpreadOptions())
+    training = plan_training(checkpoint, tune, device=device, readers=spread.readers)
     if adapter_only:
-        _check_adapter_only(training.train, tune.method, checkpoint)
+        _check_adapter_only(training.train, tune.method, checkpoint.original.rope)
     texts = _texts(checkpoint, tune.data)
     if texts is None and tune.longest_first:
         raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
@@ -125,20 +143,18 @@ def extend(
                 _clear(work_dir)
             raise
     say(
-        f"fine-tune {model}: window {rope.original_max_position_embeddings} -> {context} by method {tune.method}, "
-        f"{tune.steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences of "
-        f"{', '.join(map(str, training.steps_by_window()))} tokens ({training.reason})"
+        f"fine-tune {checkpoint.source}: window {rope.original_max_position_embeddings} -> {context} by method "
+        f"{tune.method}, {tune.steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences "
+        f"of {', '.join(map(str, training.steps_by_window()))} tokens ({training.reason})"
     )
-    trained = run_training(
-        checkpoint, rope, training, batches, work_dir, tune.seed, device, reports, spread, validation
-    )
+    trained = run_training(checkpoint, training, batches, work_dir, tune.seed, device, reports, spread, validation)
     if is_first_process():
         record |= trained.measured | {"validations": trained.validations}
         if adapter_only:
             assert trained.adapter_dir is not None
             _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
         else:
-            _write_folder(checkpoint, rope, out_dir, record, trained, lambda after: validation.price(after, device))
+            _write_folder(checkpoint, out_dir, record, trained, lambda after: validation.price(after, device))
         _clear(work_dir)
     wait_for_everyone(device)
     return out_dir
@@ -201,7 +217,6 @@ def _clear(work_dir: Path, *, corpora: bool = True) -> None:
 
 def _write_folder(
     checkpoint: Checkpoint,
-    rope: RopeScaling,
     out_dir: Path,
     record: dict[str, Any],
     trained: Trained | None,
@@ -220,9 +235,9 @@ def _write_folder(
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]
     if trained is None:
-        model = checkpoint.load_model(dtype=stored, rope=rope)
+        model = checkpoint.load_model(dtype=stored)
     elif trained.adapter_dir is not None:
-        model = with_adapters(checkpoint, [str(trained.adapter_dir)]).load_model(dtype=stored, rope=rope)
+        model = with_adapters(checkpoint, [str(trained.adapter_dir)]).load_model(dtype=stored)
     else:
         assert trained.model is not None
         model = trained.model
@@ -232,7 +247,7 @@ def _write_folder(
             model.to(stored).save_pretrained(partial)
         except SafetensorError as error:  # its only way to say that the disk is full
             raise ResourceError(f"{out_dir}: the weights were not written ({error})", "free some disk space") from error
-        config = {**rope.to_hf(checkpoint.config), "tie_word_embeddings": checkpoint.tied}
+        config = {**checkpoint.config, "tie_word_embeddings": checkpoint.tied}
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name in _TOKENIZER_FILES:
             if (checkpoint.path / name).exists():
@@ -240,7 +255,7 @@ def _write_folder(
         settings_path = partial / "tokenizer_config.json"
         if settings_path.exists():
             settings = json.loads(settings_path.read_text())
-            settings["model_max_length"] = rope.max_position_embeddings
+            settings["model_max_length"] = checkpoint.rope.max_position_embeddings
             settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         del model
         if price:
@@ -248,13 +263,13 @@ def _write_folder(
         _write_record(partial, record, trained.losses if trained else [])
 
 
-def _check_adapter_only(train: str, method: str, checkpoint: Checkpoint) -> None:
+def _check_adapter_only(train: str, method: str, before: RopeScaling) -> None:
     if train == "full":
         raise OptionError("adapter-only is for train lora and qlora, got full", "give --train lora")
-    if method != "linear" or checkpoint.rope.rope_type != "default" or checkpoint.rope.own is not None:
+    if method != "linear" or before.rope_type != "default" or before.own is not None:
         raise OptionError(
             f"adapter-only is for method linear on a model without scaling, got method {method} on rope_type "
-            f"{checkpoint.rope.own.rope_type if checkpoint.rope.own else checkpoint.rope.rope_type}",
+            f"{before.own.rope_type if before.own else before.rope_type}",
             "leave --adapter-only out: the merged folder states any scaling",
         )
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
-from pi_gguf.rope import RopeScaling
 from pi_gguf.scoring import LanguageModel, common_prefix
 
 if TYPE_CHECKING:
@@ -44,17 +43,16 @@ class HfModel(HfTokens):
     Args:
         checkpoint: what to open.
         device: `auto`, `cpu` or `cuda`.
-        rope: position scaling to apply instead of the config's own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto", rope: RopeScaling | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "auto") -> None:
         import torch
 
         self.name = checkpoint.source
-        self.window = (rope or checkpoint.rope).max_position_embeddings
+        self.window = checkpoint.rope.max_position_embeddings
         self.device = torch_device(device)
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        self._model: Any = checkpoint.load_model(dtype=dtype, device=self.device, rope=rope).eval()
+        self._model: Any = checkpoint.load_model(dtype=dtype, device=self.device).eval()
         self._tokenizer: Any = checkpoint.load_tokenizer()
         self._evaluated: list[int] = []
         self._cache: Any = None

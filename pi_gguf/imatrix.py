@@ -435,7 +435,7 @@ def _as_gguf(model: str, out: Path) -> Iterator[Path]:
     checkpoint = load_checkpoint(model)
     types = {source.dtype for source in checkpoint.tensors.values()}
     plan = plan_file(
-        checkpoint, rope=checkpoint.rope, vocabulary=gguf_vocabulary(checkpoint, checkpoint.load_tokenizer()),
+        checkpoint, vocabulary=gguf_vocabulary(checkpoint, checkpoint.load_tokenizer()),
         general={"general.type": "model"}, finetuned=True, quantization=types.pop() if len(types) == 1 else "F32",
     )  # fmt: skip
     with temporary(out, "model") as folder:

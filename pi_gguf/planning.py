@@ -19,7 +19,6 @@ from pi_gguf.files import human_bytes
 from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
 from pi_gguf.losses import loss_is_chunked
 from pi_gguf.options import TuneKeywords, TuneOptions, flat, take
-from pi_gguf.rope import RopeScaling
 from pi_gguf.tiles import TILE
 
 BITS_PER_WEIGHT = {
@@ -203,12 +202,11 @@ def parse_windows(train_window: int | str, steps: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def plan_training(
-    checkpoint: Checkpoint, rope: RopeScaling, tune: TuneOptions, *, device: str, readers: int = 1
-) -> TrainingPlan:
+def plan_training(checkpoint: Checkpoint, tune: TuneOptions, *, device: str, readers: int = 1) -> TrainingPlan:
     """Choose what the user left open, and check what the user chose.
 
     Args:
+        checkpoint: extended to the new window.
         readers: processes that read micro-batches of their own; each gets as many of a step.
 
     Raises:
@@ -218,6 +216,7 @@ def plan_training(
         tune.steps, tune.mix, tune.train, tune.train_window, tune.factor_warmup
     )  # fmt: skip
     learning_rate, batch_tokens, lora_rank = tune.learning_rate, tune.batch_tokens, tune.lora_rank
+    rope = checkpoint.rope
     context, original = rope.max_position_embeddings, rope.original_max_position_embeddings
     if steps < 1:
         raise OptionError(f"steps must be at least 1 to train, got {steps}")
@@ -389,12 +388,13 @@ def plan(
             f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}",
             "convert --dry-run gives the exact size of any type, from the weights",
         )
-    rope = checkpoint.rope if context is None else checkpoint.extended(context, tune.method)
-    device = _device(device)
+    if context is not None:
+        checkpoint = checkpoint.extended(context, tune.method)
+    rope, device = checkpoint.rope, _device(device)
     training, seconds, memory, activations = None, 0.0, 0, _ACTIVATIONS[0]
     n = checkpoint.n_parameters()
     if context is not None and tune.steps:
-        training = plan_training(checkpoint, rope, tune, device=device)
+        training = plan_training(checkpoint, tune, device=device)
         operations = sum(
             tokens * _train_operations(checkpoint, window) for window, tokens in training.tokens_by_window().items()
         )

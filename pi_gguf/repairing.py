@@ -120,10 +120,9 @@ def repair(
         write_changed(mended, partial)
         if check != "none":
             _open(partial)
-            if expected is not None and checkpoint is not None:
-                checks.append(
-                    check_gguf(partial, Reference(checkpoint, expected.rope, check, strict_tokenizer=strict_tokenizer))
-                )
+            if expected is not None:
+                reference = Reference(expected.checkpoint, check, strict_tokenizer=strict_tokenizer)
+                checks.append(check_gguf(partial, reference))
                 say(str(checks[-1]))
     return Repair(str(source), str(out), changes, left, checks)
 

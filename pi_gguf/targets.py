@@ -59,7 +59,7 @@ def opened(
         from pi_gguf.hf_model import HfModel
 
         checkpoint = load_checkpoint(model)
-        lm = HfModel(checkpoint, device=device, rope=None if context is None else checkpoint.extended(context, method))
+        lm = HfModel(checkpoint if context is None else checkpoint.extended(context, method), device=device)
     if n_ctx is not None and n_ctx > lm.window:
         say(f"note: {model} has a window of {lm.window} tokens and is read to {n_ctx}")
     try:

@@ -1,6 +1,6 @@
 """The training run itself: transformers' Trainer with the paper's optimizer and schedule, and a safe end.
 
-In: a checkpoint, the scaling and the batches. Out: the trained model. A run that stops leaves its last checkpoint in
+In: an extended checkpoint and the batches. Out: the trained model. A run that stops leaves its last checkpoint in
 its folder, from which the next one goes on.
 """
 
@@ -30,7 +30,6 @@ from pi_gguf.planning import TrainingPlan, fast_bf16, fit_activations, free_memo
 from pi_gguf.processes import Spread, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import peak_memory
-from pi_gguf.rope import RopeScaling
 from pi_gguf.tiles import TILE, tiled_mlps
 from pi_gguf.validation import Validation
 
@@ -59,7 +58,6 @@ class Trained:
 
 def run_training(
     checkpoint: Checkpoint,
-    rope: RopeScaling,
     training: TrainingPlan,
     batches: list[list[Row]],
     work_dir: Path,
@@ -72,6 +70,7 @@ def run_training(
     """Run transformers' Trainer, from its last checkpoint where there is one.
 
     Args:
+        checkpoint: extended to the new window.
         reports: where the losses are shown, by transformers' names.
         spread: over which processes; every one of them calls this.
         validation: what is measured on the way, and whether that may end the run.
@@ -169,7 +168,7 @@ def run_training(
     if spread.fsdp and device == "cpu":
         shard_on_cpu()
     # After the arguments, which take this process's GPU.
-    model = _open_model(checkpoint, rope, training, seed, "cpu" if spread.fsdp or spread.deepspeed else device)
+    model = _open_model(checkpoint, training, seed, "cpu" if spread.fsdp or spread.deepspeed else device)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         progress = Progress(advance)
@@ -177,7 +176,7 @@ def run_training(
             trainer = PaperTrainer(
                 model=model,
                 args=arguments,
-                train_dataset=BatchDataset(batches, rope, training, seed),
+                train_dataset=BatchDataset(batches, checkpoint, training, seed),
                 data_collator=itemgetter(0),
             )
         trainer.remove_callback(_printer())
@@ -211,7 +210,7 @@ def run_training(
         "predicted_memory_bytes": need,
     }
     if training.train == "full":
-        whole = _whole_model(trainer, checkpoint, rope, spread)
+        whole = _whole_model(trainer, checkpoint, spread)
         return Trained(whole, None, losses, validations, measured)
     if is_first_process():
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), work_dir / "adapter")
@@ -227,7 +226,7 @@ def _as_known(arguments: dict[str, Any], kind: type) -> dict[str, Any]:
     }
 
 
-def _whole_model(trainer: Any, checkpoint: Checkpoint, rope: RopeScaling, spread: Spread) -> Any:
+def _whole_model(trainer: Any, checkpoint: Checkpoint, spread: Spread) -> Any:
     """Return the trained model, gathered on the first process where it is sharded; every process calls this."""
     import torch
 
@@ -236,21 +235,21 @@ def _whole_model(trainer: Any, checkpoint: Checkpoint, rope: RopeScaling, spread
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not is_first_process():
         return None
-    model = checkpoint.load_model(dtype=torch.float32, rope=rope)
+    model = checkpoint.load_model(dtype=torch.float32)
     model.load_state_dict(weights)
     return model
 
 
-def _open_model(checkpoint: Checkpoint, rope: RopeScaling, training: TrainingPlan, seed: int, device: str) -> Any:
+def _open_model(checkpoint: Checkpoint, training: TrainingPlan, seed: int, device: str) -> Any:
     """Open the model for training: every weight in 32 bits, or adapters in 32 on a frozen base in fewer."""
     import torch
 
     if training.train == "full":
-        model: Any = checkpoint.load_model(dtype=torch.float32, device=device, rope=rope)
+        model: Any = checkpoint.load_model(dtype=torch.float32, device=device)
     else:
         torch.manual_seed(seed)  # A is random; B begins at zero
         dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
-        base = checkpoint.load_model(dtype=dtype, device=device, rope=rope, four_bits=training.train == "qlora")
+        base = checkpoint.load_model(dtype=dtype, device=device, four_bits=training.train == "qlora")
         model = add_adapters(checkpoint, base, training.lora_rank, training.lora_alpha)
     model.config.use_cache = False
     return model

@@ -62,8 +62,7 @@ class Validation:
     """Measures a model every so many steps.
 
     Args:
-        checkpoint: before the fine-tune.
-        context: the new window, in tokens.
+        checkpoint: extended to the new window.
         every: steps between two; 0 for none while it runs.
         early_stop: tell to stop when k_max has reached the new window.
         text: files to read; the longest held-out novel of the bundled sample when empty.
@@ -73,15 +72,13 @@ class Validation:
         TextError: the text is shorter than the new window.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, context: int, *, every: int, early_stop: bool, text: Sequence[str]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, every: int, early_stop: bool, text: Sequence[str]) -> None:
         if every < 0:
             raise OptionError(f"eval-steps must not be negative, got {every}")
         if early_stop and not every:
             raise OptionError("early-stop needs eval-steps, got 0", "give for example --eval-steps 100")
-        self._checkpoint, self._context = checkpoint, context
-        self._original = checkpoint.rope.max_position_embeddings
+        self._before, context = checkpoint.original, checkpoint.rope.max_position_embeddings
+        self._original, self._context = self._before.rope.max_position_embeddings, context
         self.every, self._early_stop = every, early_stop
         self._yardstick = Yardstick.of(text, self._original, context)
         self._tokens = len(tokenize_with(checkpoint.load_tokenizer(), self._yardstick.text, True))
@@ -112,7 +109,7 @@ class Validation:
             `eval_perplexity_WINDOW` for the old and the new window and, where passkeys can be asked for, `eval_k_max`
             in tokens.
         """
-        lm = TrainingModel(model, self._checkpoint, self._context, device)
+        lm = TrainingModel(model, self._before, self._context, device)
         windows = (self._original, self._context)
         found = {f"eval_perplexity_{w}": value for w, value in self._yardstick.perplexities(lm, windows).items()}
         if self._passkeys:
@@ -154,7 +151,7 @@ class Validation:
             )
             return None
         perplexities: list[float] = []
-        for checkpoint in (self._checkpoint, after):
+        for checkpoint in (self._before, after):
             lm = HfModel(checkpoint, device=device)
             perplexities += yardstick.perplexities(lm, (self._original,)).values()
             lm.close()

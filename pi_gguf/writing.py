@@ -46,7 +46,6 @@ from pi_gguf.gguf_file import (
 from pi_gguf.gguf_header import read_header
 from pi_gguf.merging import ScaledTensor
 from pi_gguf.progress import progress_bar, say, stage
-from pi_gguf.rope import RopeScaling
 from pi_gguf.tensors import TensorSource, open_files
 from pi_gguf.trial import trust
 
@@ -165,7 +164,6 @@ def split_paths(path: Path, count: int) -> list[Path]:
 def plan_file(
     checkpoint: Checkpoint,
     *,
-    rope: RopeScaling,
     vocabulary: dict[str, Any],
     general: dict[str, Any],
     finetuned: bool,
@@ -176,10 +174,9 @@ def plan_file(
     """Decide name, shape, type and place of every tensor, and every key. Nothing is read but shapes.
 
     Args:
-        rope: the scaling to state in the file.
         vocabulary: from `gguf_vocabulary`.
         general: `general.*` keys.
-        finetuned: whether the weights were trained with `rope`.
+        finetuned: whether the weights were trained with the checkpoint's scaling.
         quantization: file type, e.g. F16 or Q4_K_M.
         overrides: pairs of a pattern of tensor names and a tensor type.
         importance: weight of each column by tensor, float32 (matrices, columns); that they fit is not checked.
@@ -193,7 +190,7 @@ def plan_file(
         **general,
         "general.file_type": quantizations()[quantization],
         "general.quantization_version": quantization_version(),
-        **model_metadata(checkpoint, rope, finetuned=finetuned),
+        **model_metadata(checkpoint, finetuned=finetuned),
         **vocabulary,
     }
     config_path = checkpoint.path / "config.json"
@@ -201,7 +198,7 @@ def plan_file(
         checkpoint.skeleton, metadata, arch, tied=checkpoint.tied and not checkpoint.family.needs_head, path=config_path
     )
     outputs = _exact_outputs(checkpoint)
-    outputs += [_divisors(*item) for item in rope.factor_tensors(arch, checkpoint.rotary_dim).items()]
+    outputs += [_divisors(*item) for item in checkpoint.rope.factor_tensors(arch, checkpoint.rotary_dim).items()]
     if quantization in UNQUANTIZED:
         outputs = [o if _stays_exact(o) else _typed(o, quantization) for o in outputs]
     else:
@@ -214,12 +211,12 @@ def plan_file(
     return FilePlan(checkpoint, quantization, metadata, outputs, importance)
 
 
-def model_metadata(checkpoint: Checkpoint, rope: RopeScaling, *, finetuned: bool) -> dict[str, Any]:
+def model_metadata(checkpoint: Checkpoint, *, finetuned: bool) -> dict[str, Any]:
     """Return the keys of the architecture: hyper-parameters and position scaling."""
     family = checkpoint.family
     return {
         **{f"{family.arch}.{key}": value for key, value in family.keys(checkpoint.hf_config).items()},
-        **rope.to_gguf(family.arch, finetuned=finetuned or family.rope_finetuned),
+        **checkpoint.rope.to_gguf(family.arch, finetuned=finetuned or family.rope_finetuned),
     }
 
 

@@ -12,6 +12,7 @@ from conftest import SHARED_MODELS, WINDOW, make_llama
 
 import pi_gguf
 from pi_gguf import check
+from pi_gguf import checkpoint as checkpoint_module
 from pi_gguf.check import Reference, check_gguf
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckError
@@ -98,11 +99,25 @@ def test_quantize_writes_any_type_llama_cpp_has(llama, tmp_path):
     }
 
 
-def written_with(llama, tmp_path, rope):
-    checkpoint = load_checkpoint(str(llama))
+def test_a_model_is_opened_once_and_then_the_folder_it_became(llama, tmp_path, monkeypatch):
+    opened, read = [], checkpoint_module.read_config
+    monkeypatch.setattr(checkpoint_module, "read_config", lambda path: opened.append(path.name) or read(path))
+    text = tmp_path / "text.txt"
+    text.write_text("The captain went on board. " * 200)
+    options = {"context": 16 * WINDOW, "method": "ntk", "quant": "F32", "certify": False, "device": "cpu"}
+    for steps, folders in ((0, []), (1, ["out-hf", "out-hf"])):  # once to see what the old window pays
+        opened.clear()
+        made = pi_gguf.convert(
+            str(llama), tmp_path / "out.gguf", steps=steps, data=[str(text)], batch_tokens=64, overwrite=True, **options
+        )
+        assert opened == [llama.name, *folders]
+        assert made.checks[0].prompt_tokens == WINDOW + 256, "read beyond the window before, which no folder states"
+
+
+def written_with(checkpoint, tmp_path):
     path = tmp_path / "wrong.gguf"
     vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
-    plan = plan_file(checkpoint, rope=rope, vocabulary=vocabulary, general={}, finetuned=False, quantization="F32")
+    plan = plan_file(checkpoint, vocabulary=vocabulary, general={}, finetuned=False, quantization="F32")
     write_file(plan, path)
     return path
 
@@ -121,23 +136,23 @@ def written_with(llama, tmp_path, rope):
 )
 def test_the_check_finds_a_wrong_scaling(llama, tmp_path, wrong, complaint):
     planned = load_checkpoint(str(llama)).extended(4 * WINDOW)
-    path = written_with(llama, tmp_path, dataclasses.replace(planned, **wrong))
+    path = written_with(planned.scaled(dataclasses.replace(planned.rope, **wrong)), tmp_path)
     with pytest.raises(CheckError, match=complaint):
-        check_gguf(path, Reference(load_checkpoint(str(llama)), planned, "quick"))
+        check_gguf(path, Reference(planned, "quick"))
 
 
 def test_a_factor_used_upside_down_on_both_sides_is_found(llama, tmp_path):
     """The file and the Hugging Face model may share a mistake; the windows alone tell."""
-    wrong = RopeScaling("linear", 1 / 4, 10000.0, 64, 256)
-    path = written_with(llama, tmp_path, wrong)
+    wrong = load_checkpoint(str(llama)).scaled(RopeScaling("linear", 1 / 4, 10000.0, 64, 256))
+    path = written_with(wrong, tmp_path)
     with pytest.raises(CheckError, match="must be the original window's 64"):
-        check_gguf(path, Reference(load_checkpoint(str(llama)), wrong, "quick"))
+        check_gguf(path, Reference(wrong, "quick"))
 
 
 def test_the_check_finds_another_tokenizer(llama, tmp_path, monkeypatch):
     checkpoint = load_checkpoint(str(llama))
-    path = written_with(llama, tmp_path, checkpoint.rope)
-    reference = Reference(checkpoint, checkpoint.rope, "quick")
+    path = written_with(checkpoint, tmp_path)
+    reference = Reference(checkpoint, "quick")
     wrong = [0, *reference.texts.prose["a"]]
     reference.texts.special["doubled"] = wrong
     assert check_gguf(path, reference).strings_different == ["doubled"]

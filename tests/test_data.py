@@ -35,7 +35,7 @@ DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", 
 def plan_of(llama, device="cpu", **options):
     checkpoint = load_checkpoint(str(llama))
     tune = TuneOptions(**{"steps": 100, **options})
-    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), tune, device=device)
+    return plan_training(checkpoint.extended(4 * WINDOW), tune, device=device)
 
 
 # Where texts come from
@@ -258,7 +258,7 @@ def test_a_run_that_goes_on_does_not_tokenize_again(llama, tmp_path, tokenized, 
     text = tmp_path / "text.txt"
     text.write_text(DOCUMENTS[2] * 20)
 
-    def stopped(checkpoint, rope, training, batches, work_dir, *_):
+    def stopped(checkpoint, training, batches, work_dir, *_):
         (work_dir / "checkpoint-1").mkdir(exist_ok=True)
         (work_dir / "checkpoint-1" / "trainer_state.json").write_text("{}")
         raise KeyboardInterrupt
@@ -374,7 +374,7 @@ def test_a_document_in_a_row_is_computed_as_if_it_were_alone(family, tmp_path):
     assert takes_block_mask(checkpoint) == (family not in ("gemma2", "gemma3_text"))
     if not takes_block_mask(checkpoint):
         return
-    model = checkpoint.load_model(dtype=torch.float32, rope=checkpoint.extended(4 * FAMILY_WINDOW)).eval()
+    model = checkpoint.extended(4 * FAMILY_WINDOW).load_model(dtype=torch.float32).eval()
     row, positions = isolated_row((20, 25, 10))
     with torch.inference_mode():
         together = padded([row], [positions])
@@ -394,7 +394,8 @@ def test_a_router_that_wants_the_mask_of_padding_gets_rows_of_one_document(tmp_p
 
 
 def test_positions_begin_anew_for_each_document_and_cover_every_distance(llama):
-    rope, training = load_checkpoint(str(llama)).extended(4 * WINDOW), plan_of(llama, train_window=2 * WINDOW)
+    rope = load_checkpoint(str(llama)).extended(4 * WINDOW).rope
+    training = plan_of(llama, train_window=2 * WINDOW)
     distances = set()
     row = [np.zeros(n, np.int32) for n in (WINDOW, 40, 24)]
     for i in range(1500):
@@ -480,7 +481,7 @@ def test_a_mix_is_in_the_batches_and_in_the_memory(llama):
     lengths = [[len(row[0]) for row in batch] for batch in batches]
     assert sorted(lengths) == [[64] * 4] * 4 + [[256]] * 4
     assert [256 in found for found in lengths] == plan.full_length
-    rope = load_checkpoint(str(llama)).extended(4 * WINDOW)
+    rope = load_checkpoint(str(llama)).extended(4 * WINDOW).rope
     for i, batch in enumerate(batches):
         for row, positions in zip(batch, batch_positions(i, batch, rope, plan, 0), strict=True):
             assert len(row[0]) == 64 or positions.tolist() == list(range(256))
@@ -494,7 +495,7 @@ def test_a_mix_is_in_the_batches_and_in_the_memory(llama):
 def test_the_bundled_mixture_can_be_isolated_and_mixed():
     tiny = load_checkpoint("bundled:tiny")
     tune = TuneOptions(steps=8, train_window=512, batch_tokens=4096, mix=0.5)
-    plan = plan_training(tiny, tiny.extended(4096), tune, device="cpu")
+    plan = plan_training(tiny.extended(4096), tune, device="cpu")
     batches = training_batches(tiny, plan, None, 0, packing="isolate")
     assert [len(batch) == 1 for batch in batches] == plan.full_length
     assert any(len(row) > 1 for batch in batches for row in batch)
@@ -514,7 +515,7 @@ def test_a_row_of_which_nothing_is_predicted_is_left_out(llama):
 def test_a_step_with_a_mix_is_no_longer_than_it_is_asked_for(llama):
     checkpoint = load_checkpoint(str(llama))
     tune = TuneOptions(steps=10, batch_tokens=32768, mix=0.5)
-    plan = plan_training(checkpoint, checkpoint.extended(16384), tune, device="cpu")
+    plan = plan_training(checkpoint.extended(16384), tune, device="cpu")
     assert (plan.accumulation, plan.full_micro_batch) == (2, 1) and plan.tokens == 10 * 32768
 
 

@@ -310,10 +310,9 @@ def test_quick_asks_for_fewer_keys(llama, monkeypatch):
 
 
 def test_generation_takes_the_most_probable_token_in_both_backends(llama, gguf_path):
-    checkpoint = load_checkpoint(str(llama))
-    hf_rope = checkpoint.extended(1024)
-    model = checkpoint.load_model(dtype=torch.float32, rope=hf_rope)
-    hf = HfModel(checkpoint, rope=hf_rope)
+    checkpoint = load_checkpoint(str(llama)).extended(1024)
+    model = checkpoint.load_model(dtype=torch.float32)
+    hf = HfModel(checkpoint)
     ids = hf.tokenize("It was a dark and stormy night. " * 3)
     expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
     with Model(gguf_path) as lm:
@@ -324,7 +323,7 @@ def test_generation_takes_the_most_probable_token_in_both_backends(llama, gguf_p
         assert whole.startswith(stopped) and whole[3] in stopped and len(stopped) < len(whole)
         last = next(i for i in range(1, 8) if expected[i] not in expected[:i])
         ending = type("Ending", (HfModel,), {"is_end": lambda self, token: token == expected[last]})
-        assert ending(checkpoint, rope=hf_rope).generate(ids, 8) == hf.detokenize(expected[:last])
+        assert ending(checkpoint).generate(ids, 8) == hf.detokenize(expected[:last])
         assert [m.is_end(1) for m in (hf, lm)] == [True, True] and [m.is_end(300) for m in (hf, lm)] == [False, False]
 
 
@@ -333,12 +332,9 @@ def test_what_was_read_before_does_not_change_a_score(llama, gguf_path, backend)
     """Calls share the cache of a common start; every order must give what a fresh model gives."""
 
     def fresh():
-        checkpoint = load_checkpoint(str(llama))
-        return (
-            Model(gguf_path, type_k="f32", type_v="f32", flash_attn=False)
-            if backend == "gguf"
-            else HfModel(checkpoint, rope=checkpoint.extended(1024))
-        )
+        if backend == "gguf":
+            return Model(gguf_path, type_k="f32", type_v="f32", flash_attn=False)
+        return HfModel(load_checkpoint(str(llama)).extended(1024))
 
     rng = np.random.default_rng(0)
     first = rng.integers(2, 400, 700).tolist()

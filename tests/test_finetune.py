@@ -62,7 +62,7 @@ def test_attention_crosses_a_skip_in_the_positions(llama):
 def training_plan(llama, device="cpu", **options):
     checkpoint = load_checkpoint(str(llama))
     tune = TuneOptions(**{"steps": 100, **options})
-    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), tune, device=device)
+    return plan_training(checkpoint.extended(4 * WINDOW), tune, device=device)
 
 
 def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
@@ -171,24 +171,42 @@ def test_the_written_folder_opens_with_its_scaling(llama, tmp_path, text):
     assert (record["steps"], record["tokens"], record["original_window"]) == (2, 512, 64)
 
 
+def test_an_extended_checkpoint_is_the_same_weights_under_its_own_scaling(llama):
+    before = load_checkpoint(str(llama))
+    tensors = before.tensors
+    after = before.extended(4 * WINDOW)
+    assert (before.rope.factor, after.rope.factor) == (1.0, 4.0) and after.original is before is before.original
+    assert [c.hf_config.max_position_embeddings for c in (before, after)] == [WINDOW, 4 * WINDOW]
+    assert [c.config["max_position_embeddings"] for c in (before, after)] == [WINDOW, 4 * WINDOW]
+    assert (
+        after.tensors is tensors and after.skeleton is before.skeleton and after.fingerprint() == before.fingerprint()
+    )
+    frequencies = [c.load_model(dtype=torch.float32).model.rotary_emb.inv_freq for c in (before, after)]
+    torch.testing.assert_close(frequencies[1] * 4, frequencies[0])
+    again = load_checkpoint(str(llama)).extended(4 * WINDOW)
+    assert again.original.tensors is again.tensors, "the files are read once, whoever asks first"
+    twice = after.extended(8 * WINDOW)
+    assert twice.rope.factor == 8 and twice.original is after and twice.tensors is tensors
+
+
 def test_a_growing_factor_has_the_angles_of_the_smaller_scaling(llama):
     checkpoint = load_checkpoint(str(llama))
-    rope = checkpoint.extended(16 * WINDOW)
+    rope = checkpoint.extended(16 * WINDOW).rope
     assert (rope.grown(0).factor, rope.grown(0.5).factor, rope.grown(1.0)) == (1.0, 4.0, rope)
     half = rope.grown(0.5)
     assert half.max_position_embeddings == 4 * WINDOW
     positions = np.array([0, 1, 7, 255])
     ours, theirs = (
-        checkpoint.load_model(dtype=torch.float32, rope=scaling).model.rotary_emb(
-            torch.zeros(1), torch.from_numpy(given)[None]
-        )[0]
+        checkpoint.scaled(scaling)
+        .load_model(dtype=torch.float32)
+        .model.rotary_emb(torch.zeros(1), torch.from_numpy(given)[None])[0]
         for scaling, given in ((rope, rope.positions_as_under(half, positions)), (half, positions))
     )
     torch.testing.assert_close(ours, theirs)
 
 
 def test_the_factor_grows_step_by_step_and_reaches_the_whole(llama):
-    rope = load_checkpoint(str(llama)).extended(4 * WINDOW)
+    rope = load_checkpoint(str(llama)).extended(4 * WINDOW).rope
     training = training_plan(llama, batch_tokens=2 * 8192, factor_warmup=2)  # factors 2, 4, then plain
     assert training.accumulation == 2
     rows = [[np.zeros(WINDOW, np.int32)], [np.zeros(WINDOW - 3, np.int32)]]
@@ -249,7 +267,7 @@ def test_lengths_come_in_turn(llama):
 def test_answers_of_recall_tasks_weigh_by_the_length_of_the_sequence():
     tiny = load_checkpoint("bundled:tiny")
     tune = TuneOptions(steps=6, train_window="512x3,4096")
-    training = plan_training(tiny, tiny.extended(8192), tune, device="cpu")
+    training = plan_training(tiny.extended(8192), tune, device="cpu")
     batches = training_batches(tiny, training, None, seed=0)
     tokenizer = tiny.load_tokenizer()
     found = 0

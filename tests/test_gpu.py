@@ -201,16 +201,15 @@ def test_activations_that_are_not_kept_change_no_loss(train, llama, novel, tmp_p
 
 def micro_batches(model, packing, train_window):
     """Return micro-batches as a run of two steps makes them."""
-    checkpoint = load_checkpoint(str(model))
-    rope = checkpoint.extended(CONTEXT)
+    checkpoint = load_checkpoint(str(model)).extended(CONTEXT)
     tune = TuneOptions(steps=2, train_window=train_window, batch_tokens=2 * train_window)
-    training = plan_training(checkpoint, rope, tune, device="cpu")
+    training = plan_training(checkpoint, tune, device="cpu")
     text = next(iter(pi_gguf.bundled.novels("train").values()))
     texts = [text[:20_000]]  # rows as long as the window, but for the last
     if packing == "isolate":
         texts = [text[:1000], *(text[i : i + 150] for i in range(1000, 20_000, 150))]
     batches = training_batches(checkpoint, training, corpus_of(model, texts), seed=0, packing=packing)
-    return [padded(rows, batch_positions(i, rows, rope, training, seed=0)) for i, rows in enumerate(batches)]
+    return [padded(rows, batch_positions(i, rows, checkpoint.rope, training, seed=0)) for i, rows in enumerate(batches)]
 
 
 def loss_and_gradients(model, batch, backend, device):
@@ -238,9 +237,7 @@ def attention_calls(monkeypatch):
 @pytest.mark.parametrize(("packing", "window"), [("join", CONTEXT), ("join", WINDOW), ("isolate", CONTEXT)])
 def test_attention_needs_no_mask_but_between_documents(packing, window, llama, device, monkeypatch):
     """A mask of 32768 x 32768 elements would be fatal; flash attention, which takes none, must be able to do it."""
-    model = load_checkpoint(str(llama)).load_model(
-        dtype=torch.float32, device=device, rope=load_checkpoint(str(llama)).extended(CONTEXT)
-    )
+    model = load_checkpoint(str(llama)).extended(CONTEXT).load_model(dtype=torch.float32, device=device)
     model.config.use_cache = False
     batch = micro_batches(llama, packing, window)[0]
     skips = (np.diff(batch["position_ids"].numpy()) > 1).any()
@@ -263,8 +260,8 @@ def test_attention_needs_no_mask_but_between_documents(packing, window, llama, d
 def test_a_whole_window_of_32768_makes_no_square(card, tmp_path):
     """Forward and backward of one layer at 32768 tokens by flash attention: what a mask would take is not there."""
     model = make_llama(tmp_path / "long", num_hidden_layers=1, max_position_embeddings=2048)
-    checkpoint = load_checkpoint(str(model))
-    opened = checkpoint.load_model(dtype=torch.float32, device=card, rope=checkpoint.extended(32768))
+    checkpoint = load_checkpoint(str(model)).extended(32768)
+    opened = checkpoint.load_model(dtype=torch.float32, device=card)
     opened.config.use_cache = False
     ids = torch.randint(2, 400, (1, 32768))
     positions = torch.arange(32768)[None]
@@ -405,8 +402,7 @@ def test_logits_of_llama_cpp_are_those_of_transformers(files, llama_device):
     from pi_gguf.scoring import kl_divergence
 
     folder, window = files
-    checkpoint = load_checkpoint("bundled:tiny")
-    lm = HfModel(checkpoint, device="cpu", rope=checkpoint.extended(window))
+    lm = HfModel(load_checkpoint("bundled:tiny").extended(window), device="cpu")
     tokens = 8192 if llama_device == "cuda" else 512
     ids = lm.tokenize(max(pi_gguf.bundled.novels("heldout").values(), key=len)[: 8 * tokens])[:tokens]
     assert len(ids) == tokens

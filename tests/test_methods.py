@@ -87,8 +87,7 @@ def test_each_method_computes_the_same_in_llama_cpp_and_another_thing_than_the_o
         assert shown.window == 4 * WINDOW and not shown.findings and not shown.warnings, method
         with pi_gguf.open(out, type_k="f32", type_v="f32") as model:
             logits[method] = np.concatenate(list(model.logits_chunks(ids, 20)))
-        checkpoint = load_checkpoint(str(llama))
-        theirs = HfModel(checkpoint, device="cpu", rope=checkpoint.extended(4 * WINDOW, method))
+        theirs = HfModel(load_checkpoint(str(llama)).extended(4 * WINDOW, method), device="cpu")
         np.testing.assert_allclose(logits[method], np.concatenate(list(theirs.logits_chunks(ids, 20))), atol=1e-4)
     for method in METHODS:
         for other in METHODS:

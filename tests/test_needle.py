@@ -154,7 +154,7 @@ def test_a_finished_place_is_not_asked_for_again(tmp_path):
 
 def test_both_backends_answer_the_same(llama, gguf_path):
     checkpoint = load_checkpoint(str(llama))
-    hf = watched(HfModel, checkpoint, rope=checkpoint.extended(2048))
+    hf = watched(HfModel, checkpoint.extended(2048))
     with watched(Model, gguf_path, n_ctx=2048, type_k="f32", type_v="f32", flash_attn=False) as gguf:
         cells = [evaluate_needle(lm, windows=(512, 1536), depths=3).cells for lm in (hf, gguf)]
         assert hf.answers == gguf.answers and len(set(gguf.answers)) > 1 and all(gguf.answers)

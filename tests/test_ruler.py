@@ -179,7 +179,7 @@ def test_a_finished_task_is_not_asked_again(tmp_path):
 
 def test_both_backends_answer_the_same(llama, gguf_path):
     checkpoint = load_checkpoint(str(llama))
-    hf = watched(HfModel, checkpoint, rope=checkpoint.extended(WINDOW))
+    hf = watched(HfModel, checkpoint.extended(WINDOW))
     with watched(Model, gguf_path, n_ctx=WINDOW, type_k="f32", type_v="f32", flash_attn=False) as gguf:
         rows = [
             evaluate_ruler(lm, windows=(window,), tasks=tasks, items=1).rows

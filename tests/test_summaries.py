@@ -62,7 +62,7 @@ def test_a_document_is_cut_to_what_the_window_leaves_and_the_cue_comes_last(llam
             asked.append(list(ids))
             return super().generate(ids, max_tokens)
 
-    lm = Watched(checkpoint, rope=checkpoint.extended(WINDOW))
+    lm = Watched(checkpoint.extended(WINDOW))
     pi_gguf.evaluate_summaries(lm, data=str(data), max_tokens=3, documents=1)
     pi_gguf.evaluate_summaries(lm, data=str(data), max_tokens=3, documents=1, document_tokens=50)
     cue = lm.tokenize(CUE, add_special=False)

@@ -59,7 +59,7 @@ def tied(tmp_path_factory):
 def training_plan(model, device="cpu", **options):
     checkpoint = load_checkpoint(str(model))
     tune = TuneOptions(**{"steps": 100, **options})
-    return plan_training(checkpoint, checkpoint.extended(4 * WINDOW), tune, device=device)
+    return plan_training(checkpoint.extended(4 * WINDOW), tune, device=device)
 
 
 # The loss
