@@ -56,10 +56,10 @@ def tied(tmp_path_factory):
     return make_llama(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True, dtype="bfloat16")
 
 
-def training_plan(model, device="cpu", **options):
+def training_plan(model, device="cpu", readers=1, **options):
     checkpoint = load_checkpoint(str(model))
     tune = TuneOptions(**{"steps": 100, **options})
-    return plan_training(checkpoint.extended(4 * WINDOW), tune, device=device)
+    return plan_training(checkpoint.extended(4 * WINDOW), tune, device=device, readers=readers)
 
 
 # The loss

@@ -107,24 +107,22 @@ def test_what_cannot_be_validated_is_refused_before_the_run(llama, text, tmp_pat
         ({"early_stop": True}, "early-stop: no passkeys, windows must be at least"),
     ):
         with pytest.raises(OptionError, match=message):
-            Validation(checkpoint, 2 * WINDOW, **{**options, **changed})
+            Validation(checkpoint.extended(2 * WINDOW), **{**options, **changed})
     short = tmp_path / "short.txt"
     short.write_text(text.read_text()[:300])
     with pytest.raises(TextError, match=r"short.txt: \d+ tokens, too few to validate at 256"):
-        Validation(checkpoint, CONTEXT, **{**options, "text": [str(short)]})
+        Validation(checkpoint.extended(CONTEXT), **{**options, "text": [str(short)]})
     capfd.readouterr()
-    Validation(checkpoint, 2 * WINDOW, **options)
+    Validation(checkpoint.extended(2 * WINDOW), **options)
     assert "validation without passkeys: windows must be at least" in capfd.readouterr().err
 
 
 def test_a_price_that_cannot_be_measured_is_said(llama, tmp_path, capfd, monkeypatch):
     short = tmp_path / "short.txt"
     short.write_text("A few words.")
-    checkpoint = load_checkpoint(str(llama))
-    assert (
-        Validation(checkpoint, CONTEXT, every=0, early_stop=False, text=[str(short)]).price(checkpoint, "cpu") is None
-    )
+    checkpoint = load_checkpoint(str(llama)).extended(CONTEXT)
+    assert Validation(checkpoint, every=0, early_stop=False, text=[str(short)]).price(checkpoint, "cpu") is None
     assert f"price at 64 tokens: not measured, {short} has" in capfd.readouterr().err
     monkeypatch.setattr("pi_gguf.validation.free_memory", lambda device: 1000)
-    assert Validation(checkpoint, CONTEXT, every=0, early_stop=False, text=()).price(checkpoint, "cpu") is None
+    assert Validation(checkpoint, every=0, early_stop=False, text=()).price(checkpoint, "cpu") is None
     assert "and 1000 B are free" in capfd.readouterr().err
