@@ -40,6 +40,7 @@ _WITH_TORCH = {"conversion", "finetune", "demo", "report", "comparison", "bounds
 """Modules of commands that open Hugging Face models."""
 
 _PROMPT_BYTES = 2**26
+_GRAMMAR_BYTES = 2**20
 """Read of standard input at most."""
 
 
@@ -519,6 +520,27 @@ def _read_prompt() -> str:
         raise TextError(f"standard input: cannot be read ({error})", hint) from error
 
 
+def _read_small(path: str, option: str) -> str:
+    """Read the text file of an option.
+
+    Raises:
+        OptionError: it is no file, no text in UTF-8, or longer than any grammar.
+    """
+    from pi_gguf.errors import OptionError, one_line
+    from pi_gguf.files import open_plain
+
+    try:
+        with open_plain(Path(path)) as file:
+            data = file.read(_GRAMMAR_BYTES + 1)
+        if len(data) > _GRAMMAR_BYTES:
+            raise OptionError(f"{option} {path}: more than {_GRAMMAR_BYTES:,} bytes", "give a smaller one")
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"{option} {path}: cannot be read ({one_line(error)})", "give a text file in UTF-8"
+        ) from error
+
+
 @click.command("run")
 @click.argument("file", metavar="FILE.gguf")
 @click.option("--prompt", help="text to continue; standard input when left out")
@@ -536,13 +558,30 @@ def _read_prompt() -> str:
     help="flash attention; with all layers on a GPU or a quantized V cache by default",
 )
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token, e.g. 0.8")
+@click.option("--top-k", default=40, show_default=True, help="draw from so many most probable tokens")
+@click.option(
+    "--top-p",
+    default=0.95,
+    show_default=True,
+    help="draw from the most probable ones of this probability in all; 1: any",
+)
+@click.option(
+    "--min-p", default=0.05, show_default=True, help="leave out what is below this share of the most probable; 0: none"
+)
+@click.option(
+    "--repeat-penalty", default=1.0, show_default=True, help="divides logits of the last 64 tokens, e.g. 1.1; 1: none"
+)
 @click.option("--seed", default=0, show_default=True, help="of the sampling")
+@click.option("--stop", multiple=True, metavar="TEXT", help="ends the text, e.g. --stop 'Question:'; repeatable")
+@click.option("--grammar", metavar="FILE", help="llama.cpp's grammar (GBNF) of the text, e.g. answer.gbnf")
+@click.option("--json-schema", metavar="FILE", help="write JSON of this schema, e.g. answer.schema.json")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
 @click.option("--gpu-layers", type=int, help="layers on the GPU, the output matrix as one; all when left out")
-def run(
-    file: str, prompt: str | None, max_tokens: int | None, chat: bool, temperature: float, seed: int, **options: Any
-) -> None:
+def run(file: str, prompt: str | None, max_tokens: int | None, chat: bool, **options: Any) -> None:
     """Continue a prompt with a GGUF file, streaming the text.
+
+    Temperature 0 leaves --top-k, --top-p, --min-p and --seed without effect. A grammar or schema bears --max-tokens,
+    too: what is cut there is not whole.
 
     \b
     Example:
@@ -551,12 +590,18 @@ def run(
     from pi_gguf.files import human_bytes
     from pi_gguf.progress import say
     from pi_gguf.runtime import Model
+    from pi_gguf.session import Sampling, SamplingKeywords
 
+    for name in ("grammar", "json_schema"):
+        if options[name] is not None:
+            options[name] = _read_small(options[name], f"--{name.replace('_', '-')}")
+    settings: Any = {name: options.pop(name) for name in SamplingKeywords.__annotations__ if name in options}
+    Sampling(**settings)  # what cannot work is said before a file is opened
     if prompt is None:
         prompt = _read_prompt()
     with Model(file, **options) as model:
         say(f"{file}: window {model.n_ctx} tokens, KV cache {human_bytes(model.kv_cache_bytes)}")
-        settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        settings["max_tokens"] = max_tokens
         message = [{"role": "user", "content": prompt}]
         for part in model.chat(message, **settings) if chat else model.complete(prompt, **settings):
             print_all(part, end="")

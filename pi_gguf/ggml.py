@@ -98,11 +98,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_computing_thread.cache_clear)  # threads are not forked along
 
 
-def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
+def open_llama(path: str | Path, *, fast_buffers: bool, watch: ProductWatch | None = None, **options: Any) -> Any:
     """Open a file with llama-cpp-python's `Llama`, without its chat templates: it compiles each as soon as it opens.
 
     Args:
         fast_buffers: whether weights are held in the forms that are fast on this CPU; `Llama` has no argument for it.
+        watch: sees what the weights are multiplied with.
         options: as `Llama` has them.
     """
 
@@ -124,10 +125,12 @@ def open_llama(path: str | Path, *, fast_buffers: bool, **options: Any) -> Any:
         def metadata(self, metadata: dict[str, str]) -> None:
             self._metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.chat_template")}
 
-        def eval(self, tokens: Sequence[int]) -> None:
-            compute(super().eval, tokens)
-
-    return Llama(NativePath(path), **options)
+    llama: Any = Llama(NativePath(path), **options)
+    if watch:  # another context in place of the first one, as `Llama` has no argument for it
+        llama.context_params.cb_eval = watch.callback
+        llama._ctx.close()
+        llama._ctx = type(llama._ctx)(model=llama._model, params=llama.context_params, verbose=False)
+    return llama
 
 
 def last_error() -> str:

@@ -6,9 +6,9 @@ loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.files import human_bytes
@@ -26,7 +26,8 @@ from pi_gguf.ggml import (
 from pi_gguf.gguf_file import GgufInfo, read_gguf
 from pi_gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
 from pi_gguf.progress import say
-from pi_gguf.scoring import LanguageModel, common_prefix
+from pi_gguf.scoring import LanguageModel
+from pi_gguf.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
 from pi_gguf.templates import render_chat
 from pi_gguf.trial import check_opens, fast_buffers_work
 
@@ -113,6 +114,8 @@ class Model(LanguageModel):
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
         threads = n_threads or cores()
         check_opens(info.header, [adapter.header for adapter in adapters])
+        # On a GPU few tokens at a time are slow, and at a long window llama.cpp ends (recipes/gpu).
+        batch = _BATCH if self.flash_attn or layers else _scores_batch(info, self.n_ctx)
         log.clear()
         try:
             self._llama = open_llama(
@@ -120,8 +123,7 @@ class Model(LanguageModel):
                 fast_buffers=all(t.type in UNQUANTIZED for t in info.tensors) or fast_buffers_work(),
                 n_ctx=self.n_ctx,
                 n_batch=_BATCH,
-                # On a GPU few tokens at a time are slow, and at a long window llama.cpp ends (recipes/gpu).
-                n_ubatch=_BATCH if self.flash_attn or layers else _scores_batch(info, self.n_ctx),
+                n_ubatch=batch,
                 type_k=CACHE_TYPES[type_k][0],
                 type_v=CACHE_TYPES[type_v][0],
                 flash_attn=self.flash_attn,
@@ -130,10 +132,8 @@ class Model(LanguageModel):
                 n_threads=threads,
                 n_threads_batch=threads,
                 verbose=False,
+                watch=watch,
             )
-            self._watch = watch
-            if watch:
-                self._reopen(watch)
         except (ValueError, RuntimeError) as error:
             raise GgufError(
                 f"{path}: llama.cpp does not open it ({last_error() or error})",
@@ -144,14 +144,8 @@ class Model(LanguageModel):
         except GgufError:
             self.close()
             raise
-        self._evaluated: list[int] = []
-
-    def _reopen(self, watch: ProductWatch) -> None:
-        """Put a watched context in place of the first one; llama-cpp-python has no option for it."""
-        llama, params = self._llama, self._llama.context_params
-        params.cb_eval = watch.callback
-        llama._ctx.close()
-        llama._ctx = type(llama._ctx)(model=llama._model, params=params, verbose=False)
+        self._watch = watch
+        self._session = Session(self._llama, batch=batch, interrupted=self._stop)
 
     def __enter__(self) -> Model:
         return self
@@ -166,7 +160,7 @@ class Model(LanguageModel):
 
     @property
     def n_vocab(self) -> int:
-        return int(self._llama.n_vocab())
+        return self._session.n_vocab
 
     @property
     def n_ctx_train(self) -> int:
@@ -182,8 +176,7 @@ class Model(LanguageModel):
         return [int(begin)] if begin is not None and self.tokenize("a")[:1] == [begin] else []
 
     def is_end(self, token: int) -> bool:
-        llama_cpp = llama_cpp_library()
-        return bool(llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(self._llama.model), token))
+        return self._session.is_end(token)
 
     # Text
 
@@ -208,71 +201,86 @@ class Model(LanguageModel):
             room = -count
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        text: bytes = self._llama.detokenize(list(ids))
-        return text.decode(errors="replace")
+        data = b"".join(map(self._session.piece, ids))
+        if data[:1] == b" " and ids[0] == self.info.metadata.get("tokenizer.ggml.bos_token_id"):
+            data = data[1:]  # the one that SentencePiece puts before a text
+        return data.decode(errors="replace")
 
     def complete(
         self,
         prompt: str,
         *,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
+        cancelled: Cancelled = never,
+        on_progress: Progress = silent,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Generator[str, None, str]:
         """Continue `prompt`, yielding text as it comes.
+
+        What the prompt has in common with what was read and written last is not read again.
 
         Args:
             prompt: text; it must fit the window together with `max_tokens`.
             max_tokens: limit in tokens; up to 256, as the window allows, when None.
-            temperature: 0 takes the most probable token each time.
-            seed: of the sampling.
-            stop: strings that end the text.
+            cancelled: asked before each batch and token whether to stop, e.g. `threading.Event().is_set`.
+            on_progress: told how many tokens of the prompt were read, how many must be, and how many were written.
+            sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repeat_penalty, seed, stop, grammar,
+                json_schema, logit_bias.
+
+        Returns:
+            Why it ended: `stop` at an end token or a stop string, `length` at the limit, or `cancelled`.
 
         Raises:
-            OptionError: prompt and `max_tokens` do not fit the window; nothing is ever cut.
+            OptionError: prompt and `max_tokens` do not fit the window; nothing is ever cut. Or a value of the sampling.
         """
-        yield from self._continue(self.tokenize(prompt), max_tokens, temperature, seed, stop)
+        ids, how = self.tokenize(prompt), Sampling(**sampling)
+        return (yield from self._continue(ids, max_tokens, how, cancelled, on_progress))
 
     def _continue(
-        self, ids: list[int], max_tokens: int | None, temperature: float, seed: int, stop: Sequence[str] = ()
-    ) -> Iterator[str]:
+        self, ids: list[int], max_tokens: int | None, sampling: Sampling, cancelled: Cancelled, on_progress: Progress
+    ) -> Generator[str, None, str]:
         limit = self._check_fits(len(ids), max_tokens)
-        self._evaluated = []
-        try:
-            for part in self._llama.create_completion(
-                ids, max_tokens=limit, temperature=temperature, seed=seed, stop=list(stop), stream=True
-            ):
-                yield part["choices"][0]["text"]
-        except RuntimeError as error:
-            raise self._stopped(error) from error
+        if not ids:
+            raise TextError(
+                f"{self.path}: a prompt without a token, and the model has none to begin with", "write some"
+            )
+        tokens = self._session.write(ids, limit, sampling, cancelled=cancelled, on_progress=on_progress)
+        return (yield from stream(tokens, self._session.piece, sampling.stop))
 
     def chat(
         self,
         messages: Sequence[dict[str, str]],
         *,
         max_tokens: int | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Iterator[str]:
+        cancelled: Cancelled = never,
+        on_progress: Progress = silent,
+        **sampling: Unpack[SamplingKeywords],
+    ) -> Generator[str, None, str]:
         """Answer a conversation with the file's own chat template, yielding text as it comes.
+
+        Of a conversation that goes on only what is new is read.
 
         Args:
             messages: objects with `role` (system, user, assistant) and `content`.
             max_tokens: as in `complete`.
-            temperature: as in `complete`.
-            seed: as in `complete`.
+            cancelled: as in `complete`.
+            on_progress: as in `complete`.
+            sampling: as in `complete`.
+
+        Returns:
+            Why it ended, as in `complete`.
 
         Raises:
             GgufError: the file has no chat template, or none that can be run.
-            OptionError: conversation and `max_tokens` do not fit the window.
+            OptionError: conversation and `max_tokens` do not fit the window. Or a value of the sampling.
         """
         metadata = self.info.metadata
         if "tokenizer.chat_template" not in metadata:
             raise GgufError(f"{self.path}: tokenizer.chat_template is missing", "use complete for a base model")
         prompt = render_chat(metadata["tokenizer.chat_template"], messages, self._special_tokens(), str(self.path))
         # The template has written the begin token where it is wanted.
-        yield from self._continue(self.tokenize(prompt, add_special=False), max_tokens, temperature, seed)
+        ids, how = self.tokenize(prompt, add_special=False), Sampling(**sampling)
+        return (yield from self._continue(ids, max_tokens, how, cancelled, on_progress))
 
     def _special_tokens(self) -> dict[str, str]:
         """Return the spellings of the file's special tokens by the names that chat templates know."""
@@ -283,12 +291,6 @@ class Model(LanguageModel):
             if isinstance(index, int) and 0 <= index < self.n_vocab:
                 found[name] = llama_cpp.llama_vocab_get_text(vocab, index).decode(errors="replace")
         return found
-
-    def _stopped(self, error: RuntimeError) -> GgufError:
-        reason = last_error() or error
-        return GgufError(
-            f"{self.path}: llama.cpp does not go on ({reason})", "its weights may be damaged: copy it again"
-        )
 
     def _check_fits(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self.n_ctx - prompt_tokens
@@ -305,45 +307,9 @@ class Model(LanguageModel):
     # Scoring
 
     def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
-        import numpy as np
-
         if len(ids) > self.n_ctx:
             raise OptionError(f"{len(ids)} tokens do not fit the open window of {self.n_ctx}", "open a larger n_ctx")
-        llama_cpp = llama_cpp_library()
-        first = len(ids) - last
-        known = min(common_prefix(self._evaluated, ids), first)
-        self._llama.reset()
-        memory = llama_cpp.llama_get_memory(self._llama.ctx)
-        if not llama_cpp.llama_memory_seq_rm(memory, 0, known, -1):
-            known = 0
-            llama_cpp.llama_memory_clear(memory, True)
-        self._evaluated = list(ids[:known])
-        size = min(_BATCH, len(ids) - known)
-        batch = llama_cpp.llama_batch_init(size, 0, 1)
-        token, pos, n_seq_id, logits_wanted = (
-            np.ctypeslib.as_array(field, (size,)) for field in (batch.token, batch.pos, batch.n_seq_id, batch.logits)
-        )
-        n_seq_id[:] = 1
-        for i in range(size):
-            batch.seq_id[i][0] = 0
-        try:
-            for start in range(known, len(ids), size):
-                part = ids[start : start + size]
-                batch.n_tokens = len(part)
-                token[: len(part)] = part
-                pos[: len(part)] = np.arange(start, start + len(part))
-                logits_wanted[:] = np.arange(start, start + size) >= first
-                outputs = min(len(part), max(0, start + len(part) - first))
-                if compute(llama_cpp.llama_decode, self._llama.ctx, batch, interrupted=self._stop) != 0:
-                    raise ResourceError(f"{self.path}: llama.cpp could not read a batch ({last_error()})")
-                self._evaluated += part
-                if outputs:
-                    logits = np.ctypeslib.as_array(
-                        llama_cpp.llama_get_logits(self._llama.ctx), shape=(outputs * self.n_vocab,)
-                    )
-                    yield logits.reshape(outputs, -1).copy()
-        finally:
-            llama_cpp.llama_batch_free(batch)
+        yield from self._session.read(ids, last)
 
     def evaluate(self, ids: Sequence[int]) -> Iterator[int]:
         """Read `ids` from their start, every layer for every one, and yield how many each batch had.

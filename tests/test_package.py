@@ -61,6 +61,7 @@ LAYERS = [
     {"remote"},
     {"ggml"},
     {"trial"},
+    {"session"},
     {"runtime", "writing"},
     {"imatrix"},
     {"planning", "targets", "check", "quantizing"},
