@@ -22,7 +22,7 @@ import click
 
 from pi_gguf.endings import Signals, check_address_space, prepare_streams, print_all, signals, translated
 from pi_gguf.errors import Interrupted
-from pi_gguf.progress import named_frame, process_rank
+from pi_gguf.progress import KINDS, named_frame, output, process_rank
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
@@ -100,9 +100,27 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
         f"  {p.name.upper()}: {helps[p.name]}" for p in params if p.name in helps and p.param_type_name == "argument"
     )
     text = f"{summary}\n\n\b\n{arguments}\n\n\b\nExample:\n  {example}"
-    return click.Command(
-        name or function_name, params=params, callback=run, help=text, short_help=summary.split("\n")[0]
+    return _telling(
+        click.Command(name or function_name, params=params, callback=run, help=text, short_help=summary.split("\n")[0])
     )
+
+
+def _telling(made: click.Command) -> click.Command:
+    """Give a command the options of what it tells on standard error while it works."""
+    work = made.callback
+    assert work
+
+    def run(progress: str | None, quiet: bool, **values: Any) -> None:
+        with output(progress, quiet):
+            work(**values)
+
+    how = "bar, plain (a line each 30 seconds and at the end) or none; a bar on a terminal, plain elsewhere by default"
+    made.params += [
+        click.Option(["--progress"], type=click.Choice(KINDS), help=how),
+        click.Option(["--quiet"], is_flag=True, help="no progress and no notes; results and errors stay"),
+    ]
+    made.callback = run
+    return made
 
 
 def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
@@ -464,6 +482,7 @@ def _read_prompt() -> str:
         raise TextError(f"standard input: cannot be read ({error})", hint) from error
 
 
+@_telling
 @click.command("run")
 @click.argument("file", metavar="FILE.gguf")
 @click.option("--prompt", help="text to continue; standard input when left out")
