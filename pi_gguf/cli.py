@@ -25,7 +25,7 @@ import click
 from pi_gguf.endings import Signals, check_address_space, prepare_streams, print_all, signals, translated
 from pi_gguf.errors import Interrupted
 from pi_gguf.options import GROUPS, Options, flag
-from pi_gguf.progress import named_frame, process_rank
+from pi_gguf.progress import KINDS, named_frame, output, process_rank
 from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
@@ -100,10 +100,29 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
     short, _, _ = summary.partition("\n\n")
     used = f"\b\n{arguments}\n\n\b\nExample:\n  {example}"
     groups = getattr(function, "groups", ())
-    return Grouped(
+    made = Grouped(
         name or function_name, groups, f"{summary}\n\n{used}", params=params, callback=run,
         help=f"{short if groups else summary}\n\n{used}", short_help=summary.split("\n")[0],
     )  # fmt: skip
+    return _telling(made)
+
+
+def _telling(made: click.Command) -> click.Command:
+    """Give a command the options of what it tells on standard error while it works."""
+    work = made.callback
+    assert work
+
+    def run(progress: str | None, quiet: bool, **values: Any) -> None:
+        with output(progress, quiet):
+            work(**values)
+
+    how = "bar, plain (a line each 30 seconds and at the end) or none; a bar on a terminal, plain elsewhere by default"
+    made.params += [
+        click.Option(["--progress"], type=click.Choice(KINDS), help=how),
+        click.Option(["--quiet"], is_flag=True, help="no progress and no notes; results and errors stay"),
+    ]
+    made.callback = run
+    return made
 
 
 def _option(parameter: inspect.Parameter, hint: Any, text: str) -> click.Option:
@@ -169,24 +188,26 @@ class Grouped(click.Command):
         options = (p for p in self.get_params(ctx) if isinstance(p, click.Option))
         records = {p.name: p.get_help_record(ctx) for p in options}
         shown = {name: record for name, record in records.items() if record}
-        titles = {group.title: [one for one in fields(group) if one.name in shown] for group in self._groups}
-        grouped = {one.name for several in titles.values() for one in several}
-        needed = [one.name for several in titles.values() for one in several if one.metadata["needed"]]
+        titles = {group.title: [one.name for one in fields(group) if one.name in shown] for group in self._groups}
+        needed = [one.name for group in self._groups for one in fields(group) if one.metadata["needed"]]
+        titles |= {"Output": list(_OUTPUT & shown.keys())} if self._groups else {}
+        grouped = {name for names in titles.values() for name in names}
         first = [name for name in shown if name not in grouped]
         with formatter.section("Options"):
             formatter.write_dl([shown[name] for name in (*first[:1], *needed, *first[1:])])
-        for title, several in titles.items():
-            left = [one.name for one in several if one.name not in needed]
+        for title, names in titles.items():
+            left = [name for name in names if name not in needed]
             if not left:
                 continue
             with formatter.section(title):
                 if ctx.meta.get(_ALL):
                     formatter.write_dl([shown[name] for name in left])
                 else:
-                    formatter.write_text(" ".join(f"--{flag(name)}" for name in left))
+                    formatter.write_text(" ".join(shown[name][0].split()[0] for name in left))
 
 
 _ALL = "pi_gguf.help_all"
+_OUTPUT = {"as_json", "progress", "quiet"}
 
 
 def _help_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -541,6 +562,7 @@ def _read_small(path: str, option: str) -> str:
         ) from error
 
 
+@_telling
 @click.command("run")
 @click.argument("file", metavar="FILE.gguf")
 @click.option("--prompt", help="text to continue; standard input when left out")

@@ -1,4 +1,4 @@
-"""Progress and messages on standard error: bars with time left on a terminal, silence elsewhere."""
+"""Progress and messages on standard error: bars with time left on a terminal, lines now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -6,27 +6,64 @@ import functools
 import inspect
 import os
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FunctionType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 Advance = Callable[..., None]
-"""Called with the work done since the last call, and optionally `text=` to show beside the bar."""
+"""Called with the work done since the last call, and optionally `text=` to show beside it, or `earlier=True` where it
+was done before this process began and tells nothing of the speed."""
+
+KINDS = ("bar", "plain", "none")
+"""How progress is shown: drawn, in lines, not at all."""
+
+LINE_SECONDS = 30.0
+"""Between two lines of progress."""
+
+
+@contextmanager
+def output(progress: str | None = None, quiet: bool = False) -> Iterator[None]:
+    """Choose what is said on standard error while this is open.
+
+    Args:
+        progress: one of `KINDS`; None is a bar on a terminal, lines elsewhere.
+        quiet: neither progress nor messages.
+    """
+    global _progress, _quiet, _lines
+    before = _progress, _quiet, _lines
+    _progress, _quiet, _lines = "none" if quiet else progress, quiet, Lines()
+    try:
+        yield
+    finally:
+        _progress, _quiet, _lines = before
 
 
 @contextmanager
 def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
-    """Show a bar for work of `total` units, with rate and time left.
+    """Show how work of `total` units goes on, with time left: in a bar or in lines.
 
     Args:
         title: what is being done.
         total: amount of work; None where it is not known.
         unit: `bytes`, or the plural of what is counted.
     """
+    kind = "none" if process_rank() > 0 else _progress or ("bar" if sys.stderr.isatty() else "plain")
+    if kind == "none":
+        yield lambda amount=1, text=None, earlier=False: None
+    else:
+        with (_bar if kind == "bar" else _plain)(title, total, unit) as advance:
+            yield advance
+
+
+@contextmanager
+def _bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -42,23 +79,164 @@ def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance
     amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
     columns = [TextColumn("{task.description}"), BarColumn(), *amount]
     times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
-    with Progress(
-        *columns, *times, console=Console(stderr=True), disable=process_rank() > 0 or not sys.stderr.isatty()
-    ) as bar:
+    asked = True if _progress == "bar" else None  # for, whatever standard error is
+    with Progress(*columns, *times, console=Console(stderr=True, force_terminal=asked)) as bar:
         task = bar.add_task(title, total=total, text="")
 
-        def advance(amount: float = 1, text: str | None = None) -> None:
+        def advance(amount: float = 1, text: str | None = None, earlier: bool = False) -> None:
             fields: dict[str, Any] = {} if text is None else {"text": text}
             bar.update(task, advance=amount, **fields)
 
         yield advance
 
 
+@contextmanager
+def _plain(title: str, total: float | None, unit: str) -> Iterator[Advance]:
+    """Print lines from a thread, as a single step may take many times as long as there is between two of them."""
+    lines, stream, stop = _lines, sys.stderr, threading.Event()
+    work = Work(title, total, unit, time.monotonic())
+    lines.begin(work, time.monotonic())
+
+    def speak() -> None:
+        while not stop.wait(max(0.01, lines.due - time.monotonic())):
+            line = lines.tick(time.monotonic())
+            if line:
+                _print(line, stream)
+
+    def advance(amount: float = 1, text: str | None = None, earlier: bool = False) -> None:
+        work.advance(time.monotonic(), amount, text, earlier)
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield advance
+    finally:
+        lines.end(work, time.monotonic())
+        stop.set()
+        speaker.join(1)  # it may wait for a pipe that is full
+    if work.spoken:
+        _print(work.last_line(time.monotonic()), stream)
+
+
+class Work:
+    """Work that goes on, as a line says it; times are seconds of any one clock.
+
+    Args:
+        title: what is being done.
+        total: amount of work; None where it is not known.
+        unit: `bytes`, or the plural of what is counted.
+        now: when it begins.
+    """
+
+    def __init__(self, title: str, total: float | None, unit: str, now: float) -> None:
+        self.title, self.total, self.unit, self.text = title, total, unit, ""
+        self.spoken = False
+        self._begun = self._at = now
+        self._done = 0.0
+        self._samples = deque([(now, 0.0)], maxlen=60)  # at least a second apart
+        self._lock = threading.Lock()
+
+    def advance(self, now: float, amount: float = 1, text: str | None = None, earlier: bool = False) -> None:
+        """Count work that was done; of `earlier` work nothing follows for the time left."""
+        with self._lock:
+            self._done += amount
+            self._at = now
+            self.text = self.text if text is None else text
+            if earlier:
+                self._samples.clear()
+            if not self._samples or now - self._samples[-1][0] >= 1:
+                self._samples.append((now, self._done))
+
+    def line(self, now: float) -> str:
+        """Return what is done, and about how long the rest takes; how long it took so far where that is not known."""
+        with self._lock:
+            left, so_far = self._seconds_left(now), now - self._begun
+            times = f"{duration(left)} left" if left >= 1 else f"{duration(so_far)} so far" if so_far >= 1 else ""
+            return self._said(times)
+
+    def last_line(self, now: float) -> str:
+        return self._said(f"in {duration(now - self._begun)}")
+
+    def _seconds_left(self, now: float) -> float:
+        """Return the time left at the speed of the last minute or the last 60 steps, whichever is longer; or 0."""
+        begun, before = self._samples[0]
+        if self.total is None or self._done <= before or self._at <= begun:
+            return 0.0
+        return (self.total - self._done) * (self._at - begun) / (self._done - before) - (now - self._at)
+
+    def _said(self, times: str) -> str:
+        size, unit = 1, self.unit
+        if unit == "bytes":
+            largest = self._done if self.total is None else self.total
+            size, unit = next(((n, name) for n, name in _SIZES if largest >= n), (1, unit))
+        numbers = [self._done] if self.total is None else [self._done, self.total]
+        amount = "/".join(f"{number / size:.{0 if size == 1 else 1}f}" for number in numbers)
+        return ", ".join(part for part in (f"{self.title} {amount} {unit}", self.text, times) if part)
+
+
+_SIZES = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+class Lines:
+    """When lines are due: one each `LINE_SECONDS`, of the work begun last; what is over sooner says nothing.
+
+    Pieces of work that follow each other share that time, so that a command of many short ones is not silent.
+    """
+
+    def __init__(self) -> None:
+        self._running: list[Work] = []
+        self._last = self._ended = -LINE_SECONDS
+        self._lock = threading.Lock()
+
+    @property
+    def due(self) -> float:
+        """When the next line is."""
+        return self._last + LINE_SECONDS
+
+    def begin(self, work: Work, now: float) -> None:
+        with self._lock:
+            if not self._running and now - self._ended >= LINE_SECONDS:
+                self._last = now
+            self._running.append(work)
+
+    def tick(self, now: float) -> str | None:
+        """Return the line that is due, if one is."""
+        with self._lock:
+            if not self._running or now < self.due:
+                return None
+            self._last = now
+            self._running[-1].spoken = True
+            return self._running[-1].line(now)
+
+    def end(self, work: Work, now: float) -> None:
+        with self._lock:
+            self._running.remove(work)
+            self._ended = now
+
+
+_progress: str | None = None
+_quiet = False
+_lines = Lines()
+"""What `output` chooses."""
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in few characters."""
+    for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def say(message: str) -> None:
     """Print a line for the user on standard error; of many processes the first one speaks."""
-    if process_rank() == 0:
-        with suppress(OSError):  # a full standard error ends no work
-            print(message, file=sys.stderr, flush=True)
+    if process_rank() == 0 and not _quiet:
+        _print(message, sys.stderr)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    with suppress(OSError, ValueError):  # a full or closed standard error ends no work
+        print(line, file=stream, flush=True)
 
 
 def stage(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -113,7 +113,7 @@ def run_training(
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.done = state.global_step
-            self.advance(state.global_step)
+            self.advance(state.global_step, earlier=True)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.advance(state.global_step - self.done, text=f"loss {self.loss:.3f}" if self.loss else None)

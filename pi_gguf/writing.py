@@ -382,7 +382,7 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         _stopping(ThreadPoolExecutor(1)) as reader,
         _stopping(ThreadPoolExecutor(1)) as writer,
     ):
-        advance(sum(output.nbytes for output in plan.outputs[:done]))
+        advance(sum(output.nbytes for output in plan.outputs[:done]), earlier=True)
 
         def read(output: Output) -> torch.Tensor:
             return _values(output, files)

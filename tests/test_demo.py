@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from contextlib import redirect_stderr
 
 import pytest
 
 import pi_gguf
-from pi_gguf.demo import demo, table_cells
+from pi_gguf.demo import BASE, ROWS, _Table, demo, table_cells
 from pi_gguf.tables import markdown_table
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def told() -> io.StringIO:
+    """What the demo says while it goes on."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, told):
     out = tmp_path_factory.mktemp("demo")
     curriculum = {"steps": 18, "train_window": 1024, "batch_tokens": 4096, "factor_warmup": 0}
-    return demo(out=str(out), context=4096, **curriculum, documents=1, stride=1024, distances=1, keys=1)
+    with redirect_stderr(told):
+        return demo(out=str(out), context=4096, **curriculum, documents=1, stride=1024, distances=1, keys=1)
 
 
 def rows(report):
@@ -42,6 +52,37 @@ def test_every_file_measures_like_the_model_it_was_made_from(report):
         for ours, theirs in zip(table[name].perplexity, table["PI after training"].perplexity, strict=True):
             assert ours.perplexity == pytest.approx(theirs.perplexity, rel=tolerance)
             assert ours.tokens == theirs.tokens == 1024
+
+
+def test_each_row_is_told_when_it_is_measured_and_the_base_before_the_training(report, told):
+    first, head, *lines = told.getvalue().splitlines()
+    assert "2048 to 4096 tokens" in first and "18 steps" in first
+    assert re.search(r"about [\d.]+ (s|min|h) here$", first)
+    header, cells = table_cells(report.to_json())
+    assert re.split("  +", head) == header
+    places = []
+    for row in cells:
+        (place,) = (i for i, line in enumerate(lines) if re.split("  +", line)[: len(row)] == row)
+        places.append(place)
+        end = lines[place].removeprefix(lines[place][: len(head)])
+        assert re.fullmatch(r"   about [\d.]+ (s|min|h) left" if row != cells[-1] else "", end)
+        assert lines[place][: len(head)].rstrip()[-1].isdigit()  # k_max stands under its name
+    training = next(i for i, line in enumerate(lines) if line.startswith("no --data"))
+    assert places == sorted(places) and places[1] < training < places[2]
+
+
+def test_the_time_left_follows_what_the_parts_so_far_took(monkeypatch):
+    settings = {
+        "context": 4096, "samples": 1, "documents": 1, "distances": 4, "other_distances": 1, "keys": 2, "device": "cpu"
+    }  # fmt: skip
+    monkeypatch.setattr("pi_gguf.demo.reading_seconds", lambda model, tokens, device: tokens[2048] / 2048)
+    table = _Table([], settings, training_seconds=30)
+    assert table._left() == "54 s"  # 5 rows of 3 prompts a window, one of 9
+    table._taken[BASE] = 6.0
+    assert table._left() == "102 s"  # twice as slow
+    table.training_seconds = 0
+    table._taken |= dict.fromkeys(ROWS[1:3], 4.5)
+    assert table._left() == "9 s"  # 9 planned, the other 15 took 15
 
 
 def test_the_folder_holds_what_was_promised(report, tmp_path_factory):
