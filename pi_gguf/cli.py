@@ -190,7 +190,7 @@ class Grouped(click.Command):
         shown = {name: record for name, record in records.items() if record}
         titles = {group.title: [one.name for one in fields(group) if one.name in shown] for group in self._groups}
         needed = [one.name for group in self._groups for one in fields(group) if one.metadata["needed"]]
-        titles |= {"Output": list(_OUTPUT & shown.keys())} if self._groups else {}
+        titles |= {"Output": sorted(_OUTPUT & shown.keys())} if self._groups else {}
         grouped = {name for names in titles.values() for name in names}
         first = [name for name in shown if name not in grouped]
         with formatter.section("Options"):
