@@ -455,3 +455,8 @@ def test_run_takes_the_sampling(path, tmp_path, cli):
 def test_run_refuses_before_it_opens_a_file(options, message, cli):
     code, _, err = cli("run", "there-is-none.gguf", "--prompt", "a", *options)
     assert code == 2 and message in err and "hint: " in err
+
+
+def test_the_earliest_of_several_stops_ends_a_text():
+    text = StopText(["b", "a"])
+    assert (text.add(b"xaxb"), text.ended) == ("x", True)
