@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pi_gguf.errors import GgufError, OptionError, ResourceError, one_line
 from pi_gguf.ggml import compute, last_error, llama_cpp_library
+from pi_gguf.options import flag
 from pi_gguf.scoring import common_prefix
 from pi_gguf.trial import check_grammar
 
@@ -101,7 +102,7 @@ class Sampling:
             ("seed", 0 <= self.seed < _SEEDS, f"0 to {_SEEDS - 1}"),
         ):
             if not fits:
-                raise OptionError(f"{name} must be {rule}, got {getattr(self, name)}")
+                raise OptionError(f"{flag(name)} must be {rule}, got {getattr(self, name)}")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if not all(self.stop):
