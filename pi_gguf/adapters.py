@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pi_gguf.adapter_files import CONFIG_FILE, AdapterFiles, load_adapter_files
-from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, read_provenance
+from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.configs import read_json, read_rope
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.files import is_file
@@ -33,6 +33,7 @@ from pi_gguf.merging import (
     WeightDecomposed,
 )
 from pi_gguf.progress import say
+from pi_gguf.record import RECORD_FILE, Record
 from pi_gguf.rope import RopeScaling, positive_int, positive_number
 from pi_gguf.tensors import TensorSource, open_files
 
@@ -101,12 +102,12 @@ class AdaptedCheckpoint(Checkpoint):
         return any(adapter.rope is not None for adapter in self.adapters)
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def record(self) -> Record | None:
         """What was recorded of the training, the checkpoint's and the adapters'; the source is the checkpoint's."""
-        record = dict(super().provenance)
+        record = super().record
         for adapter in self.adapters:
-            trained = read_provenance(adapter.path)
-            record |= {name: trained[name] for name in ("steps", "tokens") if name in trained}
+            if trained := Record.read(adapter.path / RECORD_FILE):
+                record = dataclasses.replace(record or Record(), steps=trained.steps, tokens=trained.tokens)
         return record
 
     @property
@@ -658,7 +659,7 @@ def _stated_rope(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
     stated = [s for s in (_rope_of_config(folder, checkpoint), _rope_of_record(folder, checkpoint)) if s is not None]
     if len(stated) == 2 and stated[0] != stated[1]:
         raise CheckpointError(
-            f"{folder}: config.json states factor {stated[0].factor:g}, {PROVENANCE_FILE} {stated[1].factor:g}",
+            f"{folder}: config.json states factor {stated[0].factor:g}, {RECORD_FILE} {stated[1].factor:g}",
             "delete the file that is wrong",
         )
     return stated[0] if stated else None
@@ -702,16 +703,16 @@ def _rope_of_config(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
 
 
 def _rope_of_record(folder: Path, checkpoint: Checkpoint) -> RopeScaling | None:
-    path, base = folder / PROVENANCE_FILE, checkpoint.rope
-    record = read_provenance(folder)
-    if not record:
+    path, base = folder / RECORD_FILE, checkpoint.rope
+    record = Record.read(path)
+    if record is None:
         return None
-    if record.get("rope_type") != "linear":
+    if record.rope_type != "linear":
         raise UnsupportedError(
-            f"{path}: rope_type must be linear, got {record.get('rope_type')!r}", "delete the file if nothing is scaled"
+            f"{path}: rope_type must be linear, got {record.rope_type!r}", "delete the file if nothing is scaled"
         )
-    context, original = (positive_int(record, name, str(path)) for name in ("context", "original_window"))
-    factor = positive_number(record.get("factor", context / original), "factor", str(path))
+    context, original = (positive_int(record.to_json(), name, str(path)) for name in ("context", "original_window"))
+    factor = positive_number(context / original if record.factor is None else record.factor, "factor", str(path))
     if original != base.original_max_position_embeddings:
         raise CheckpointError(
             f"{path}: original_window must be the model's {base.original_max_position_embeddings}, got {original}",

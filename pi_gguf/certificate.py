@@ -24,6 +24,7 @@ from pi_gguf.hf_model import HfModel
 from pi_gguf.planning import free_memory
 from pi_gguf.progress import say, stage
 from pi_gguf.provenance import library_versions, package_version
+from pi_gguf.record import Record
 from pi_gguf.rope import RopeScaling
 from pi_gguf.runtime import Model
 
@@ -222,10 +223,10 @@ class Base:
     record: dict[str, Any]
 
     @classmethod
-    def of_fine_tune(cls, provenance: Mapping[str, Any]) -> Base | None:
+    def of_fine_tune(cls, record: Record | None) -> Base | None:
         """Read it from the record of a fine-tune; None where it was not measured."""
-        price = provenance.get("price")
-        if not isinstance(price, dict) or "before" not in price:
+        price = record.price if record else None
+        if price is None or "before" not in price:
             return None
         return cls(price["before"], {key: price.get(key) for key in ("text", "text_sha256", "largest", "stride")})
 
@@ -422,7 +423,7 @@ def certify(
         say(str(check))
     base: Base | Checkpoint | None = None if checkpoint is None else checkpoint.original
     if checkpoint is not None and context is None and checkpoint.rope.is_extended:
-        base = Base.of_fine_tune(checkpoint.provenance)
+        base = Base.of_fine_tune(checkpoint.record)
     if against is not None and Path(against).is_dir():
         against = Path(against).name  # where a folder is on this machine is nobody's business
     certificate = measure(path, text=text, base=base, check=check, against=against, seed=seed, device=device)

@@ -28,6 +28,7 @@ from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
 from pi_gguf.files import is_file
 from pi_gguf.methods import find_method
+from pi_gguf.record import RECORD_FILE, Record
 from pi_gguf.rope import FACTOR_TENSORS, RopeScaling, divisors_scaling
 from pi_gguf.tensors import (
     IGNORED_TENSORS,
@@ -49,9 +50,6 @@ from pi_gguf.tensors import (
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-PROVENANCE_FILE = "pi_gguf.json"
-"""Written by `extend` beside the weights: source, windows, steps and tokens trained."""
 
 _ADAPTER_FILE = "adapter_config.json"
 
@@ -200,9 +198,9 @@ class Checkpoint:
         return True
 
     @property
-    def provenance(self) -> dict[str, Any]:
-        """What `extend` recorded of the training, empty for any other checkpoint."""
-        return read_provenance(self.path)
+    def record(self) -> Record | None:
+        """What `extend` recorded of the training; None for any other checkpoint."""
+        return Record.read(self.path / RECORD_FILE)
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -727,23 +725,6 @@ def _resolve(model: str, patterns: list[str]) -> Path:
             f"{model}: not a folder here, and not to be had from the Hub ({one_line(error)})",
             "check the spelling and the connection; for gated models run `hf auth login`",
         ) from error
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """Read what `extend` recorded of a training; empty where there is no record.
-
-    Raises:
-        CheckpointError: steps or tokens are no whole numbers.
-    """
-    path = folder / PROVENANCE_FILE
-    if not path.exists():
-        return {}
-    record = read_json(path)
-    for name in ("steps", "tokens"):
-        value = record.setdefault(name, 0)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise CheckpointError(f"{path}: {name} must be a whole number, got {value!r}", "delete the file")
-    return record
 
 
 def is_panic(error: BaseException) -> bool:

@@ -32,6 +32,7 @@ from pi_gguf.options import ConvertKeywords, ProofOptions, TuneOptions, WriteOpt
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
+from pi_gguf.record import Record
 from pi_gguf.vocabulary import file_name, gguf_vocabulary
 from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file
 
@@ -147,7 +148,7 @@ def convert(
     checkpoint.tensors  # noqa: B018  every file is checked before long work
     if context is not None:
         checkpoint = checkpoint.extended(context, method)
-    trained, vocabulary = checkpoint.provenance, {}
+    trained, vocabulary = checkpoint.record, {}
     if not adapter_only:
         tokenizer = checkpoint.load_tokenizer()
         vocabulary = gguf_vocabulary(checkpoint, tokenizer)
@@ -158,9 +159,9 @@ def convert(
     planned = None
     if dry_run and fine_tune:
         planned = plan_training(checkpoint, tune, device=torch_device(device))
-        trained = {"source": checkpoint.source, "steps": tune.steps, "tokens": planned.tokens}
+        trained = Record(source=checkpoint.source, steps=tune.steps, tokens=planned.tokens)
 
-    def plans_of(checkpoint: Checkpoint, trained: dict[str, Any]) -> list[FilePlan]:
+    def plans_of(checkpoint: Checkpoint, trained: Record | None) -> list[FilePlan]:
         rope, general = checkpoint.rope, _general(checkpoint, trained, method)
         stated = isinstance(checkpoint, AdaptedCheckpoint) and checkpoint.rope_stated
         if adapter_only:
@@ -175,7 +176,8 @@ def convert(
         plan = plan_file(
             checkpoint, vocabulary=vocabulary,
             general={**general, **(matrix.keys() if matrix else {}), **(ROOM if certify else {})},
-            finetuned=rope.rope_type == "linear" and (stated or trained.get("steps", 0) > 0), quantization=quant,
+            finetuned=rope.rope_type == "linear" and (stated or (trained is not None and trained.steps > 0)),
+            quantization=quant,
             overrides=overrides, importance=matrix.importance if matrix else {},
         )  # fmt: skip
         if matrix:
@@ -194,7 +196,7 @@ def convert(
         extend_checkpoint(checkpoint, hf_dir, tune, device=device, overwrite=overwrite)
         # The folder states the window before only where the scaling needs it.
         checkpoint = load_checkpoint(str(hf_dir)).scaled(checkpoint.rope)
-        plans = plans_of(checkpoint, checkpoint.provenance)
+        plans = plans_of(checkpoint, checkpoint.record)
     work_dir = out.with_name(out.name + ".partial")
     finals = split_paths(out, len(plans))
     for final in finals:  # all but the first may be there from a run that was stopped while it gave them their names
@@ -215,7 +217,7 @@ def convert(
         raise
     certificate = None
     if certify and not adapter_only:
-        base = Base.of_fine_tune(checkpoint.provenance) if fine_tune or context is None else checkpoint.original
+        base = Base.of_fine_tune(checkpoint.record) if fine_tune or context is None else checkpoint.original
         certificate = _certify(partials[0], base, checks, checkpoint.source, tune.seed, device, bool(requirements))
     missed = find_missed(certificate, requirements, checkpoint.rope.max_position_embeddings) if certificate else []
     if missed:
@@ -332,9 +334,10 @@ def _read_override(text: str) -> tuple[str, str]:
     return pattern, known
 
 
-def _general(checkpoint: Checkpoint, trained: dict[str, Any], method: str) -> dict[str, Any]:
+def _general(checkpoint: Checkpoint, trained: Record | None, method: str) -> dict[str, Any]:
     """Return the `general.*` keys that say where a file comes from."""
-    source, rope = str(trained.get("source", checkpoint.source)), checkpoint.rope
+    record, rope = trained or Record(), checkpoint.rope
+    source = checkpoint.source if record.source is None else record.source
     adapters = [one.name for one in checkpoint.adapters] if isinstance(checkpoint, AdaptedCheckpoint) else []
     keys: dict[str, Any] = {
         "general.type": "model", "general.name": model_name(source), "general.source.repository": public_source(source)
@@ -343,13 +346,11 @@ def _general(checkpoint: Checkpoint, trained: dict[str, Any], method: str) -> di
     made += [f"{library} {number}" for library, number in library_versions().items()]
     if adapters:
         keys["general.pi_gguf.adapters"] = ", ".join(adapters)
-    method = trained.get("method", method)
+    method = record.method or method
     if rope.rope_type == "linear" or method != "linear":
-        steps, tokens = trained.get("steps", 0), trained.get("tokens", 0)
-        known = bool(trained) or not adapters
-        windows = (
-            f"{trained.get('original_window', rope.original_max_position_embeddings)} -> {rope.max_position_embeddings}"
-        )
+        steps, tokens = record.steps, record.tokens or 0
+        known = trained is not None or not adapters
+        windows = f"{record.original_window or rope.original_max_position_embeddings} -> {rope.max_position_embeddings}"
         how = f"Position Interpolation {windows} (factor {rope.factor:g})"
         if method != "linear":
             how = f"Window {windows} by method {method}"
@@ -357,7 +358,7 @@ def _general(checkpoint: Checkpoint, trained: dict[str, Any], method: str) -> di
             f"{how}, {f'{steps} steps, {tokens} tokens' if known else 'training not recorded'}"
         )
         if known:
-            keys["general.pi_gguf.steps"] = int(steps)
+            keys["general.pi_gguf.steps"] = steps
             keys["general.pi_gguf.tokens"] = str(tokens)
     keys["general.pi_gguf.versions"] = ", ".join(made)
     return keys

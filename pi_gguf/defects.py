@@ -81,7 +81,8 @@ def expect(header: Header, tensors: Sequence[TensorInfo], checkpoint: Checkpoint
         factor = window / before
     if rope.rope_type == "default" and kind in (None, "linear") and 1 < factor < 1e6 and not checkpoint.family.alibi:
         checkpoint = checkpoint.extended(round(factor * before))
-    finetuned = metadata.get(f"{arch}.rope.scaling.finetuned", checkpoint.provenance.get("steps", 0) > 0)
+    record = checkpoint.record
+    finetuned = metadata.get(f"{arch}.rope.scaling.finetuned", record is not None and record.steps > 0)
     vocabulary = gguf_vocabulary(checkpoint, checkpoint.load_tokenizer())
     return Expectation(checkpoint, {**model_metadata(checkpoint, finetuned=bool(finetuned)), **vocabulary})
 

@@ -251,4 +251,5 @@ def _stem(context: int) -> str:
 
 
 def _record(hf_dir: Path, seed: int, device: str) -> dict[str, Any]:
-    return {**provenance(seed=seed, device=device), "fine_tune": load_checkpoint(str(hf_dir)).provenance}
+    record = load_checkpoint(str(hf_dir)).record
+    return {**provenance(seed=seed, device=device), "fine_tune": record.to_json() if record else {}}

@@ -9,23 +9,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.adapters import with_adapters
 from pi_gguf.batches import training_batches
-from pi_gguf.checkpoint import PROVENANCE_FILE, Checkpoint, load_checkpoint, public_source
+from pi_gguf.checkpoint import Checkpoint, load_checkpoint, public_source
 from pi_gguf.configs import read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
-from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, write_json, writes
+from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, writes
 from pi_gguf.options import ExtendKeywords, SpreadOptions, TuneOptions, flat, take
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
 from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
+from pi_gguf.record import RECORD_FILE, Record
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts
 from pi_gguf.training import Trained, check_reports, run_training
@@ -95,17 +96,17 @@ def extend_checkpoint(
     device = torch_device(device)
     reports = check_reports(tune.report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
-    record: dict[str, Any] = {
-        "source": public_source(checkpoint.source),
-        "weights_sha256": checkpoint.fingerprint(),
-        "method": tune.method,
-        "rope_type": rope.rope_type,
-        "factor": rope.factor,
-        "original_window": rope.original_max_position_embeddings,
-        "context": context,
-        "steps": tune.steps,
-        "seed": tune.seed,
-    }
+    record = Record(
+        source=public_source(checkpoint.source),
+        weights_sha256=checkpoint.fingerprint(),
+        method=tune.method,
+        rope_type=rope.rope_type,
+        factor=rope.factor,
+        original_window=rope.original_max_position_embeddings,
+        context=context,
+        steps=tune.steps,
+        seed=tune.seed,
+    )
     if not tune.steps and process_count() > 1:
         raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
     if not tune.steps:
@@ -121,10 +122,15 @@ def extend_checkpoint(
     if texts is None and tune.longest_first:
         raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
     packing = tune.packing or ("join" if texts is None else "isolate")
-    record |= {"tokens": training.tokens, **asdict(training), **_text_record(texts), "adapter_only": adapter_only}
-    record |= {"packing": packing, "longest_first": tune.longest_first}
-    record |= {"eval_steps": tune.eval_steps, "early_stop": tune.early_stop}
-    if (out_dir / PROVENANCE_FILE).exists() and not _difference(read_json(out_dir / PROVENANCE_FILE), record):
+    evaluated = validation.text if tune.eval_text else (None, None)
+    record = replace(
+        record, tokens=training.tokens, data="bundled mixture" if texts is None else texts.labels,
+        data_sha256=None if texts is None else texts.sha256, adapter_only=adapter_only, packing=packing,
+        longest_first=tune.longest_first, eval_steps=tune.eval_steps, early_stop=tune.early_stop,
+        eval_text=evaluated[0], eval_text_sha256=evaluated[1], **asdict(training),
+    )  # fmt: skip
+    before = Record.read(out_dir / RECORD_FILE)
+    if before is not None and not record.difference(before):
         say(f"{out_dir} holds this fine-tune already; it is used")
         return out_dir
     work_dir = out_dir.with_name(out_dir.name + ".partial")
@@ -132,7 +138,7 @@ def extend_checkpoint(
         if is_first_process():
             check_writable(out_dir, overwrite, folder=True)
             check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
-            _begin_or_resume(work_dir, {**record, "sharded": spread.fsdp}, overwrite)
+            _begin_or_resume(work_dir, replace(record, sharded=spread.fsdp), overwrite)
         try:
             corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir, training.tokens)
             batches = training_batches(
@@ -149,7 +155,7 @@ def extend_checkpoint(
     )
     trained = run_training(checkpoint, training, batches, work_dir, tune.seed, device, reports, spread, validation)
     if is_first_process():
-        record |= trained.measured | {"validations": trained.validations}
+        record = replace(record, validations=trained.validations, **trained.measured)
         if adapter_only:
             assert trained.adapter_dir is not None
             _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
@@ -172,35 +178,23 @@ def _texts(checkpoint: Checkpoint, data: Sequence[str]) -> Texts | None:
     return held_texts(documents)
 
 
-def _text_record(texts: Texts | None) -> dict[str, Any]:
-    if texts is None:
-        return {"data": "bundled mixture"}
-    return {"data": texts.labels, "data_sha256": texts.sha256}
-
-
-def _difference(before: dict[str, Any], record: dict[str, Any]) -> str:
-    """Return the first setting in which two runs differ, or an empty string; how the source was spelled is none."""
-    settings = {key: value for key, value in record.items() if key not in ("source", "reason", "train_reason")}
-    return next((key for key, value in settings.items() if before.get(key) != value), "")
-
-
-def _begin_or_resume(work_dir: Path, record: dict[str, Any], overwrite: bool) -> None:
+def _begin_or_resume(work_dir: Path, record: Record, overwrite: bool) -> None:
     """Begin a run's folder, or check that the one there is of the same run, and drop a checkpoint cut off in writing.
 
     Raises:
         OptionError: an unfinished run of other settings is there, and not to be overwritten.
     """
     path = work_dir / "run.json"
-    before = read_json(path) if path.exists() else {}
-    key = _difference(before, record)
-    if key and before and not overwrite:
+    before = Record.read(path)
+    key = record.difference(before) if before else ""
+    if key and not overwrite:
         raise OptionError(
-            f"{work_dir}: holds an unfinished run with {key} {before.get(key)!r}, now {record[key]!r}",
+            f"{work_dir}: holds an unfinished run with {key} {getattr(before, key)!r}, now {getattr(record, key)!r}",
             "repeat the first command to go on with it, or start anew with --overwrite",
         )
-    if key:
+    if key or before is None:
         _clear(work_dir, corpora=False)  # their names say which texts and tokenizer they are of
-        write_json(path, record)
+        record.write(path)
     for checkpoint_dir in work_dir.glob("checkpoint-*"):
         try:
             read_json(checkpoint_dir / "trainer_state.json")  # written last
@@ -218,7 +212,7 @@ def _clear(work_dir: Path, *, corpora: bool = True) -> None:
 def _write_folder(
     checkpoint: Checkpoint,
     out_dir: Path,
-    record: dict[str, Any],
+    record: Record,
     trained: Trained | None,
     price: Callable[[Checkpoint], dict[str, Any] | None] | None = None,
 ) -> None:
@@ -259,7 +253,7 @@ def _write_folder(
             settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         del model
         if price:
-            record = record | {"price": price(load_checkpoint(str(partial)))}
+            record = replace(record, price=price(load_checkpoint(str(partial))))
         _write_record(partial, record, trained.losses if trained else [])
 
 
@@ -274,15 +268,14 @@ def _check_adapter_only(train: str, method: str, before: RopeScaling) -> None:
         )
 
 
-def _write_adapter(adapter_dir: Path, out_dir: Path, record: dict[str, Any], losses: list[float]) -> None:
+def _write_adapter(adapter_dir: Path, out_dir: Path, record: Record, losses: list[float]) -> None:
     """Write an adapter as peft does, with the record, which states the scaling it was trained with."""
     with replace_when_complete(out_dir) as partial:
         shutil.copytree(adapter_dir, partial)
         _write_record(partial, record, losses)
 
 
-def _write_record(folder: Path, record: dict[str, Any], losses: list[float]) -> None:
+def _write_record(folder: Path, record: Record, losses: list[float]) -> None:
     if losses:
         (folder / LOSSES_FILE).write_text(json.dumps(losses) + "\n")
-    versions = {"pi_gguf": package_version(), "libraries": library_versions()}
-    (folder / PROVENANCE_FILE).write_text(json.dumps(record | versions, indent=1) + "\n")
+    replace(record, pi_gguf=package_version(), libraries=library_versions()).write(folder / RECORD_FILE)

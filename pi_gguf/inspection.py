@@ -147,7 +147,7 @@ def _inspect_folder(model: str) -> Inspection:
         tensors=dict(Counter(t.dtype for t in tensors.values())),
         nbytes=sum(t.nbytes for t in tensors.values()),
         llama_cpp={},
-        general=checkpoint.provenance,
+        general=record.to_json() if (record := checkpoint.record) else {},
         warnings=check_consistent(rope, str(checkpoint.path)),
         findings=[],
     )

@@ -202,8 +202,8 @@ def _texts(given: Sequence[str], split: str, option: str) -> Iterator[Sequence[s
 
 
 def _validations(folder: str) -> list[dict[str, Any]]:
-    found = load_checkpoint(folder).provenance.get("validations")
-    return found if isinstance(found, list) else []
+    record = load_checkpoint(folder).record
+    return (record.validations if record else None) or []
 
 
 def _divergences(models: Sequence[str], device: str, seed: int) -> list[DivergenceReport]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from pi_gguf.hf_model import HfModel, HfTokens, tokenize_with
 from pi_gguf.planning import free_memory
 from pi_gguf.processes import agree
 from pi_gguf.progress import say
+from pi_gguf.provenance import sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +99,11 @@ class Validation:
             if early_stop:
                 raise OptionError(f"early-stop: no passkeys, {error}", "leave --early-stop out") from error
             say(f"validation without passkeys: {error}")
+
+    @property
+    def text(self) -> tuple[str, str]:
+        """Name of the text without its folder, and hash of what is read of it."""
+        return Path(self._yardstick.name).name, sha256([self._yardstick.text])
 
     def is_due(self, step: int) -> bool:
         """Tell whether to measure after a step, counted from 1."""

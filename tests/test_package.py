@@ -49,6 +49,7 @@ LAYERS = [
     {"templates"},
     {"methods"},
     {"configs", "agreement"},
+    {"record"},
     {"tensors"},
     {"checkpoint"},
     {"merging"},
