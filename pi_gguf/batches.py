@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-PACKINGS = ("isolate", "join")
-"""A row's documents do not see each other; or a row is one sequence."""
-
 MASKED_TOKENS = 8192
 """Rows of isolated documents are no longer than this: their mask has T x T elements, 64 MiB here and 1 GiB at 32768,
 and keeps flash attention from being used. In a longer window a row is one document, which needs no mask."""

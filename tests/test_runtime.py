@@ -7,6 +7,7 @@ import pytest
 from conftest import make_llama
 
 import pi_gguf
+from pi_gguf import ggml
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.ggml import compute, quantizations
 from pi_gguf.gguf_file import read_gguf
@@ -175,3 +176,11 @@ def test_llama_cpp_is_not_left_while_it_computes():
         compute(lambda: time.sleep(0.6) or ended.append(True), interrupted=lambda: ended.append(False))
     signal.signal(signal.SIGINT, before)
     assert ended == [False, True]
+
+
+def test_what_a_card_says_before_llama_cpp_ends_is_printed(capfd):
+    ggml.llama_cpp_library()
+    collect = ggml._callbacks[-1]
+    collect(4, b"CUDA error: invalid argument\n", None)
+    collect(4, b"another error\n", None)
+    assert capfd.readouterr().err == "CUDA error: invalid argument\n" and ggml.log[-1] == "another error\n"

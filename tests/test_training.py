@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from children import Command
 from conftest import WINDOW, make_llama
 from safetensors.torch import load_file, save_file
 from test_families import SHAPES, make_model
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import pi_gguf
@@ -37,7 +39,7 @@ from pi_gguf.planning import (
 from pi_gguf.processes import check_spread
 from pi_gguf.tensors import open_files
 from pi_gguf.tiles import tiled_mlps
-from pi_gguf.training import check_reports
+from pi_gguf.training import _as_known, check_reports
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
 KEPT, RECOMPUTED, TILED, OFFLOADED = _ACTIVATIONS
@@ -409,6 +411,31 @@ def test_the_memory_of_a_known_model(tmp_path):
     for way, base in frozen.items():
         trained = n if way == "full" else adapters + whole
         assert _weights(checkpoint, way, 16, "cpu") == (trained, pytest.approx(base)), way
+
+
+def test_with_adapters_layers_hand_on_the_bits_of_the_base(llama):
+    checkpoint = load_checkpoint(str(llama))
+    for dtype in (torch.bfloat16, torch.float32):
+        model = add_adapters(checkpoint, checkpoint.load_model(dtype=dtype), 4, 8)
+        seen = []
+        for layer in model.get_base_model().model.layers:
+            layer.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].dtype))
+        model(torch.arange(2, 12)[None])
+        assert seen == [dtype] * 2
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_recomputation_goes_by_the_name_that_transformers_knows():
+    @dataclass
+    class Older:
+        gradient_checkpointing: bool = False
+        seed: int = 0
+
+    assert _as_known({"activation_checkpointing": True, "seed": 3}, Older) == {
+        "gradient_checkpointing": True,
+        "seed": 3,
+    }
+    assert "activation_checkpointing" in _as_known({"activation_checkpointing": True}, TrainingArguments)
 
 
 # A long run
