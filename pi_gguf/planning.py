@@ -20,6 +20,7 @@ from pi_gguf.files import human_bytes
 from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
 from pi_gguf.losses import loss_is_chunked
 from pi_gguf.options import TuneKeywords, TuneOptions, flat, take
+from pi_gguf.rope import RopeScaling
 from pi_gguf.tiles import TILE
 
 BITS_PER_WEIGHT = {
@@ -217,95 +218,152 @@ def plan_training(checkpoint: Checkpoint, tune: TuneOptions, *, device: str, rea
     Raises:
         OptionError: a value that cannot work.
     """
-    steps, mix, train, train_window, factor_warmup = (
-        tune.steps, tune.mix, tune.train, tune.train_window, tune.factor_warmup
-    )  # fmt: skip
-    learning_rate, batch_tokens, lora_rank = tune.learning_rate, tune.batch_tokens, tune.lora_rank
-    rope = checkpoint.rope
-    context, original = rope.max_position_embeddings, rope.original_max_position_embeddings
-    if steps < 1:
-        raise OptionError(f"steps must be at least 1 to train, got {steps}")
-    lora_alpha = 2 * tune.lora_rank if tune.lora_alpha is None else tune.lora_alpha
-    check_way(train, device, lora_rank, lora_alpha)
-    train_reason = "as given by --train"
+    if tune.steps < 1:
+        raise OptionError(f"steps must be at least 1 to train, got {tune.steps}")
+    way = _choose_way(checkpoint, tune, device)
+    lengths = _choose_lengths(checkpoint, tune, way, device)
+    _check_lengths(lengths, checkpoint.rope, tune)
+    training = _divided(checkpoint, tune, way, lengths, readers)
+    if training.full_micro_batches or not lengths.mix:
+        return training
+    if tune.mix is None:  # a few steps, too few for one
+        sequences, reason = _described(lengths, mixed=False)
+        return replace(training, mix=0.0, full_window=0, full_micro_batch=0, sequences=sequences, reason=reason)
+    raise OptionError(
+        f"mix {lengths.mix:g} of the run's {training.tokens:,} tokens is not one micro-batch of "
+        f"{training.full_window} tokens",
+        "give more --steps or a larger --mix, or leave it out",
+    )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What is trained, why, and the rank and alpha of adapters, 0 without."""
+
+    train: str
+    reason: str
+    rank: int
+    alpha: int
+
+
+def _choose_way(checkpoint: Checkpoint, tune: TuneOptions, device: str) -> _Way:
+    """Choose what is trained: as given, or with `auto` what fits the free memory."""
+    rank, alpha = tune.lora_rank, 2 * tune.lora_rank if tune.lora_alpha is None else tune.lora_alpha
+    check_way(tune.train, device, rank, alpha)
+    train, reason = tune.train, "as given by --train"
     if train == "auto":
-        longest = max(context if mix else 0, *(window for window, _ in parse_windows(train_window or original, steps)))
-        tokens = max(longest, min(_MICRO_BATCH_TOKENS, batch_tokens or _MICRO_BATCH_TOKENS))
-        train, train_reason = _way_that_fits(checkpoint, tokens, lora_rank, device)
-    reason, by_default = "as given by --train-window", False
-    if train_window is None:
-        whole = _memory(checkpoint, context, activations=_least(device), train=train, rank=lora_rank, device=device)
-        train_window = original
-        if mix:
-            reason = f"the shorter sequences of --mix stay at the original {original} tokens"
-        elif device != "cuda":
-            reason = f"without a GPU sequences stay at the original {original} tokens"
-        elif whole < 0.8 * free_memory(device):
-            reason = "sequences of the whole new window fit the GPU"
-            if mix is None and not factor_warmup and context > original:
-                mix, by_default = DEFAULT_MIX, True
-        else:
-            reason = f"{human_bytes(whole)} for whole windows do not fit the GPU"
-    mix = mix or 0.0
-    windows = parse_windows(train_window, steps)
-    for window, _ in windows:
-        if not 2 <= window <= context:
-            raise OptionError(f"train-window must be from 2 to the context of {context}, got {window}")
-    if not 0 <= factor_warmup <= steps:
-        raise OptionError(f"factor-warmup must be from 0 to the {steps} steps, got {factor_warmup}")
+        rope = checkpoint.rope
+        windows = parse_windows(tune.train_window or rope.original_max_position_embeddings, tune.steps)
+        longest = max(rope.max_position_embeddings if tune.mix else 0, *(window for window, _ in windows))
+        tokens = max(longest, min(_MICRO_BATCH_TOKENS, tune.batch_tokens or _MICRO_BATCH_TOKENS))
+        train, reason = _way_that_fits(checkpoint, tokens, rank, device)
+    return _Way(train, reason, 0, 0) if train == "full" else _Way(train, reason, rank, alpha)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """How long training sequences are.
+
+    Args:
+        windows: pairs of tokens and steps, one after the other.
+        mix: share of the tokens in sequences of the whole new window among them.
+        context: the whole new window, in tokens.
+        reason: why these.
+    """
+
+    windows: list[tuple[int, int]]
+    mix: float
+    context: int
+    reason: str
+
+    @property
+    def longest(self) -> int:
+        return max(self.context if self.mix else 0, *(window for window, _ in self.windows))
+
+
+def _choose_lengths(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, device: str) -> _Lengths:
+    """Choose the lengths: as given, or what the memory of a GPU allows; elsewhere the original window."""
+    context, original = checkpoint.rope.max_position_embeddings, checkpoint.rope.original_max_position_embeddings
+    mix = tune.mix
+    if tune.train_window is not None:
+        return _Lengths(parse_windows(tune.train_window, tune.steps), mix or 0.0, context, "as given by --train-window")
+    whole = _memory(
+        checkpoint, context, activations=_least(device), train=way.train, rank=tune.lora_rank, device=device
+    )
+    if mix:
+        reason = f"the shorter sequences of --mix stay at the original {original} tokens"
+    elif device != "cuda":
+        reason = f"without a GPU sequences stay at the original {original} tokens"
+    elif whole < 0.8 * free_memory(device):
+        reason = "sequences of the whole new window fit the GPU"
+        if mix is None and not tune.factor_warmup and context > original:
+            mix = DEFAULT_MIX
+    else:
+        reason = f"{human_bytes(whole)} for whole windows do not fit the GPU"
+    return _Lengths(parse_windows(original, tune.steps), mix or 0.0, context, reason)
+
+
+def _check_lengths(lengths: _Lengths, rope: RopeScaling, tune: TuneOptions) -> None:
+    """Check that the lengths go with the window, and with a factor that grows."""
+    original, factor_warmup = rope.original_max_position_embeddings, tune.factor_warmup
+    for window, _ in lengths.windows:
+        if not 2 <= window <= lengths.context:
+            raise OptionError(f"train-window must be from 2 to the context of {lengths.context}, got {window}")
+    if not 0 <= factor_warmup <= tune.steps:
+        raise OptionError(f"factor-warmup must be from 0 to the {tune.steps} steps, got {factor_warmup}")
     if factor_warmup and rope.rope_type != "linear":
         raise OptionError("factor-warmup is for method linear: the others have no factor that grows", "leave it out")
     begun = 0
-    for window, count in windows:
+    for window, count in lengths.windows:
         if begun < factor_warmup and window > original:
             raise OptionError(
                 f"factor-warmup needs sequences that fit the original window of {original} tokens, got {window}",
                 f"begin with --train-window {original}x{factor_warmup}, or leave --factor-warmup out",
             )
         begun += count
-    if mix:
-        _check_mix(windows, context, factor_warmup)
-    sequences = "PoSE" if any(window < context for window, _ in windows) else "full length"
-    if sequences == "PoSE":
-        reason += f"; positions skip so that distances up to {context} are seen"
-    recipe = default_recipe(checkpoint.n_parameters(), train)
-    batch_tokens = batch_tokens or recipe.batch_tokens
-    longest = max(context if mix else 0, *(window for window, _ in windows))
-    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, longest))
+    if lengths.mix:
+        _check_mix(lengths.windows, lengths.context, factor_warmup)
+
+
+def _divided(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Lengths, readers: int) -> TrainingPlan:
+    """Divide each step's tokens into micro-batches; the rates are as given or by the model's size."""
+    recipe = default_recipe(checkpoint.n_parameters(), way.train)
+    batch_tokens, context = tune.batch_tokens or recipe.batch_tokens, lengths.context
+    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, lengths.longest))
     accumulation = -(-accumulation // readers) * readers
-    stages = [Stage(window, count, max(1, batch_tokens // accumulation // window)) for window, count in windows]
-    full_micro_batch = max(1, batch_tokens // accumulation // context) if mix else 0
-    pose_reason = reason
-    if mix:
-        sequences += " and full length"
-        reason += f"; {mix:.1%} of the tokens in sequences of {context}"
+    tokens = batch_tokens // accumulation
+    sequences, reason = _described(lengths, mixed=lengths.mix > 0)
     training = TrainingPlan(
-        steps=steps,
-        stages=stages,
+        steps=tune.steps,
+        stages=[Stage(window, count, max(1, tokens // window)) for window, count in lengths.windows],
         sequences=sequences,
         reason=reason,
         accumulation=accumulation,
-        learning_rate=learning_rate or recipe.learning_rate,
-        warmup_steps=min(20, steps),
+        learning_rate=tune.learning_rate or recipe.learning_rate,
+        warmup_steps=min(20, tune.steps),
         schedule=tune.schedule,
-        factor_warmup_steps=factor_warmup,
-        mix=mix,
-        full_window=context if mix else 0,
-        full_micro_batch=full_micro_batch,
-        train=train,
-        train_reason=train_reason,
-        lora_rank=0 if train == "full" else lora_rank,
-        lora_alpha=0 if train == "full" else lora_alpha,
+        factor_warmup_steps=tune.factor_warmup,
+        mix=lengths.mix,
+        full_window=context if lengths.mix else 0,
+        full_micro_batch=max(1, tokens // context) if lengths.mix else 0,
+        train=way.train,
+        train_reason=way.reason,
+        lora_rank=way.rank,
+        lora_alpha=way.alpha,
     )
-    training = replace(training, full_micro_batches=sum(training.full_length))
-    if by_default and not training.full_micro_batches:  # a few steps, too few for one
-        return replace(training, mix=0.0, full_window=0, full_micro_batch=0, sequences="PoSE", reason=pose_reason)
-    if mix and not training.full_micro_batches:
-        raise OptionError(
-            f"mix {mix:g} of the run's {training.tokens:,} tokens is not one micro-batch of {context} tokens",
-            "give more --steps or a larger --mix, or leave it out",
-        )
-    return training
+    return replace(training, full_micro_batches=sum(training.full_length))
+
+
+def _described(lengths: _Lengths, *, mixed: bool) -> tuple[str, str]:
+    """Return what a plan has as `sequences` and `reason`."""
+    sequences, reason = "full length", lengths.reason
+    if any(window < lengths.context for window, _ in lengths.windows):
+        sequences = "PoSE"
+        reason += f"; positions skip so that distances up to {lengths.context} are seen"
+    if mixed:
+        sequences += " and full length"
+        reason += f"; {lengths.mix:.1%} of the tokens in sequences of {lengths.context}"
+    return sequences, reason
 
 
 def _check_mix(windows: list[tuple[int, int]], context: int, factor_warmup: int) -> None:
