@@ -28,6 +28,7 @@ from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
 from pi_gguf.files import is_file
 from pi_gguf.methods import find_method
+from pi_gguf.private import replace_backend, tied_weights
 from pi_gguf.record import RECORD_FILE, Record
 from pi_gguf.rope import FACTOR_TENSORS, RopeScaling, divisors_scaling
 from pi_gguf.tensors import (
@@ -251,8 +252,9 @@ class Checkpoint:
     @property
     def _tied_keys(self) -> dict[str, str]:
         saved = self._wanted.renamed
-        tied = self.skeleton._tied_weights_keys or {}
-        return {saved.get(head, head): saved.get(origin, origin) for head, origin in tied.items()}
+        return {
+            saved.get(head, head): saved.get(origin, origin) for head, origin in tied_weights(self.skeleton).items()
+        }
 
     @property
     def untied_heads(self) -> list[str]:
@@ -634,7 +636,7 @@ def _without_tokens(tokenizer: Any, ids: set[int]) -> PreTrainedTokenizerBase:
     parsed["added_tokens"] = [token for token in parsed["added_tokens"] if token["id"] not in ids]
     if tokenizer.pad_token_id in ids:
         tokenizer.pad_token = None
-    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(parsed))
+    replace_backend(tokenizer, type(tokenizer.backend_tokenizer).from_str(json.dumps(parsed)))
     opened: PreTrainedTokenizerBase = tokenizer
     return opened
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf_file import tensor_types
+from pi_gguf.private import ggml_library
 from pi_gguf.progress import progress_bar, say
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def open_llama(path: str | Path, *, fast_buffers: bool, watch: ProductWatch | No
 
     Args:
         fast_buffers: whether weights are held in the forms that are fast on this CPU; `Llama` has no argument for it.
-        watch: sees what the weights are multiplied with.
+        watch: sees what the weights are multiplied with; nor for this.
         options: as `Llama` has them.
     """
 
@@ -118,6 +119,16 @@ def open_llama(path: str | Path, *, fast_buffers: bool, watch: ProductWatch | No
             self._model_params = params
 
         @property
+        def context_params(self) -> Any:
+            return self._context_params
+
+        @context_params.setter
+        def context_params(self, params: Any) -> None:
+            if watch:
+                params.cb_eval = watch.callback
+            self._context_params = params
+
+        @property
         def metadata(self) -> dict[str, str]:
             return self._metadata
 
@@ -125,12 +136,7 @@ def open_llama(path: str | Path, *, fast_buffers: bool, watch: ProductWatch | No
         def metadata(self, metadata: dict[str, str]) -> None:
             self._metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.chat_template")}
 
-    llama: Any = Llama(NativePath(path), **options)
-    if watch:  # another context in place of the first one, as `Llama` has no argument for it
-        llama.context_params.cb_eval = watch.callback
-        llama._ctx.close()
-        llama._ctx = type(llama._ctx)(model=llama._model, params=llama.context_params, verbose=False)
-    return llama
+    return Llama(NativePath(path), **options)
 
 
 def last_error() -> str:
@@ -294,10 +300,7 @@ def _importance_list(importance: Mapping[str, np.ndarray]) -> Any:
 def _ggml() -> Any:
     """Open the library of ggml's quantizers; its functions release Python's lock."""
     llama_cpp_library()
-    from llama_cpp._ctypes_extensions import load_shared_library
-    from llama_cpp._ggml import libggml_base_path
-
-    library = load_shared_library("ggml-base", libggml_base_path)
+    library = ggml_library()
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t

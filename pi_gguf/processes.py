@@ -20,6 +20,7 @@ from typing import Any
 
 from pi_gguf.errors import OptionError
 from pi_gguf.options import SpreadOptions
+from pi_gguf.private import shared_state
 from pi_gguf.progress import process_count, process_rank
 
 _PATIENCE = timedelta(hours=12)
@@ -168,10 +169,9 @@ def _part() -> None:
 
 def shard_on_cpu() -> None:
     """Let accelerate shard on CPUs, which torch can: it offers FSDP for what it knows as accelerators only."""
-    from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    state = PartialState._shared_state
+    state = shared_state()
     if state.get("distributed_type") == DistributedType.MULTI_CPU:
         state["distributed_type"] = DistributedType.MULTI_GPU
 

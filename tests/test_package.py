@@ -30,6 +30,7 @@ LAYERS = [
         "scoring",
         "tables",
         "tiles",
+        "private",
         "provenance",
         "results",
     },
@@ -105,7 +106,7 @@ def test_every_module_has_its_layer_and_imports_go_downward():
     ("library", "doors"),
     [
         ("click", {"cli"}),
-        ("llama_cpp", {"ggml"}),
+        ("llama_cpp", {"ggml", "private"}),
         ("gguf", {"gguf_file"}),
         ("transformers", {"adapters", "checkpoint", "configs", "hf_model", "lora", "training", "vocabulary"}),
         ("peft", {"lora"}),

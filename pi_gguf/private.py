@@ -1,0 +1,45 @@
+"""What other libraries keep to themselves and we need: every such name stands here, with why there is no public one.
+
+In: their objects. Out: what is in them, or the objects changed. A library that renames one of these breaks this file
+alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Return the names of a transformers model's heads with those of the weights they may be tied to.
+
+    The public `all_tied_weights_keys` is empty where the config does not tie them, and the names are wanted then, too.
+    """
+    keys: dict[str, str] = model._tied_weights_keys or {}
+    return keys
+
+
+def replace_backend(tokenizer: Any, backend: Any) -> None:
+    """Give a tokenizer of transformers another tokenizer of `tokenizers`.
+
+    `backend_tokenizer` cannot be set, and one made anew with `tokenizer_object` would lose its class and settings.
+    """
+    tokenizer._tokenizer = backend
+
+
+def shared_state() -> dict[str, Any]:
+    """Return what accelerate's `PartialState` knows, to be changed: its attributes are made from it and cannot be set
+    for the states that come later."""
+    from accelerate import PartialState
+
+    state: dict[str, Any] = PartialState._shared_state
+    return state
+
+
+def ggml_library() -> ctypes.CDLL:
+    """Open the library of ggml's quantizers: llama-cpp-python says publicly neither where it is nor how to open it."""
+    from llama_cpp._ctypes_extensions import load_shared_library
+    from llama_cpp._ggml import libggml_base_path
+
+    library: ctypes.CDLL = load_shared_library("ggml-base", libggml_base_path)
+    return library
