@@ -318,9 +318,8 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     }  # fmt: skip
     module.fit_activations = lambda *_, **__: (way, predicted)
     batches = [[[row.astype(np.int32)]] for row in job["rows"]]
-    module.run_training(
-        checkpoint, training, batches, Path(job["work_dir"]), 0, device, [], Spread(), clock
-    )  # fmt: skip
+    run = module.Run(checkpoint, training, batches, Path(job["work_dir"]), 0, device, [], Spread(), clock)
+    module.run_training(run)
 
 
 def peer_model(job: dict[str, Any], device: str, *, prepare: bool) -> Any:

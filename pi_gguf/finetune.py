@@ -19,17 +19,18 @@ from pi_gguf.batches import training_batches
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint, public_source
 from pi_gguf.configs import read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
+from pi_gguf.data import Row
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
 from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, writes
 from pi_gguf.options import ExtendKeywords, SpreadOptions, TuneOptions, flat, take
-from pi_gguf.planning import plan_training, training_disk_bytes
+from pi_gguf.planning import TrainingPlan, plan_training, training_disk_bytes
 from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
 from pi_gguf.progress import process_count, say
 from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.record import RECORD_FILE, Record
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts
-from pi_gguf.training import Trained, check_reports, run_training
+from pi_gguf.training import Run, Trained, check_reports, run_training
 from pi_gguf.validation import Validation
 
 LOSSES_FILE = "losses.json"
@@ -91,28 +92,12 @@ def extend_checkpoint(
     """Fine-tune an extended checkpoint as `extend` does, and return the folder written."""
     from pi_gguf.hf_model import torch_device
 
-    out_dir, rope = Path(out_dir), checkpoint.rope
-    context = rope.max_position_embeddings
-    device = torch_device(device)
+    out_dir, device = Path(out_dir), torch_device(device)
     reports = check_reports(tune.report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
-    record = Record(
-        source=public_source(checkpoint.source),
-        weights_sha256=checkpoint.fingerprint(),
-        method=tune.method,
-        rope_type=rope.rope_type,
-        factor=rope.factor,
-        original_window=rope.original_max_position_embeddings,
-        context=context,
-        steps=tune.steps,
-        seed=tune.seed,
-    )
-    if not tune.steps and process_count() > 1:
-        raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
+    record = _record_of_scaling(checkpoint, tune)
     if not tune.steps:
-        check_writable(out_dir, overwrite, folder=True)
-        _write_folder(checkpoint, out_dir, record, None)
-        return out_dir
+        return _write_untrained(checkpoint, out_dir, record, overwrite)
     validation = Validation(checkpoint, every=tune.eval_steps, early_stop=tune.early_stop, text=tune.eval_text)
     spread = check_spread(device, tune.train, spread_options or SpreadOptions())
     training = plan_training(checkpoint, tune, device=device, readers=spread.readers)
@@ -139,21 +124,15 @@ def extend_checkpoint(
             check_writable(out_dir, overwrite, folder=True)
             check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
             _begin_or_resume(work_dir, replace(record, sharded=spread.fsdp), overwrite)
-        try:
-            corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir, training.tokens)
-            batches = training_batches(
-                checkpoint, training, corpus, tune.seed, packing=packing, longest_first=tune.longest_first
-            )
-        except PiGgufError:
-            if is_first_process() and not any(work_dir.glob("checkpoint-*")):
-                _clear(work_dir)
-            raise
+        batches = _batches(checkpoint, training, texts, tune, packing, work_dir)
+    rope = checkpoint.rope
     say(
-        f"fine-tune {checkpoint.source}: window {rope.original_max_position_embeddings} -> {context} by method "
-        f"{tune.method}, {tune.steps} steps, {training.tokens / 1e6:.1f} M tokens, {training.sequences} on sequences "
-        f"of {', '.join(map(str, training.steps_by_window()))} tokens ({training.reason})"
+        f"fine-tune {checkpoint.source}: window {rope.original_max_position_embeddings} -> "
+        f"{rope.max_position_embeddings} by method {tune.method}, {tune.steps} steps, {training.tokens / 1e6:.1f} M "
+        f"tokens, {training.sequences} on sequences of {', '.join(map(str, training.steps_by_window()))} tokens "
+        f"({training.reason})"
     )
-    trained = run_training(checkpoint, training, batches, work_dir, tune.seed, device, reports, spread, validation)
+    trained = run_training(Run(checkpoint, training, batches, work_dir, tune.seed, device, reports, spread, validation))
     if is_first_process():
         record = replace(record, validations=trained.validations, **trained.measured)
         if adapter_only:
@@ -164,6 +143,46 @@ def extend_checkpoint(
         _clear(work_dir)
     wait_for_everyone(device)
     return out_dir
+
+
+def _record_of_scaling(checkpoint: Checkpoint, tune: TuneOptions) -> Record:
+    """Return what is recorded of any fine-tune, one without a step too."""
+    rope = checkpoint.rope
+    return Record(
+        source=public_source(checkpoint.source),
+        weights_sha256=checkpoint.fingerprint(),
+        method=tune.method,
+        rope_type=rope.rope_type,
+        factor=rope.factor,
+        original_window=rope.original_max_position_embeddings,
+        context=rope.max_position_embeddings,
+        steps=tune.steps,
+        seed=tune.seed,
+    )
+
+
+def _write_untrained(checkpoint: Checkpoint, out_dir: Path, record: Record, overwrite: bool) -> Path:
+    """Write a folder with the scaling alone, and return it."""
+    if process_count() > 1:
+        raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
+    check_writable(out_dir, overwrite, folder=True)
+    _write_folder(checkpoint, out_dir, record, None)
+    return out_dir
+
+
+def _batches(
+    checkpoint: Checkpoint, training: TrainingPlan, texts: Texts | None, tune: TuneOptions, packing: str, work_dir: Path
+) -> list[list[Row]]:
+    """Tokenize and pack what the run reads; where that fails, a folder in which nothing is trained yet is emptied."""
+    try:
+        corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir, training.tokens)
+        return training_batches(
+            checkpoint, training, corpus, tune.seed, packing=packing, longest_first=tune.longest_first
+        )
+    except PiGgufError:
+        if is_first_process() and not any(work_dir.glob("checkpoint-*")):
+            _clear(work_dir)
+        raise
 
 
 def _texts(checkpoint: Checkpoint, data: Sequence[str]) -> Texts | None:

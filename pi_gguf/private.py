@@ -27,6 +27,14 @@ def replace_backend(tokenizer: Any, backend: Any) -> None:
     tokenizer._tokenizer = backend
 
 
+def use_one_device(arguments: Any) -> None:
+    """Let transformers' Trainer use one GPU at most in a process: it would split every batch over all there are.
+
+    `n_gpu` is the number of those there are, and cannot be set.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
+
 def shared_state() -> dict[str, Any]:
     """Return what accelerate's `PartialState` knows, to be changed: its attributes are made from it and cannot be set
     for the states that come later."""

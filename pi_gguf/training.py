@@ -7,7 +7,6 @@ its folder, from which the next one goes on.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import warnings
@@ -22,11 +21,12 @@ from pi_gguf.batches import BatchDataset
 from pi_gguf.checkpoint import Checkpoint
 from pi_gguf.data import Row
 from pi_gguf.endings import handled_signals
-from pi_gguf.errors import Interrupted, OptionError, PiGgufError, ResourceError
+from pi_gguf.errors import Interrupted, OptionError, ResourceError
 from pi_gguf.files import human_bytes
 from pi_gguf.lora import add_adapters, save_adapter
 from pi_gguf.losses import chunked_loss
-from pi_gguf.planning import TrainingPlan, fast_bf16, fit_activations, free_memory
+from pi_gguf.planning import Activations, TrainingPlan, fast_bf16, fit_activations, free_memory
+from pi_gguf.private import use_one_device
 from pi_gguf.processes import Spread, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.progress import progress_bar, say
 from pi_gguf.provenance import peak_memory
@@ -56,94 +56,104 @@ class Trained:
     measured: dict[str, Any]
 
 
-def run_training(
-    checkpoint: Checkpoint,
-    training: TrainingPlan,
-    batches: list[list[Row]],
-    work_dir: Path,
-    seed: int,
-    device: str,
-    reports: list[str],
-    spread: Spread,
-    validation: Validation,
-) -> Trained:
-    """Run transformers' Trainer, from its last checkpoint where there is one.
+@dataclass(frozen=True)
+class Run:
+    """A fine-tune with all that is decided about it.
 
     Args:
         checkpoint: extended to the new window.
+        training: how it is run.
+        batches: its micro-batches, in order.
+        work_dir: where its checkpoints lie; it goes on from the last one.
+        seed: of the skips, and of adapters.
+        device: cpu or cuda.
         reports: where the losses are shown, by transformers' names.
-        spread: over which processes; every one of them calls this.
+        spread: over which processes.
         validation: what is measured on the way, and whether that may end the run.
+    """
+
+    checkpoint: Checkpoint
+    training: TrainingPlan
+    batches: list[list[Row]]
+    work_dir: Path
+    seed: int
+    device: str
+    reports: list[str]
+    spread: Spread
+    validation: Validation
+
+
+def run_training(run: Run) -> Trained:
+    """Run transformers' Trainer, from its last checkpoint where there is one; every process calls this.
 
     Raises:
         PiGgufError: a loss or gradient is not a number.
         ResourceError: it would not fit in memory.
     """
-    import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
+    from pi_gguf.callbacks import Progress
 
+    training, spread, device = run.training, run.spread, run.device
+    activations, need = _affordable_activations(run)
+    arguments = _arguments(run, activations)
+    if spread.fsdp and device == "cpu":
+        shard_on_cpu()
+    # After the arguments, which take this process's GPU.
+    model = _open_model(run.checkpoint, training, run.seed, "cpu" if spread.fsdp or spread.deepspeed else device)
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    stop = _StopOnInterrupt(spread.processes)
+    with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
+        trainer = _trainer(run, model, arguments)
+        progress = Progress(
+            trainer, advance, run.validation, device=device, accumulation=training.accumulation,
+            stop_asked=lambda: stop.asked,
+        )  # fmt: skip
+        trainer.add_callback(progress)
+        result = _train(trainer, run, activations)
+    if stop.asked and trainer.state.global_step < training.steps and not progress.reached:
+        say(f"stopped at step {trainer.state.global_step}; the same command goes on from {run.work_dir}")
+        raise Interrupted(stop.number)
+    measured = {
+        "loss": round(progress.loss or result.training_loss, 4),
+        "steps_done": trainer.state.global_step,
+        "seconds": round(result.metrics["train_runtime"], 1),
+        "device": device,
+        "peak_memory_bytes": peak_memory(device),
+        "predicted_memory_bytes": need,
+    }
+    return _trained(run, trainer, measured)
+
+
+def _affordable_activations(run: Run) -> tuple[Activations, int]:
+    """Return what becomes of the activations, and the memory that one process needs then, in bytes.
+
+    Raises:
+        ResourceError: more than is free.
+    """
+    training, spread, device = run.training, run.spread, run.device
     free = free_memory(device) // (spread.processes if device == "cpu" else 1)
     activations, need = fit_activations(
-        checkpoint, training, device, shards=spread.processes if spread.fsdp or spread.deepspeed else 1
+        run.checkpoint, training, device, shards=spread.processes if spread.fsdp or spread.deepspeed else 1
     )
     if need > free:
         raise ResourceError(
-            f"{checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",
+            f"{run.checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",
             "a smaller --train-window or --batch-tokens helps only with activations; weights take 16 bytes a trained "
             "parameter" + (", and fewer are trained by --train lora" if training.train == "full" else ""),
         )
+    return activations, need
 
-    class PaperTrainer(Trainer):  # type: ignore[misc]
-        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-            if self.lr_scheduler is None:  # type: ignore[has-type]
-                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                    optimizer or self.optimizer, lambda step: rate_share(step, training)
-                )
-            return self.lr_scheduler
 
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)  # they come in their order already
+def _arguments(run: Run, activations: Activations) -> Any:
+    """Return the arguments of transformers' Trainer: the paper's optimizer, and how the run is spread and saved."""
+    from transformers import TrainingArguments
 
-    stop = _StopOnInterrupt(spread.processes)
-
-    class Progress(TrainerCallback):  # type: ignore[misc]
-        def __init__(self, advance: Any) -> None:
-            self.advance, self.loss, self.done, self.reached = advance, None, 0, False
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.done = state.global_step
-            self.advance(state.global_step, earlier=True)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.advance(state.global_step - self.done, text=f"loss {self.loss:.3f}" if self.loss else None)
-            self.done = state.global_step
-            if validation.is_due(state.global_step):
-                found = validation.measure(trainer.accelerator.unwrap_model(trainer.model_wrapped), device)
-                trainer.log(found)
-                control.should_log = True  # the step's loss still is to be; what was just logged took that back
-                if validation.is_reached(found):
-                    say(f"early stop at step {state.global_step}: k_max has reached the window")
-                    self.reached = control.should_training_stop = True
-            if stop.asked:
-                control.should_save = control.should_training_stop = True
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            self.loss = (logs or {}).get("loss", self.loss)
-            for what, value in {"loss": self.loss, "gradient": (logs or {}).get("grad_norm")}.items():
-                if value is not None and not math.isfinite(value):
-                    last = training.accumulation * state.global_step
-                    raise PiGgufError(
-                        f"the {what} of step {state.global_step}, micro-batches {last - training.accumulation + 1} to "
-                        f"{last} of the run, is not a number",
-                        "lower --learning-rate; if it is step 1, the checkpoint is damaged",
-                    )
-
+    training, spread, device = run.training, run.spread, run.device
     arguments = TrainingArguments(
-        output_dir=str(work_dir),
+        output_dir=str(run.work_dir),
         max_steps=training.steps,
         per_device_train_batch_size=1,  # an item is a micro-batch
         gradient_accumulation_steps=training.accumulation // spread.readers,
+        train_sampling_strategy="sequential",  # they come in their order already
         learning_rate=training.learning_rate,
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -156,44 +166,52 @@ def run_training(
         save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to=reports,
+        report_to=run.reports,
         disable_tqdm=True,
         use_cpu=device == "cpu",
-        seed=seed,
+        seed=run.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda",
         **_as_known(spread.arguments(activations.recompute, activations.offload), TrainingArguments),
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one device; Trainer would split every batch over all there are
-    if spread.fsdp and device == "cpu":
-        shard_on_cpu()
-    # After the arguments, which take this process's GPU.
-    model = _open_model(checkpoint, training, seed, "cpu" if spread.fsdp or spread.deepspeed else device)
-    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
-        progress = Progress(advance)
-        with _tensorboard_dir(work_dir.with_suffix(".runs")):
-            trainer = PaperTrainer(
-                model=model,
-                args=arguments,
-                train_dataset=BatchDataset(batches, checkpoint, training, seed),
-                data_collator=itemgetter(0),
-            )
-        trainer.remove_callback(_printer())
-        trainer.add_callback(progress)
-        last = get_last_checkpoint(str(work_dir))
-        if last:
-            say(f"resume from {last}")
-        if spread.fsdp:
-            set_precision(trainer.accelerator, arguments.bf16)
-        tiles = tiled_mlps(model, TILE) if activations.tiled else nullcontext()
-        with chunked_loss(model), tiles, warnings.catch_warnings():
-            # The head hands a view through, and nothing is done to it in place.
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-            result = trainer.train(resume_from_checkpoint=last)
-    if stop.asked and trainer.state.global_step < training.steps and not progress.reached:
-        say(f"stopped at step {trainer.state.global_step}; the same command goes on from {work_dir}")
-        raise Interrupted(stop.number)
+    use_one_device(arguments)
+    return arguments
+
+
+def _trainer(run: Run, model: Any, arguments: Any) -> Any:
+    """Return a Trainer over the run's batches that prints nothing of its own."""
+    from pi_gguf.callbacks import PaperTrainer
+
+    with _tensorboard_dir(run.work_dir.with_suffix(".runs")):
+        trainer = PaperTrainer(
+            lambda step: rate_share(step, run.training),
+            model=model,
+            args=arguments,
+            train_dataset=BatchDataset(run.batches, run.checkpoint, run.training, run.seed),
+            data_collator=itemgetter(0),
+        )
+    trainer.remove_callback(_printer())
+    return trainer
+
+
+def _train(trainer: Any, run: Run, activations: Activations) -> Any:
+    """Train from the last checkpoint, with a loss in chunks and the activations as planned; return Trainer's result."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(run.work_dir))
+    if last:
+        say(f"resume from {last}")
+    if run.spread.fsdp:
+        set_precision(trainer.accelerator, trainer.args.bf16)
+    tiles = tiled_mlps(trainer.model, TILE) if activations.tiled else nullcontext()
+    with chunked_loss(trainer.model), tiles, warnings.catch_warnings():
+        # The head hands a view through, and nothing is done to it in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        return trainer.train(resume_from_checkpoint=last)
+
+
+def _trained(run: Run, trainer: Any, measured: dict[str, Any]) -> Trained:
+    """Return what a run ended with: its history, and the model or the adapters; every process calls this."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     validations = [
@@ -201,20 +219,13 @@ def run_training(
         for entry in history
         if any(name.startswith("eval_") for name in entry)
     ]
-    measured = {
-        "loss": round(progress.loss or result.training_loss, 4),
-        "steps_done": trainer.state.global_step,
-        "seconds": round(result.metrics["train_runtime"], 1),
-        "device": device,
-        "peak_memory_bytes": peak_memory(device),
-        "predicted_memory_bytes": need,
-    }
-    if training.train == "full":
-        whole = _whole_model(trainer, checkpoint, spread)
+    if run.training.train == "full":
+        whole = _whole_model(trainer, run.checkpoint, run.spread)
         return Trained(whole, None, losses, validations, measured)
+    adapter_dir = run.work_dir / "adapter"
     if is_first_process():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), work_dir / "adapter")
-    return Trained(None, work_dir / "adapter", losses, validations, measured)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter_dir)
+    return Trained(None, adapter_dir, losses, validations, measured)
 
 
 def _as_known(arguments: dict[str, Any], kind: type) -> dict[str, Any]:

@@ -258,9 +258,9 @@ def test_a_run_that_goes_on_does_not_tokenize_again(llama, tmp_path, tokenized, 
     text = tmp_path / "text.txt"
     text.write_text(DOCUMENTS[2] * 20)
 
-    def stopped(checkpoint, training, batches, work_dir, *_):
-        (work_dir / "checkpoint-1").mkdir(exist_ok=True)
-        (work_dir / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    def stopped(run):
+        (run.work_dir / "checkpoint-1").mkdir(exist_ok=True)
+        (run.work_dir / "checkpoint-1" / "trainer_state.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetune, "run_training", stopped)
