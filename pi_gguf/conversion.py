@@ -13,6 +13,7 @@ from pi_gguf.certificate import (
     ROOM,
     Base,
     Certificate,
+    Requirement,
     check_requirements,
     find_missed,
     measure,
@@ -27,7 +28,7 @@ from pi_gguf.finetune import extend_checkpoint
 from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.hf_model import torch_device
-from pi_gguf.imatrix import read_imatrix
+from pi_gguf.imatrix import ImportanceMatrix, read_imatrix
 from pi_gguf.options import ConvertKeywords, ProofOptions, TuneOptions, WriteOptions, flat, take
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.progress import process_count, say
@@ -124,110 +125,228 @@ def convert(
     """
     if process_count() > 1:
         raise OptionError(f"convert runs in one process, got {process_count()}", "run extend under torchrun, then this")
-    tune, write, proof = take(TuneOptions, options), take(WriteOptions, options), take(ProofOptions, options)
-    out, quant = Path(out), check_quantization(write.quant, importance=write.imatrix is not None)
-    lora, adapter_only, check, method = write.lora, write.adapter_only, proof.check, tune.method
-    overrides = [_read_override(text) for text in write.tensor_type]
-    certify = check != "none" if proof.certify is None else proof.certify
-    requirements = read_requirements(proof.require)
-    uncertified = out.with_name(f"{out.stem}-uncertified.gguf")
-    max_bytes = None if write.split_max_size is None else _read_size(write.split_max_size)
-    _check_options(
-        out, quant, check, overrides=bool(overrides), strict_tokenizer=proof.strict_tokenizer,
-        required=bool(requirements), certified=certify and not (adapter_only or dry_run),
+    wanted = _read_options(
+        Path(out), take(TuneOptions, options), take(WriteOptions, options), take(ProofOptions, options),
+        context=context, overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
-    _check_adapter_options(lora, context, tune.steps, adapter_only, quant)
-    if not dry_run:
-        check_writable(out, overwrite)
-        if requirements:
-            check_writable(uncertified, overwrite)
-    matrix = read_imatrix(Path(write.imatrix)) if write.imatrix is not None else None
-    checkpoint = load_checkpoint(model)
-    if lora:
-        checkpoint = with_adapters(checkpoint, lora)
-    checkpoint.tensors  # noqa: B018  every file is checked before long work
-    if context is not None:
-        checkpoint = checkpoint.extended(context, method)
-    trained, vocabulary = checkpoint.record, {}
-    if not adapter_only:
-        tokenizer = checkpoint.load_tokenizer()
-        vocabulary = gguf_vocabulary(checkpoint, tokenizer)
-        name = _general(checkpoint, trained, method)["general.name"]
-        if (chosen := file_name(name, tokenizer)) != name:
-            say(f"note: general.name is {chosen!r}: by phi-3 in it llama.cpp drops the spaces behind special tokens")
+    out, tune = wanted.out, wanted.tune
+    checkpoint = _open(model, wanted.write.lora, context, tune.method)
+    planner = _Planner.of(model, checkpoint, wanted)
     fine_tune = context is not None and tune.steps != 0
-    planned = None
-    if dry_run and fine_tune:
-        planned = plan_training(checkpoint, tune, device=torch_device(device))
-        trained = Record(source=checkpoint.source, steps=tune.steps, tokens=planned.tokens)
-
-    def plans_of(checkpoint: Checkpoint, trained: Record | None) -> list[FilePlan]:
-        rope, general = checkpoint.rope, _general(checkpoint, trained, method)
-        stated = isinstance(checkpoint, AdaptedCheckpoint) and checkpoint.rope_stated
-        if adapter_only:
-            assert isinstance(checkpoint, AdaptedCheckpoint)
-            if stated:
-                say(
-                    f"note: trained at {rope.max_position_embeddings} tokens, factor {rope.factor:g}; the base's file "
-                    f"must state it: convert it with --context {rope.max_position_embeddings} --steps 0"
-                )
-            return [plan_adapter_file(checkpoint, general=general, quantization=quant)]
-        general["general.name"] = file_name(general["general.name"], tokenizer)
-        plan = plan_file(
-            checkpoint, vocabulary=vocabulary,
-            general={**general, **(matrix.keys() if matrix else {}), **(ROOM if certify else {})},
-            finetuned=rope.rope_type == "linear" and (stated or (trained is not None and trained.steps > 0)),
-            quantization=quant,
-            overrides=overrides, importance=matrix.importance if matrix else {},
-        )  # fmt: skip
-        if matrix:
-            shapes = {output.name: output.shape for output in plan.outputs}
-            matrix.check_fits(model, shapes, {o.name for o in plan.outputs if o.type not in UNQUANTIZED})
-        _check_importance(plan)
-        return [plan] if max_bytes is None else plan.split(max_bytes)
-
-    plans = plans_of(checkpoint, trained)
-    nbytes = sum(plan.nbytes for plan in plans)
     if dry_run:
-        return DryRun.of(plans, out, quant, training_disk_bytes(checkpoint, planned) if planned else 0)
+        return planner.dry_run(checkpoint, torch_device(device) if fine_tune else None)
+    plans = planner.plan(checkpoint, checkpoint.record)
+    nbytes = sum(plan.nbytes for plan in plans)
     if fine_tune:
         check_free_disk(out.parent, nbytes)
-        hf_dir = out.with_name(out.stem + "-hf")
-        extend_checkpoint(checkpoint, hf_dir, tune, device=device, overwrite=overwrite)
-        # The folder states the window before only where the scaling needs it.
-        checkpoint = load_checkpoint(str(hf_dir)).scaled(checkpoint.rope)
-        plans = plans_of(checkpoint, checkpoint.record)
-    work_dir = out.with_name(out.name + ".partial")
-    finals = split_paths(out, len(plans))
-    for final in finals:  # all but the first may be there from a run that was stopped while it gave them their names
-        check_writable(final, overwrite or (final != finals[0] and has_more(work_dir)))
-    if not has_more(work_dir):
-        check_free_disk(out.parent, nbytes)
-    partials = [work_dir / final.name for final in finals]
-    checks = []
-    try:
-        for plan, partial in zip(plans, partials, strict=True):
-            write_file(plan, partial, overwrite=overwrite)
-        if check != "none" and not adapter_only:
-            reference = Reference(checkpoint, check, strict_tokenizer=proof.strict_tokenizer)
-            checks.append(check_gguf(partials[0], reference))
-            say(str(checks[-1]))
-    except (CheckError, CheckpointError):
-        _clear(partials)  # nothing there is worth going on with
-        raise
+        checkpoint = _fine_tuned(checkpoint, wanted, device, overwrite)
+        plans = planner.plan(checkpoint, checkpoint.record)
+    partials, finals = _names(out, len(plans), nbytes, overwrite)
+    checks = _write(plans, partials, checkpoint, wanted, overwrite)
     certificate = None
-    if certify and not adapter_only:
+    if wanted.certify:
         base = Base.of_fine_tune(checkpoint.record) if fine_tune or context is None else checkpoint.original
-        certificate = _certify(partials[0], base, checks, checkpoint.source, tune.seed, device, bool(requirements))
-    missed = find_missed(certificate, requirements, checkpoint.rope.max_position_embeddings) if certificate else []
+        required = bool(wanted.requirements)
+        certificate = _certify(partials[0], base, checks, checkpoint.source, tune.seed, device, required)
+    window = checkpoint.rope.max_position_embeddings
+    missed = find_missed(certificate, wanted.requirements, window) if certificate else []
     if missed:
-        finals = split_paths(uncertified, len(plans))
+        finals = split_paths(_uncertified(out), len(plans))
     with disk_errors(out):
         for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
             publish(partial, final)
     _clear(partials)
     check_requirements(missed, str(finals[0]), "fine-tune longer, or require less")
-    return Conversion(str(finals[0]), [str(path) for path in finals], nbytes, quant, checks, certificate, adapter_only)
+    return Conversion(
+        str(finals[0]), [str(path) for path in finals], nbytes, wanted.quant, checks, certificate,
+        wanted.write.adapter_only,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a conversion is to make: its options, read and checked.
+
+    Args:
+        out: file to write.
+        tune: how it is fine-tuned.
+        write: what is written.
+        proof: how it is checked.
+        quant: its type, as llama.cpp spells it.
+        overrides: pairs of a pattern and the type of the tensors whose name has it.
+        max_bytes: of a file; None for one file.
+        certify: whether figures are measured and stored in it.
+        requirements: what these must be.
+        matrix: importance of the weights.
+    """
+
+    out: Path
+    tune: TuneOptions
+    write: WriteOptions
+    proof: ProofOptions
+    quant: str
+    overrides: list[tuple[str, str]]
+    max_bytes: int | None
+    certify: bool
+    requirements: list[Requirement]
+    matrix: ImportanceMatrix | None
+
+
+def _uncertified(out: Path) -> Path:
+    """Return the name of a file that misses what is required."""
+    return out.with_name(f"{out.stem}-uncertified.gguf")
+
+
+def _read_options(
+    out: Path,
+    tune: TuneOptions,
+    write: WriteOptions,
+    proof: ProofOptions,
+    *,
+    context: int | None,
+    overwrite: bool,
+    dry_run: bool,
+) -> _Wanted:
+    """Read and check what is asked for, before a model is opened."""
+    quant = check_quantization(write.quant, importance=write.imatrix is not None)
+    overrides = [_read_override(text) for text in write.tensor_type]
+    certify = (proof.check != "none" if proof.certify is None else proof.certify) and not write.adapter_only
+    requirements = read_requirements(proof.require)
+    max_bytes = None if write.split_max_size is None else _read_size(write.split_max_size)
+    _check_options(
+        out, quant, proof.check, overrides=bool(overrides), strict_tokenizer=proof.strict_tokenizer,
+        required=bool(requirements), certified=certify and not dry_run,
+    )  # fmt: skip
+    _check_adapter_options(write.lora, context, tune.steps, write.adapter_only, quant)
+    if not dry_run:
+        check_writable(out, overwrite)
+        if requirements:
+            check_writable(_uncertified(out), overwrite)
+    matrix = read_imatrix(Path(write.imatrix)) if write.imatrix is not None else None
+    return _Wanted(out, tune, write, proof, quant, overrides, max_bytes, certify, requirements, matrix)
+
+
+def _open(model: str, lora: Sequence[str], context: int | None, method: str) -> Checkpoint:
+    """Open a model with its adapters, extended to a window; every file is checked before long work."""
+    checkpoint = load_checkpoint(model)
+    if lora:
+        checkpoint = with_adapters(checkpoint, lora)
+    checkpoint.tensors  # noqa: B018
+    return checkpoint if context is None else checkpoint.extended(context, method)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Plans the files of a model: as it is, and again as a fine-tune has left it.
+
+    Args:
+        model: as it was given.
+        wanted: what to make.
+        tokenizer: the model's; None for an adapter alone.
+        vocabulary: the keys of that.
+    """
+
+    model: str
+    wanted: _Wanted
+    tokenizer: Any
+    vocabulary: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: str, checkpoint: Checkpoint, wanted: _Wanted) -> _Planner:
+        if wanted.write.adapter_only:
+            return cls(model, wanted, None, {})
+        tokenizer = checkpoint.load_tokenizer()
+        vocabulary = gguf_vocabulary(checkpoint, tokenizer)
+        name = _general(checkpoint, checkpoint.record, wanted.tune.method)["general.name"]
+        if (chosen := file_name(name, tokenizer)) != name:
+            say(f"note: general.name is {chosen!r}: by phi-3 in it llama.cpp drops the spaces behind special tokens")
+        return cls(model, wanted, tokenizer, vocabulary)
+
+    def plan(self, checkpoint: Checkpoint, trained: Record | None) -> list[FilePlan]:
+        """Plan every file, to the byte.
+
+        Args:
+            trained: of the fine-tune that the files tell of.
+        """
+        wanted, general = self.wanted, _general(checkpoint, trained, self.wanted.tune.method)
+        if wanted.write.adapter_only:
+            return [_plan_adapter(checkpoint, general, wanted.quant)]
+        general["general.name"] = file_name(general["general.name"], self.tokenizer)
+        matrix, stated = wanted.matrix, isinstance(checkpoint, AdaptedCheckpoint) and checkpoint.rope_stated
+        tuned = stated or (trained is not None and trained.steps > 0)
+        plan = plan_file(
+            checkpoint, vocabulary=self.vocabulary,
+            general={**general, **(matrix.keys() if matrix else {}), **(ROOM if wanted.certify else {})},
+            finetuned=checkpoint.rope.rope_type == "linear" and tuned, quantization=wanted.quant,
+            overrides=wanted.overrides, importance=matrix.importance if matrix else {},
+        )  # fmt: skip
+        if matrix:
+            shapes = {output.name: output.shape for output in plan.outputs}
+            matrix.check_fits(self.model, shapes, {o.name for o in plan.outputs if o.type not in UNQUANTIZED})
+        _check_importance(plan)
+        return [plan] if wanted.max_bytes is None else plan.split(wanted.max_bytes)
+
+    def dry_run(self, checkpoint: Checkpoint, device: str | None) -> DryRun:
+        """Return what would be written.
+
+        Args:
+            device: of the fine-tune; None without.
+        """
+        wanted, trained, disk_bytes = self.wanted, checkpoint.record, 0
+        if device is not None:
+            training = plan_training(checkpoint, wanted.tune, device=device)
+            trained = Record(source=checkpoint.source, steps=wanted.tune.steps, tokens=training.tokens)
+            disk_bytes = training_disk_bytes(checkpoint, training)
+        return DryRun.of(self.plan(checkpoint, trained), wanted.out, wanted.quant, disk_bytes)
+
+
+def _plan_adapter(checkpoint: Checkpoint, general: dict[str, Any], quant: str) -> FilePlan:
+    """Plan the file of an adapter alone; a scaling that it was trained with is for its base to state."""
+    assert isinstance(checkpoint, AdaptedCheckpoint)
+    if checkpoint.rope_stated:
+        rope = checkpoint.rope
+        say(
+            f"note: trained at {rope.max_position_embeddings} tokens, factor {rope.factor:g}; the base's file "
+            f"must state it: convert it with --context {rope.max_position_embeddings} --steps 0"
+        )
+    return plan_adapter_file(checkpoint, general=general, quantization=quant)
+
+
+def _fine_tuned(checkpoint: Checkpoint, wanted: _Wanted, device: str, overwrite: bool) -> Checkpoint:
+    """Fine-tune an extended checkpoint beside the file, and return the folder opened."""
+    hf_dir = wanted.out.with_name(wanted.out.stem + "-hf")
+    extend_checkpoint(checkpoint, hf_dir, wanted.tune, device=device, overwrite=overwrite)
+    # The folder states the window before only where the scaling needs it.
+    return load_checkpoint(str(hf_dir)).scaled(checkpoint.rope)
+
+
+def _names(out: Path, count: int, nbytes: int, overwrite: bool) -> tuple[list[Path], list[Path]]:
+    """Return where the files are written and what they are called at the end, when names and disk are free."""
+    work_dir = out.with_name(out.name + ".partial")
+    finals = split_paths(out, count)
+    for final in finals:  # all but the first may be there from a run that was stopped while it gave them their names
+        check_writable(final, overwrite or (final != finals[0] and has_more(work_dir)))
+    if not has_more(work_dir):
+        check_free_disk(out.parent, nbytes)
+    return [work_dir / final.name for final in finals], finals
+
+
+def _write(
+    plans: Sequence[FilePlan], partials: Sequence[Path], checkpoint: Checkpoint, wanted: _Wanted, overwrite: bool
+) -> list[CheckReport]:
+    """Write every file, or the rest of it, and check the first against the checkpoint; return what was found."""
+    proof = wanted.proof
+    try:
+        for plan, partial in zip(plans, partials, strict=True):
+            write_file(plan, partial, overwrite=overwrite)
+        if proof.check == "none" or wanted.write.adapter_only:
+            return []
+        report = check_gguf(partials[0], Reference(checkpoint, proof.check, strict_tokenizer=proof.strict_tokenizer))
+        say(str(report))
+        return [report]
+    except (CheckError, CheckpointError):
+        _clear(partials)  # nothing there is worth going on with
+        raise
 
 
 def _clear(partials: Sequence[Path]) -> None:

@@ -116,34 +116,21 @@ class Model(LanguageModel):
         check_opens(info.header, [adapter.header for adapter in adapters])
         # On a GPU few tokens at a time are slow, and at a long window llama.cpp ends (recipes/gpu).
         batch = _BATCH if self.flash_attn or layers else _scores_batch(info, self.n_ctx)
-        log.clear()
-        try:
-            self._llama = open_llama(
-                path,
-                fast_buffers=all(t.type in UNQUANTIZED for t in info.tensors) or fast_buffers_work(),
-                n_ctx=self.n_ctx,
-                n_batch=_BATCH,
-                n_ubatch=batch,
-                type_k=CACHE_TYPES[type_k][0],
-                type_v=CACHE_TYPES[type_v][0],
-                flash_attn=self.flash_attn,
-                n_gpu_layers=layers,
-                op_offload=gpu,
-                n_threads=threads,
-                n_threads_batch=threads,
-                verbose=False,
-                watch=watch,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise GgufError(
-                f"{path}: llama.cpp does not open it ({last_error() or error})",
-                f"pi-gguf inspect {path} shows what it states; or copy or convert it again",
-            ) from error
-        try:
-            apply_adapters(self._llama, lora)
-        except GgufError:
-            self.close()
-            raise
+        self._llama = _open(
+            path,
+            info,
+            lora,
+            n_ctx=self.n_ctx,
+            n_ubatch=batch,
+            type_k=CACHE_TYPES[type_k][0],
+            type_v=CACHE_TYPES[type_v][0],
+            flash_attn=self.flash_attn,
+            n_gpu_layers=layers,
+            op_offload=gpu,
+            n_threads=threads,
+            n_threads_batch=threads,
+            watch=watch,
+        )
         self._watch = watch
         self._session = Session(self._llama, batch=batch, interrupted=self._stop)
 
@@ -331,6 +318,25 @@ class Model(LanguageModel):
 def open_model(path: str | Path, **options: Any) -> Model:
     """Open a GGUF file with llama.cpp; `options` as for `Model`."""
     return Model(path, **options)
+
+
+def _open(path: str | Path, info: GgufInfo, lora: Sequence[str | Path], **options: Any) -> Any:
+    """Open a file in llama.cpp with adapters applied; `options` as for `open_llama`."""
+    log.clear()
+    try:
+        fast_buffers = all(t.type in UNQUANTIZED for t in info.tensors) or fast_buffers_work()
+        llama = open_llama(path, fast_buffers=fast_buffers, n_batch=_BATCH, verbose=False, **options)
+    except (ValueError, RuntimeError) as error:
+        raise GgufError(
+            f"{path}: llama.cpp does not open it ({last_error() or error})",
+            f"pi-gguf inspect {path} shows what it states; or copy or convert it again",
+        ) from error
+    try:
+        apply_adapters(llama, lora)
+    except GgufError:
+        compute(llama.close)
+        raise
+    return llama
 
 
 def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> int:
