@@ -125,22 +125,11 @@ def extend_checkpoint(
             check_free_disk(out_dir.parent, training_disk_bytes(checkpoint, training))
             _begin_or_resume(work_dir, replace(record, sharded=spread.fsdp), overwrite)
         batches = _batches(checkpoint, training, texts, tune, packing, work_dir)
-    rope = checkpoint.rope
-    say(
-        f"fine-tune {checkpoint.source}: window {rope.original_max_position_embeddings} -> "
-        f"{rope.max_position_embeddings} by method {tune.method}, {tune.steps} steps, {training.tokens / 1e6:.1f} M "
-        f"tokens, {training.sequences} on sequences of {', '.join(map(str, training.steps_by_window()))} tokens "
-        f"({training.reason})"
-    )
-    trained = run_training(Run(checkpoint, training, batches, work_dir, tune.seed, device, reports, spread, validation))
+    run = Run(checkpoint, training, batches, work_dir, tune.seed, device, reports, spread, validation)
+    say(_described(run, tune))
+    trained = run_training(run)
     if is_first_process():
-        record = replace(record, validations=trained.validations, **trained.measured)
-        if adapter_only:
-            assert trained.adapter_dir is not None
-            _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
-        else:
-            _write_folder(checkpoint, out_dir, record, trained, lambda after: validation.price(after, device))
-        _clear(work_dir)
+        _write_trained(run, trained, record, out_dir)
     wait_for_everyone(device)
     return out_dir
 
@@ -197,6 +186,17 @@ def _texts(checkpoint: Checkpoint, data: Sequence[str]) -> Texts | None:
     return held_texts(documents)
 
 
+def _described(run: Run, tune: TuneOptions) -> str:
+    """Return what is said of a run before it begins."""
+    rope, training = run.checkpoint.rope, run.training
+    return (
+        f"fine-tune {run.checkpoint.source}: window {rope.original_max_position_embeddings} -> "
+        f"{rope.max_position_embeddings} by method {tune.method}, {tune.steps} steps, {training.tokens / 1e6:.1f} M "
+        f"tokens, {training.sequences} on sequences of {', '.join(map(str, training.steps_by_window()))} tokens "
+        f"({training.reason})"
+    )
+
+
 def _begin_or_resume(work_dir: Path, record: Record, overwrite: bool) -> None:
     """Begin a run's folder, or check that the one there is of the same run, and drop a checkpoint cut off in writing.
 
@@ -226,6 +226,17 @@ def _clear(work_dir: Path, *, corpora: bool = True) -> None:
     for pattern in ("run.json*", "checkpoint-*", "adapter", *([f"{CACHE_PREFIX}*"] if corpora else [])):
         for old in list(work_dir.glob(pattern)):
             remove(old)
+
+
+def _write_trained(run: Run, trained: Trained, record: Record, out_dir: Path) -> None:
+    """Write what a run ended with: the adapter alone where the record says so, or the folder with its price."""
+    record = replace(record, validations=trained.validations, **trained.measured)
+    if record.adapter_only:
+        assert trained.adapter_dir is not None
+        _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
+    else:
+        _write_folder(run.checkpoint, out_dir, record, trained, lambda after: run.validation.price(after, run.device))
+    _clear(run.work_dir)
 
 
 def _write_folder(
