@@ -13,15 +13,17 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, UnsupportedError
 from pi_gguf.files import writes
+from pi_gguf.options import BoundsKeywords, SuiteOptions, flat, take
 from pi_gguf.plots import check_plot, plot_bounds
 from pi_gguf.provenance import provenance
 from pi_gguf.results import BoundsReport
+from pi_gguf.suite import check_counts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,33 +33,26 @@ _TOKENS = 1024
 
 
 @writes("plot")
+@flat(SuiteOptions)
 def evaluate_bounds(
-    model: str,
-    *,
-    context: int = 32768,
-    pairs: int = 256,
-    plot: str | None = None,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
+    model: str, *, context: int = 32768, pairs: int = 256, **options: Unpack[BoundsKeywords]
 ) -> BoundsReport:
     """Follow the attention scores of a model's own queries and keys beyond its window, and between its positions.
+
+    It runs on the CPU. The plot is figure 2 of the paper.
 
     Args:
         model: Hugging Face folder, Hub id or bundled:tiny, as it is before it is extended.
         context: how far to follow them, in tokens; above the model's window.
         pairs: of a query and a key, drawn over layers, heads and positions of a text.
-        plot: file to draw figure 2 of the paper to, e.g. bounds.png.
-        overwrite: replace the plot that is there.
-        seed: of the pairs drawn.
-        device: taken like everywhere; it runs on the CPU.
 
     Example:
         pi-gguf eval bounds bundled:tiny --plot bounds.png
     """
     import numpy as np
 
-    check_plot(plot, overwrite)
+    common = take(SuiteOptions, options)
+    check_plot(common.plot, common.overwrite)
     checkpoint = load_checkpoint(model)
     rope = checkpoint.rope
     window = rope.max_position_embeddings
@@ -65,27 +60,11 @@ def evaluate_bounds(
         raise UnsupportedError(f"{model}: bounds is for a model before it is extended", "give the base")
     if context <= window:
         raise OptionError(f"context must be above the window of {window} tokens, got {context}")
-    if pairs < 1:
-        raise OptionError(f"pairs must be at least 1, got {pairs}")
-    h, dim = _draw_products(checkpoint, pairs, seed)  # (P, D / 2)
+    check_counts({"pairs": pairs})
+    h, dim = _draw_products(checkpoint, pairs, common.seed)  # (P, D / 2)
     theta = rope.rope_theta ** (-2 * np.arange(dim // 2) / dim)
-
-    def scores(distances: np.ndarray) -> np.ndarray:
-        """Return a(s), (S, P)."""
-        parts = np.array_split(distances, len(distances) // 4096 + 1)
-        return np.concatenate([(np.exp(1j * np.outer(part, theta)) @ h.T).real for part in parts])
-
-    inside, beyond = abs(scores(np.arange(window))).max(0), abs(scores(np.arange(window, context))).max(0)
-    factor = context / window
-    divided = abs(scores(np.arange(context) / factor)).max(0)
-    whole, middle = scores(np.arange(window)), scores(np.arange(window - 1) + 0.5)
-    log_base = math.log(rope.rope_theta)
-    largest = abs(h).max(1)
-    error = abs(middle - (whole[1:] + whole[:-1]) / 2).max(0)
-    bound, bound_exact = dim / (32 * log_base), float((theta**2).sum()) / 8
-    sums = _partial_sums(np.arange(context), theta)
-    ratio = 2 * sums / bound
-    worst = int((beyond / inside).argmax())
+    bound = dim / (32 * math.log(rope.rope_theta))
+    ratio = 2 * _partial_sums(np.arange(context), theta) / bound
     report = BoundsReport(
         model=checkpoint.source,
         rope_theta=rope.rope_theta,
@@ -93,20 +72,47 @@ def evaluate_bounds(
         window=window,
         context=context,
         pairs=pairs,
-        extrapolated=float(np.median(beyond / inside)),
-        extrapolated_worst=float((beyond / inside).max()),
-        interpolated=float((divided / inside).max()),
-        error_share=float((error / (bound_exact * largest)).max()),
         bound=bound,
-        bound_exact=bound_exact,
+        bound_exact=_bound_exact(theta),
         bound_ratio=float(np.median(ratio)),
         bound_ratio_least=float(ratio.min()),
-        figure=_figure(lambda s: scores(s)[:, worst] / inside[worst], window, context),
-        provenance=provenance(seed=seed, device="cpu"),
+        **_follow(h, theta, window, context),
+        provenance=provenance(seed=common.seed, device="cpu"),
     )
-    if plot:
-        plot_bounds(report, plot)
+    if common.plot:
+        plot_bounds(report, common.plot)
     return report
+
+
+def _bound_exact(theta: np.ndarray) -> float:
+    """Return the bound of the error halfway between two positions, by the largest |h|."""
+    return float((theta**2).sum()) / 8
+
+
+def _follow(h: np.ndarray, theta: np.ndarray, window: int, context: int) -> dict[str, Any]:
+    """Return what a report says of the pairs' scores inside the window, beyond it and between positions."""
+    import numpy as np
+
+    whole, middle = _scores(h, theta, np.arange(window)), _scores(h, theta, np.arange(window - 1) + 0.5)
+    inside, beyond = abs(whole).max(0), abs(_scores(h, theta, np.arange(window, context))).max(0)
+    divided = abs(_scores(h, theta, np.arange(context) / (context / window))).max(0)
+    error = abs(middle - (whole[1:] + whole[:-1]) / 2).max(0)
+    worst = int((beyond / inside).argmax())
+    return {
+        "extrapolated": float(np.median(beyond / inside)),
+        "extrapolated_worst": float((beyond / inside).max()),
+        "interpolated": float((divided / inside).max()),
+        "error_share": float((error / (_bound_exact(theta) * abs(h).max(1))).max()),
+        "figure": _figure(lambda s: _scores(h, theta, s)[:, worst] / inside[worst], window, context),
+    }
+
+
+def _scores(h: np.ndarray, theta: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """Return a(s) of each pair, (S, P)."""
+    import numpy as np
+
+    parts = np.array_split(distances, len(distances) // 4096 + 1)
+    return np.concatenate([(np.exp(1j * np.outer(part, theta)) @ h.T).real for part in parts])
 
 
 def _partial_sums(distances: np.ndarray, theta: np.ndarray) -> np.ndarray:

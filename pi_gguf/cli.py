@@ -30,11 +30,14 @@ from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
 _REPEATABLE = {
-    "second_text": "PATH", "text": "PATH", "set": "KEY=VALUE",
+    "second_text": "PATH", "set": "KEY=VALUE",
     **{one.name: one.metadata["each"] for group in GROUPS for one in fields(group) if one.metadata["each"]},
 }  # fmt: skip
 """What one value of an option that may be repeated is."""
 
+
+_MANY = 20
+"""A command with more parameters explains the most needed only, unless it is asked for all."""
 
 _WITH_TORCH = {"conversion", "finetune", "demo", "report", "comparison", "bounds"}
 """Modules of commands that open Hugging Face models."""
@@ -99,10 +102,9 @@ def command(target: str, show: Callable[[Any], str], *, name: str | None = None,
     )
     short, _, _ = summary.partition("\n\n")
     used = f"\b\n{arguments}\n\n\b\nExample:\n  {example}"
-    groups = getattr(function, "groups", ())
     made = Grouped(
-        name or function_name, groups, f"{summary}\n\n{used}", params=params, callback=run,
-        help=f"{short if groups else summary}\n\n{used}", short_help=summary.split("\n")[0],
+        name or function_name, getattr(function, "groups", ()), f"{short}\n\n{used}", params=params, callback=run,
+        help=f"{summary}\n\n{used}", short_help=summary.split("\n")[0],
     )  # fmt: skip
     return _telling(made)
 
@@ -161,17 +163,17 @@ def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str]:
 
 
 class Grouped(click.Command):
-    """A command whose help shows what most people need, and all of it, by concern, with --help-all.
+    """A command whose help shows its options by concern; of many what most people need, and all with --help-all.
 
     Args:
         groups: the concerns, classes of `options`.
-        whole: the text above the options with --help-all.
+        short: the text above the options where --help-all has more.
     """
 
-    def __init__(self, name: str, groups: Sequence[type[Options]], whole: str, **settings: Any) -> None:
+    def __init__(self, name: str, groups: Sequence[type[Options]], short: str, **settings: Any) -> None:
         super().__init__(name, **settings)
-        self._groups, self._whole = groups, whole
-        if groups:
+        self._groups, self._short, self._many = groups, short, bool(groups) and len(self.params) > _MANY
+        if self._many:
             text = "show every option"
             self.params.append(
                 click.Option(
@@ -180,16 +182,21 @@ class Grouped(click.Command):
             )
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        if ctx.meta.get(_ALL):
-            self.help = self._whole
+        if not self._explains_all(ctx):
+            self.help = self._short
         super().format_help_text(ctx, formatter)
+
+    def _explains_all(self, ctx: click.Context) -> bool:
+        return not self._many or bool(ctx.meta.get(_ALL))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = (p for p in self.get_params(ctx) if isinstance(p, click.Option))
         records = {p.name: p.get_help_record(ctx) for p in options}
         shown = {name: record for name, record in records.items() if record}
         titles = {group.title: [one.name for one in fields(group) if one.name in shown] for group in self._groups}
-        needed = [one.name for group in self._groups for one in fields(group) if one.metadata["needed"]]
+        needed = [
+            one.name for group in self._groups for one in fields(group) if one.metadata["needed"] and one.name in shown
+        ]
         titles |= {"Output": sorted(_OUTPUT & shown.keys())} if self._groups else {}
         grouped = {name for names in titles.values() for name in names}
         first = [name for name in shown if name not in grouped]
@@ -200,7 +207,7 @@ class Grouped(click.Command):
             if not left:
                 continue
             with formatter.section(title):
-                if ctx.meta.get(_ALL):
+                if self._explains_all(ctx):
                     formatter.write_dl([shown[name] for name in left])
                 else:
                     formatter.write_text(" ".join(shown[name][0].split()[0] for name in left))

@@ -212,13 +212,15 @@ class _Table:
         device = given["device"]
         device = "auto" if device == "cuda" and name in FILES else device  # llama.cpp may be built for the CPU
         common: dict[str, Any] = {
-            "windows": self._windows, "context": scaled_to, "seed": given["seed"], "device": device,
+            "windows": self._windows, "context": scaled_to, "device": device,
         }  # fmt: skip
         started = time.monotonic()
         perplexity = evaluate_perplexity(
             model, text=self._texts, stride=given["stride"], samples=given["samples"], **common
         )
-        passkey = evaluate_passkey(model, distances=self._distances(name), keys=given["keys"], **common)
+        passkey = evaluate_passkey(
+            model, distances=self._distances(name), keys=given["keys"], seed=given["seed"], **common
+        )
         self._taken[name] = time.monotonic() - started
         (reached,) = passkey.k_max.values()
         self.rows.append(DemoRow(name, perplexity.rows, reached, passkey.cells))

@@ -15,19 +15,28 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.files import writes
 from pi_gguf.kept import Kept
+from pi_gguf.options import (
+    PerplexityKeywords,
+    RetrievalKeywords,
+    ServerOptions,
+    SuiteOptions,
+    TargetOptions,
+    flat,
+    take,
+)
 from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
-from pi_gguf.plots import check_plot, plot_passkeys, plot_perplexity
-from pi_gguf.progress import progress_bar, say
-from pi_gguf.provenance import provenance, sha256
+from pi_gguf.plots import plot_passkeys, plot_perplexity
+from pi_gguf.progress import Advance, say
+from pi_gguf.provenance import sha256
 from pi_gguf.results import PasskeyCell, PasskeyReport, PerplexityReport, PerplexityRow, PositionRow
 from pi_gguf.scoring import LanguageModel, position_ranges
-from pi_gguf.targets import check_targets, choose_windows, identity, opened
+from pi_gguf.suite import Suite, check_counts
 from pi_gguf.texts import read_texts
 
 if TYPE_CHECKING:
@@ -91,22 +100,13 @@ class Yardstick:
 
 
 @writes("keep", "plot")
+@flat(TargetOptions, SuiteOptions)
 def evaluate_perplexity(
     *models: str | LanguageModel,
-    text: Sequence[str] = (),
-    windows: Sequence[int] | None = None,
     stride: int = 256,
     samples: int | None = None,
     max_tokens: int = 32768,
-    context: int | None = None,
-    method: str = "linear",
-    type_k: str = "f16",
-    type_v: str = "f16",
-    keep: str | None = None,
-    plot: str | None = None,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "auto",
+    **options: Unpack[PerplexityKeywords],
 ) -> PerplexityReport:
     """Measure perplexity at several windows, with the paper's sliding window.
 
@@ -115,58 +115,38 @@ def evaluate_perplexity(
 
     Args:
         models: GGUF file, Hugging Face folder, Hub id or bundled:tiny; several make one table.
-        text: text file, folder of them, or of the Hub pg19, proof-pile or owner/name:split; the held-out novels of the
-            bundled sample when left out. Repeatable.
-        windows: context lengths, in tokens; when left out 2048 and its doublings, up to the models' window and
-            32768.
         stride: tokens that a window moves on, and scores.
         samples: stretches to score in each document, evenly spaced; all of the document when left out.
         max_tokens: documents are cut here, in tokens; not with --samples.
-        context: extend Hugging Face models to this window, in tokens, without training.
-        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
-        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
-        type_v: V cache of GGUF files.
-        keep: file that keeps each finished document, in JSON lines; the same command goes on from it.
-        plot: file to draw perplexity by window to, e.g. perplexity.png.
-        overwrite: replace the plot that is there.
-        seed: recorded; nothing is random here.
-        device: auto, cpu or cuda.
 
     Example:
         pi-gguf eval perplexity model.gguf --text book.txt --windows 2048,8192,32768
     """
-    options: dict[str, Any] = {
-        "context": context, "method": method, "type_k": type_k, "type_v": type_v, "device": device
-    }  # fmt: skip
-    check_targets(models, servers=False, **options)
-    windows = choose_windows(windows, models, **options)
+    target, common = take(TargetOptions, options), take(SuiteOptions, options)
+    suite = Suite(models, target, common)
+    windows = suite.windows()
     largest = max(windows)
     if not 0 < stride <= min(windows) - 1:
         raise OptionError(f"stride must be from 1 to {min(windows) - 1}, below the smallest window, got {stride}")
     if samples is not None and samples < 1:
         raise OptionError(f"samples must be at least 1, got {samples}")
-    check_plot(plot, overwrite)
-    kept = Kept(keep)
-    documents = read_texts(text, characters=2 * largest) if text else _heldout()
+    documents = read_texts(common.text, characters=2 * largest) if common.text else _heldout()
     hashed = sha256(list(documents.values()))
-    names, rows, by_position = [], [], []
-    for model in models:
-        settings = {
-            **identity(model, **options), "texts": hashed, "stride": stride, "samples": samples,
-            "max_tokens": max_tokens, "largest": largest,
-        }  # fmt: skip
-        with opened(model, n_ctx=largest, **options) as lm:
-            names.append(lm.name)
-            found = measure_documents(
-                lm, documents, windows=windows, stride=stride, samples=samples, max_tokens=max_tokens, kept=kept,
-                settings=settings,
-            )  # fmt: skip
-        rows += [_row(lm.name, window, [part["scored"] for part in parts]) for window, parts in found.items()]
-        by_position += _position_rows(lm.name, largest, [part["first_pass"] for part in found[largest]])
-    record = provenance(seed=seed, device=device, type_k=type_k, type_v=type_v, text_sha256=hashed)
-    report = PerplexityReport(names, list(documents), stride, samples, rows, by_position, record)
-    if plot:
-        plot_perplexity({Path(name).name: [row for row in rows if row.model == name] for name in names}, plot)
+    how: dict[str, Any] = {"stride": stride, "samples": samples, "max_tokens": max_tokens}
+    measured = suite.measure(
+        lambda lm, kept: measure_documents(lm, documents, windows=windows, kept=kept, **how),
+        {"texts": hashed, **how, "largest": largest},
+        n_ctx=largest,
+    )
+    rows, by_position = [], []
+    for name, found in zip(suite.names, measured, strict=True):
+        rows += _rows(name, found)
+        by_position += _position_rows(name, largest, [part["first_pass"] for part in found[largest]])
+    record = suite.record(text_sha256=hashed)
+    report = PerplexityReport(suite.names, list(documents), stride, samples, rows, by_position, record)
+    if common.plot:
+        curves = {Path(name).name: [row for row in rows if row.model == name] for name in suite.names}
+        plot_perplexity(curves, common.plot)
     return report
 
 
@@ -188,7 +168,7 @@ def perplexity_rows(
         TextError: a document is shorter than that.
     """
     found = measure_documents(lm, documents, windows=windows, stride=stride, samples=samples, largest=largest)
-    return [_row(lm.name, window, [part["scored"] for part in parts]) for window, parts in found.items()]
+    return _rows(lm.name, found)
 
 
 def measure_documents(
@@ -201,7 +181,6 @@ def measure_documents(
     max_tokens: int = 0,
     largest: int | None = None,
     kept: Kept | None = None,
-    settings: dict[str, Any] | None = None,
 ) -> dict[int, list[dict[str, Any]]]:
     """Score documents at each window; what is kept is not measured again.
 
@@ -230,23 +209,38 @@ def measure_documents(
             else sampled_windows(ids, window, largest, stride, samples, lm.bos)
             for name, ids in tokenized.items()
         }
-        # By number, not name: the settings have a hash of all texts, and may lie in another folder the next time.
-        items = {name: {**(settings or {}), "window": window, "document": i} for i, name in enumerate(jobs)}
-        todo = sum(len(jobs[name]) for name, item in items.items() if kept.get(item) is None)
-        losses, tokens = 0.0, 0
-        with progress_bar(f"perplexity at {window}", todo, "windows") as advance:
-            for name, item in items.items():
-                if kept.get(item) is not None:
-                    continue
-                nll: list[np.ndarray] = []
-                for ids, last in jobs[name]:
-                    nll.append(-lm.score(ids, last)[0])
-                    losses, tokens = losses + float(nll[-1].sum()), tokens + last
-                    advance(1, text=f"{math.exp(min(losses / tokens, _LARGEST_LOSS)):.3f}")
-                whole = window == largest and samples is None
-                kept.put(item, {"scored": _sums(nll), "first_pass": _by_position(nll[0], largest) if whole else []})
-        found[window] = [kept.get(item) for item in items.values()]
+        whole = window == largest and samples is None
+        found[window] = _measure_window(lm, jobs, window, kept, by_position=whole)
     return found
+
+
+Job = tuple[list[int], int]
+"""Ids to read, and how many of the last to score."""
+
+
+def _measure_window(
+    lm: LanguageModel, jobs: dict[str, list[Job]], window: int, kept: Kept, *, by_position: bool
+) -> list[dict[str, Any]]:
+    """Score the jobs of each document.
+
+    Args:
+        by_position: whether what is scored first, a whole window, is summed by position, too.
+    """
+    losses, tokens = 0.0, 0
+
+    def score(name: str, advance: Advance) -> dict[str, Any]:
+        nonlocal losses, tokens
+        nll: list[np.ndarray] = []
+        for ids, last in jobs[name]:
+            nll.append(-lm.score(ids, last)[0])
+            losses, tokens = losses + float(nll[-1].sum()), tokens + last
+            advance(1, text=f"{math.exp(min(losses / tokens, _LARGEST_LOSS)):.3f}")
+        return {"scored": _sums(nll), "first_pass": _by_position(nll[0], window) if by_position else []}
+
+    # By number, not name: the settings have a hash of all texts, and may lie in another folder the next time.
+    items = {name: {"window": window, "document": i} for i, name in enumerate(jobs)}
+    title = f"perplexity at {window}"
+    return [*kept.values(title, "windows", items, score, size=lambda name: len(jobs[name])).values()]
 
 
 def _tokenize(lm: LanguageModel, body: str, need: int | None) -> list[int]:
@@ -272,8 +266,9 @@ def _ranges(window: int) -> list[tuple[int, int]]:
     return found[:-1] or found
 
 
-def _row(model: str, window: int, parts: Sequence[Sequence[float]]) -> PerplexityRow:
-    return PerplexityRow(window, *_perplexity(parts), model)
+def _rows(model: str, found: dict[int, list[dict[str, Any]]]) -> list[PerplexityRow]:
+    scored = {window: [part["scored"] for part in parts] for window, parts in found.items()}
+    return [PerplexityRow(window, *_perplexity(parts), model) for window, parts in scored.items()]
 
 
 def _position_rows(model: str, window: int, parts: Sequence[Sequence[Sequence[float]]]) -> list[PositionRow]:
@@ -296,7 +291,7 @@ def _perplexity(parts: Sequence[Sequence[float]]) -> tuple[float, float, int]:
     return perplexity, perplexity * math.sqrt(variance), int(tokens)
 
 
-def sliding_windows(ids: list[int], window: int, stride: int, bos: list[int]) -> list[tuple[list[int], int]]:
+def sliding_windows(ids: list[int], window: int, stride: int, bos: list[int]) -> list[Job]:
     """Cut a document into windows: (ids, how many of the last to score); each token is scored once.
 
     Args:
@@ -314,9 +309,7 @@ def sliding_windows(ids: list[int], window: int, stride: int, bos: list[int]) ->
     return jobs
 
 
-def sampled_windows(
-    ids: list[int], window: int, largest: int, stride: int, samples: int, bos: list[int]
-) -> list[tuple[list[int], int]]:
+def sampled_windows(ids: list[int], window: int, largest: int, stride: int, samples: int, bos: list[int]) -> list[Job]:
     """Cut windows that end at the same evenly spaced places whatever their length; each scores `stride` tokens."""
     room = len(ids) - largest
     if room < stride * (samples - 1):
@@ -329,83 +322,53 @@ def sampled_windows(
 
 
 @writes("keep", "plot")
+@flat(ServerOptions, SuiteOptions)
 def evaluate_passkey(
     *models: str | LanguageModel,
-    windows: Sequence[int] | None = None,
     distances: int | None = None,
     keys: int | None = None,
     quick: bool = False,
     growing: bool = False,
-    context: int | None = None,
-    method: str = "linear",
-    type_k: str = "f16",
-    type_v: str = "f16",
-    tokenizer: str | None = None,
-    keep: str | None = None,
-    plot: str | None = None,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "auto",
+    **options: Unpack[RetrievalKeywords],
 ) -> PasskeyReport:
     """Measure passkey retrieval: a five-digit key hidden in filler text, asked for at the end.
 
     Prompts fill each window; the key lies at evenly spaced distances from the end, up to the whole window. k_max is
     the paper's: the largest distance up to which at least 20 % of the keys are found at each. With --growing prompts
     are as long as the distance, the key at their start: each key is then read once for all its distances, where filling
-    the window takes a reading of what is behind the key for each of them.
+    the window takes a reading of what is behind the key for each of them. The plot, the share found by window and
+    distance, is of one model unless growing.
 
     Args:
         models: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or URL of an OpenAI-compatible server; several
             make one table.
-        windows: prompt lengths, in tokens; when left out 2048 and its doublings, up to the models' window and
-            32768.
         distances: places of the key in each window; 32 when left out.
         keys: keys tried at each place; 10 when left out.
         quick: 8 places and 2 keys when those are left out.
         growing: put the key first and ask after each distance, up to the largest window, instead of filling windows;
             about twenty times as fast with 32 distances, and without filler before the key.
-        context: extend Hugging Face models to this window, in tokens, without training.
-        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
-        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
-        type_v: V cache of GGUF files.
-        tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
-        keep: file that keeps each answer, in JSON lines; the same command goes on from it.
-        plot: file to draw the share found, by window and distance, to, e.g. passkey.png; of one model unless growing.
-        overwrite: replace the plot that is there.
-        seed: of the keys drawn.
-        device: auto, cpu or cuda.
 
     Example:
         pi-gguf eval passkey model.gguf --windows 2048,8192,32768
     """
-    options: dict[str, Any] = {
-        "context": context, "method": method, "tokenizer": tokenizer, "type_k": type_k, "type_v": type_v,
-        "device": device,
-    }  # fmt: skip
-    check_targets(models, **options)
-    distances = (8 if quick else 32) if distances is None else distances
-    keys = (2 if quick else 10) if keys is None else keys
-    for name, value in (("distances", distances), ("keys", keys)):
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1, got {value}")
-    check_plot(plot, overwrite, of_one=() if growing else models)
-    windows = choose_windows(windows, models, **options)
-    kept = Kept(keep)
-    names, cells = [], []
-    for model in models:
-        settings = {**identity(model, **options), "growing": growing, "seed": seed}
-        with opened(model, n_ctx=max(windows), **options) as lm:
-            names.append(lm.name)
-            cells += passkey_cells(
-                lm, windows=windows, distances=distances, keys=keys, growing=growing, seed=seed, kept=kept,
-                settings=settings,
-            )  # fmt: skip
-    found = {name: k_max([cell for cell in cells if cell.model == name], growing=growing) for name in names}
-    report = PasskeyReport(
-        names, cells, found, growing, provenance(seed=seed, device=device, type_k=type_k, type_v=type_v)
+    target, common = take(ServerOptions, options), take(SuiteOptions, options)
+    suite = Suite(models, target, common, draws_one=not growing)
+    how: dict[str, Any] = {
+        "distances": (8 if quick else 32) if distances is None else distances,
+        "keys": (2 if quick else 10) if keys is None else keys,
+    }
+    check_counts(how)
+    windows = suite.windows()
+    measured = suite.measure(
+        lambda lm, kept: passkey_cells(lm, windows=windows, growing=growing, seed=common.seed, kept=kept, **how),
+        {"growing": growing, "seed": common.seed},
+        n_ctx=max(windows),
     )
-    if plot:
-        plot_passkeys(report, plot)
+    cells = list(itertools.chain(*measured))
+    found = {name: k_max([cell for cell in cells if cell.model == name], growing=growing) for name in suite.names}
+    report = PasskeyReport(suite.names, cells, found, growing, suite.record())
+    if common.plot:
+        plot_passkeys(report, common.plot)
     return report
 
 
@@ -418,7 +381,6 @@ def passkey_cells(
     growing: bool = False,
     seed: int = 0,
     kept: Kept | None = None,
-    settings: dict[str, Any] | None = None,
 ) -> list[PasskeyCell]:
     """Ask an open model for passkeys, as `evaluate_passkey` does; what is kept is not asked again.
 
@@ -434,19 +396,22 @@ def passkey_cells(
         if growing
         else list(itertools.product(places, range(keys)))
     )
-    items = {(place, n): {**(settings or {}), "window": place[0], "distance": place[1], "key": n} for place, n in order}
+    items = {(place, n): {"window": place[0], "distance": place[1], "key": n} for place, n in order}
     drawn = {place: _keys(f"{seed} growing" if growing else f"{seed} {place[0]} {place[1]}", keys) for place in places}
     prompts = {window: PasskeyPrompts(lm, window) for window in dict.fromkeys(w for w, _ in places)}
-    todo = [question for question in order if kept.get(items[question]) is None]
-    with progress_bar("passkey", len(todo), "keys") as advance:
-        for place, n in todo:
-            window, distance = place
-            ids, last, exact = prompts[window].make(drawn[place][n], distance, fill=not growing)
-            kept.put(items[place, n], {"exact_distance": exact, "found": lm.predicts(ids, last)})
-            advance(1, text=f"distance {distance} of {window}")
+
+    def ask(question: tuple[tuple[int, int], int], advance: Advance) -> dict[str, Any]:
+        place, n = question
+        window, distance = place
+        ids, last, exact = prompts[window].make(drawn[place][n], distance, fill=not growing)
+        answer = {"exact_distance": exact, "found": lm.predicts(ids, last)}
+        advance(1, text=f"distance {distance} of {window}")
+        return answer
+
+    answered = kept.values("passkey", "keys", items, ask)
     cells = []
     for window, distance in places:
-        answers = [kept.get(items[(window, distance), n]) for n in range(keys)]
+        answers = [answered[(window, distance), n] for n in range(keys)]
         found = sum(answer["found"] for answer in answers)
         exact = answers[0]["exact_distance"]
         cells.append(PasskeyCell(distance if growing else window, distance, exact, found, keys, lm.name))

@@ -5,13 +5,18 @@ In: a path, and what tells one item from another. Out: a line of JSON an item, e
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pi_gguf.errors import OptionError
 from pi_gguf.files import check_writable, disk_errors, open_plain
+from pi_gguf.progress import Advance, progress_bar
+
+K = TypeVar("K")
 
 _BEGIN, _LINE_BYTES = b'{"item": ', 2**26
 """What every line begins with, and what none is longer than."""
@@ -30,6 +35,7 @@ class Kept:
     def __init__(self, path: str | None) -> None:
         self._path = None if path is None else Path(path)
         self._values: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
         if self._path is None:
             return
         check_writable(self._path, overwrite=True)
@@ -46,12 +52,48 @@ class Kept:
                         break
                     raise OptionError(f"{path}: line {number} is no finished item", "give another --keep") from error
 
+    def under(self, settings: Mapping[str, Any]) -> Kept:
+        """Return the same journal, each of whose items has these settings."""
+        part = copy.copy(self)
+        part._settings = {**self._settings, **settings}
+        return part
+
+    def value(self, item: dict[str, Any], measure: Callable[[], Any]) -> Any:
+        """Return the value of an item; what is not finished is measured and kept."""
+        if self.get(item) is None:
+            self.put(item, measure())
+        return self.get(item)
+
+    def values(
+        self,
+        title: str,
+        unit: str,
+        items: Mapping[K, dict[str, Any]],
+        measure: Callable[[K, Advance], Any],
+        size: Callable[[K], int] = lambda _: 1,
+    ) -> dict[K, Any]:
+        """Return the value of each item; those that are not finished are measured in this order and kept.
+
+        Args:
+            title: what is being done, of the progress bar.
+            unit: what the bar counts.
+            items: by what `measure` knows them by.
+            measure: makes a value, and advances the bar by as much as `size` says.
+            size: how much work an item is.
+        """
+        todo = [key for key, item in items.items() if self.get(item) is None]
+        with progress_bar(title, sum(map(size, todo)), unit) as advance:
+            for key in todo:
+                self.put(items[key], measure(key, advance))
+        return {key: self.get(item) for key, item in items.items()}
+
     def get(self, item: dict[str, Any]) -> Any:
         """Return the value of an item; None where it is not finished."""
-        return self._values.get(_name(item))
+        return self._values.get(_name({**self._settings, **item}))
 
     def put(self, item: dict[str, Any], value: Any) -> None:
         """Keep the value of an item, in JSON's types."""
+        item = {**self._settings, **item}
         self._values[_name(item)] = value
         if self._path is None:
             return

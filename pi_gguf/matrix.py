@@ -6,15 +6,17 @@ position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any, Unpack
 
 from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError
 from pi_gguf.files import writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.kept import Kept
+from pi_gguf.options import MatrixKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.plots import check_plot, plot_matrix
 from pi_gguf.progress import say
 from pi_gguf.provenance import sha256
@@ -25,18 +27,14 @@ from pi_gguf.texts import read_texts
 
 
 @writes("keep", "plot")
+@flat(TargetOptions, SuiteOptions)
 def evaluate_matrix(
     *models: str,
     against: str,
     cache_types: str = "f16,q8_0,q4_0",
     window: int | None = None,
-    text: Sequence[str] = (),
     documents: int = 1,
-    keep: str | None = None,
-    plot: str | None = None,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "auto",
+    **options: Unpack[MatrixKeywords],
 ) -> MatrixReport:
     """Measure what quantizations and quantized KV caches cost at depth: KL divergence from a reference, by position.
 
@@ -45,13 +43,7 @@ def evaluate_matrix(
         against: the reference: GGUF file, such as the F16 one, or Hugging Face folder.
         cache_types: of K and V alike, separated by commas: f32, f16, q8_0, q4_0.
         window: tokens that are read of each text; the first file's own window when left out.
-        text: text file or folder of them; the held-out novels of the bundled sample when left out. Repeatable.
         documents: texts to read, the longest first.
-        keep: file that keeps each finished cell, in JSON lines; the same command goes on from it.
-        plot: file to draw it to, e.g. matrix.png.
-        overwrite: replace the plot that is there.
-        seed: recorded; nothing is random here.
-        device: auto, cpu or cuda.
 
     Example:
         pi-gguf eval matrix f16.gguf q8.gguf q4.gguf --against my-llama-32k-hf --keep matrix.jsonl --plot matrix.png
@@ -62,28 +54,28 @@ def evaluate_matrix(
     for kind in kinds:
         if kind not in CACHE_TYPES:
             raise OptionError(f"cache-types must be some of {', '.join(CACHE_TYPES)}, got {kind!r}")
-    check_plot(plot, overwrite)
-    kept = Kept(keep)
+    device, common = take(TargetOptions, options).device, take(SuiteOptions, options)
+    check_plot(common.plot, common.overwrite)
+    kept = Kept(common.keep)
     infos = {model: read_gguf(Path(model)) for model in models}
     window = window or infos[models[0]].rope.max_position_embeddings
-    texts = sha256(list(read_texts(text).values())) if text else "bundled"
-    cells = []
-    for model in infos:
-        for kind in kinds:
-            item = {
-                **identity(model, device=device), "cache": kind, "against": against, "window": window, "texts": texts,
-                "documents": documents,
-            }  # fmt: skip
-            if (found := kept.get(item)) is None:
-                say(f"{model}, {kind} cache")
-                report = evaluate_kl(
-                    model, against=against, window=window, text=text, documents=documents, type_k=kind, type_v=kind,
-                    seed=seed, device=device,
-                )  # fmt: skip
-                found = asdict(report)
-                kept.put(item, found)
-            cells.append(DivergenceReport.from_json(found))
-    report_of_all = MatrixReport(against, cells)
-    if plot:
-        plot_matrix(report_of_all, plot)
-    return report_of_all
+    texts = sha256(list(read_texts(common.text).values())) if common.text else "bundled"
+    kept = kept.under({"against": against, "window": window, "texts": texts, "documents": documents})
+
+    def measure(model: str, kind: str) -> dict[str, Any]:
+        say(f"{model}, {kind} cache")
+        report = evaluate_kl(
+            model, against=against, window=window, text=common.text, documents=documents, type_k=kind, type_v=kind,
+            device=device,
+        )  # fmt: skip
+        return asdict(report)
+
+    found = [
+        kept.value({**identity(model, device=device), "cache": kind}, partial(measure, model, kind))
+        for model in infos
+        for kind in kinds
+    ]
+    report = MatrixReport(against, [DivergenceReport.from_json(cell) for cell in found])
+    if common.plot:
+        plot_matrix(report, common.plot)
+    return report

@@ -1,4 +1,4 @@
-"""Every option of fine-tune, file and proof, defined once: default, type, help, and what it may be.
+"""Every option of fine-tune, file, proof and evaluation, defined once: default, type, help, and what it may be.
 
 In: flat keywords, as Python callers and the command line give them. Out: one frozen object a concern, which the inner
 functions take. Command line, help, signature, docstring, a run's record and docs/options.md are made from the fields; a
@@ -12,7 +12,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from pi_gguf.errors import OptionError
@@ -20,6 +20,9 @@ from pi_gguf.errors import OptionError
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T", bound="Options")
+
+CACHES = ("f32", "f16", "q8_0", "q4_0")
+"""Types of a KV cache."""
 
 
 def option(text: str, *, default: Any, choices: Sequence[str] = (), each: str = "", needed: bool = False) -> Any:
@@ -226,7 +229,58 @@ class ProofOptions(Options):
     )
 
 
-GROUPS: tuple[type[Options], ...] = (TuneOptions, SpreadOptions, WriteOptions, ProofOptions)
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(Options):
+    """How a model is opened that is to be measured."""
+
+    title: typing.ClassVar[str] = "Model"
+
+    context: int | None = option(
+        "extend Hugging Face models to this window, in tokens, without training.", default=None
+    )
+    method: str = option("of --context: linear (Position Interpolation), ntk, yarn, none or nope.", default="linear")
+    type_k: str = option("K cache of GGUF files: f32, f16, q8_0 or q4_0.", default="f16", choices=CACHES)
+    type_v: str = option("V cache of GGUF files.", default="f16", choices=CACHES)
+    device: str = option("auto, cpu or cuda.", default="auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(TargetOptions):
+    """The same where a server may be asked, too."""
+
+    tokenizer: str | None = option("MODEL whose tokenizer a server's model has; of URLs only.", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions(Options):
+    """What a suite measures on, and what it leaves behind; each takes those that it has a use for."""
+
+    title: typing.ClassVar[str] = "Measurement"
+
+    windows: Sequence[int] | None = option(
+        "lengths of a text, or of prompt and answer together, in tokens, e.g. 2048,8192; when left out 2048 (ruler: "
+        "4096) and its doublings, up to the models' window and 32768.",
+        default=None,
+        needed=True,
+    )
+    text: Sequence[str] = option(
+        "text file, folder of them, or of the Hub pg19, proof-pile or owner/name:split; the held-out novels of the "
+        "bundled sample when left out. Repeatable.",
+        default=(),
+        needed=True,
+        each="PATH",
+    )
+    keep: str | None = option(
+        "file that keeps what is finished, in JSON lines; the same command goes on from it.", default=None
+    )
+    plot: str | None = option("file to draw the figures to, e.g. plot.png.", default=None)
+    overwrite: bool = option("replace the plot that is there.", default=False)
+    seed: int = option("of what is drawn: keys, needles, items, pairs.", default=0)
+
+
+GROUPS: tuple[type[Options], ...] = (
+    TuneOptions, SpreadOptions, WriteOptions, ProofOptions, ServerOptions, SuiteOptions,
+)  # fmt: skip
 
 
 # The flat keywords, for editors and mypy; a test holds them against the fields
@@ -274,6 +328,75 @@ class ConvertKeywords(TuneKeywords, total=False):
     require: str | None
 
 
+class DeviceKeywords(TypedDict, total=False):
+    device: str
+
+
+class TextKeywords(TypedDict, total=False):
+    text: Sequence[str]
+
+
+class KeepKeywords(TypedDict, total=False):
+    keep: str | None
+
+
+class PlotKeywords(TypedDict, total=False):
+    plot: str | None
+    overwrite: bool
+
+
+class SeedKeywords(TypedDict, total=False):
+    seed: int
+
+
+class TargetKeywords(DeviceKeywords, total=False):
+    context: int | None
+    method: str
+    type_k: str
+    type_v: str
+
+
+class PerplexityKeywords(TargetKeywords, TextKeywords, KeepKeywords, PlotKeywords, total=False):
+    windows: Sequence[int] | None
+
+
+class RetrievalKeywords(TargetKeywords, KeepKeywords, PlotKeywords, SeedKeywords, total=False):
+    tokenizer: str | None
+    windows: Sequence[int] | None
+
+
+class NeedleKeywords(RetrievalKeywords, TextKeywords, total=False):
+    pass
+
+
+class ShortKeywords(TargetKeywords, KeepKeywords, total=False):
+    pass
+
+
+class SummariesKeywords(ShortKeywords, total=False):
+    tokenizer: str | None
+
+
+class DivergenceKeywords(TargetKeywords, TextKeywords, PlotKeywords, total=False):
+    pass
+
+
+class MatrixKeywords(DeviceKeywords, TextKeywords, KeepKeywords, PlotKeywords, total=False):
+    pass
+
+
+class ComparisonKeywords(MatrixKeywords, SeedKeywords, total=False):
+    pass
+
+
+class BoundsKeywords(PlotKeywords, SeedKeywords, total=False):
+    pass
+
+
+class PageKeywords(DeviceKeywords, SeedKeywords, total=False):
+    pass
+
+
 # From keywords to objects
 
 
@@ -292,21 +415,34 @@ def hints(group: type) -> dict[str, Any]:
     return {one.name: known[one.name] for one in fields(group)}
 
 
+def keywords_of(function: Callable[..., Any], group: type[Options]) -> set[str]:
+    """Return the names of a group's options among the typed keywords of a function."""
+    for hint in typing.get_type_hints(function).values():
+        for keywords in typing.get_args(hint) if typing.get_origin(hint) is typing.Unpack else ():
+            return {*typing.get_type_hints(keywords)} & {*hints(group)}
+    return {*hints(group)}
+
+
 def flat(*groups: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Give a function that takes groups' options as `**options` their signature and documentation.
 
-    A keyword that is no option is refused as Python does it.
+    It takes those that its keywords name, all of them where they are not typed. Another keyword is refused as Python
+    does it.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        more = [
-            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kinds[one.name])
+        taken = [
+            (one, kinds[one.name])
             for group in groups
             for kinds in (hints(group),)
             for one in fields(group)
-            if one.name not in signature.parameters
+            if one.name not in signature.parameters and one.name in keywords_of(function, group)
+        ]
+        more = [
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kind)
+            for one, kind in taken
         ]
         whole = signature.replace(parameters=[*own, *more])
 
@@ -317,18 +453,16 @@ def flat(*groups: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         checked.__signature__ = whole  # type: ignore[attr-defined]
         checked.groups = groups  # type: ignore[attr-defined]
-        checked.__doc__ = _documented(function.__doc__ or "", groups, {p.name for p in own})
+        checked.__doc__ = _documented(function.__doc__ or "", [one for one, _ in taken])
         return checked
 
     return decorate
 
 
-def _documented(doc: str, groups: Sequence[type], own: set[str]) -> str:
+def _documented(doc: str, taken: Sequence[Field]) -> str:
     """Return a docstring whose `Args` go on with the options."""
     doc = inspect.cleandoc(doc)
-    lines = [
-        f"    {one.name}: {one.metadata['help']}" for group in groups for one in fields(group) if one.name not in own
-    ]
+    lines = [f"    {one.name}: {one.metadata['help']}" for one in taken]
     head, mark, rest = doc.partition("\nArgs:\n")
     args, gap, tail = rest.partition("\n\n")
     return f"{head}{mark}{args}\n" + "\n".join(lines) + f"{gap}{tail}"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.bounds import evaluate_bounds
@@ -23,6 +23,7 @@ from pi_gguf.errors import OptionError, PiGgufError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity, k_max
 from pi_gguf.files import open_folder, write_json, write_text, writes
 from pi_gguf.gguf_header import is_gguf, tensors_sha256
+from pi_gguf.options import PageKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
 from pi_gguf.progress import say
 from pi_gguf.provenance import provenance, without_folders
@@ -75,7 +76,12 @@ _FILES = ("perplexity.png", "passkeys.png", "divergence.png", "figure-2.png", "r
 _KEPT = "kept.jsonl"
 
 
+Asked = Sequence[tuple[str, str, int | None]]
+"""Label of each row, model, and the window that it is extended to without training, in tokens."""
+
+
 @writes("out", parents=True)
+@flat(TargetOptions, SuiteOptions)
 def evaluate_all(
     base: str,
     *models: str,
@@ -87,8 +93,7 @@ def evaluate_all(
     keys: int = 5,
     tasks: str = "next_sentence",
     limit: int = 200,
-    seed: int = 0,
-    device: str = "auto",
+    **options: Unpack[PageKeywords],
 ) -> PageReport:
     """Measure a base and what it was extended to, and write one page: the paper's tables beside your numbers.
 
@@ -106,13 +111,45 @@ def evaluate_all(
         tasks: of table 5, as for eval short, e.g. boolq,piqa,race_middle,race,winogrande; without the Hub
             next_sentence.
         limit: items of each task.
-        seed: of the keys and pairs drawn.
-        device: auto, cpu or cuda.
 
     Example:
         pi-gguf eval report bundled:tiny tiny-32k-hf tiny-32k-Q8_0.gguf tiny-32k-Q4_K_M.gguf --out report
     """
-    check_targets((base, *models), servers=False)
+    device, seed = take(TargetOptions, options).device, take(SuiteOptions, options).seed
+    original, context = _old_and_new_window(base, models)
+    folder = Path(out)
+    open_folder(folder, _FILES, _KEPT)
+    labels = _labels(base, models)
+    asked = [(label, name, context if "untrained" in label else None) for label, name in labels.items()]
+    common: dict[str, Any] = {"keep": str(folder / _KEPT), "device": device}
+    stretches = {"windows": doublings(original, context), "stride": min(256, original - 1), "samples": samples}
+    with _texts(text, "heldout", "text") as texts:
+        first, first_read = _perplexity(asked, text=texts, **stretches, **common)
+    with _texts(second_text, "train", "second-text") as texts:
+        second, second_read = _perplexity(asked, text=texts, **stretches, **common)
+    passkeys = _passkeys(asked, windows=(context,), distances=distances, keys=keys, seed=seed, **common)
+    files = {label: tensors_sha256(Path(name)) for label, name in labels.items() if _is_gguf(name)}
+    steps = {label: _validations(name) for label, name, _ in asked if name != base and not _is_gguf(name)}
+    short, missing = _short((base, *models), tasks=tasks, limit=limit, **common)
+    report = PageReport(
+        str(folder / "report.html"), base, context, files, first, first_read, second, second_read, passkeys, steps,
+        short,
+        _divergences(models, device), evaluate_bounds(base, context=context, seed=seed), missing,
+        provenance(seed=seed, device=device),
+    )  # fmt: skip
+    _draw(report, folder)
+    write_json(folder / "report.json", report.to_json())
+    write_text(Path(report.path), _page(report, folder))
+    return report
+
+
+def _old_and_new_window(base: str, models: Sequence[str]) -> tuple[int, int]:
+    """Return the base's window and the one that all models reach, in tokens.
+
+    Raises:
+        OptionError: there is none, or several.
+    """
+    check_targets((base, *models), TargetOptions())
     if not models:
         raise OptionError("MODELS is missing", "give what the base became, such as a GGUF file")
     original = load_checkpoint(base).rope.max_position_embeddings
@@ -121,57 +158,40 @@ def evaluate_all(
     if min(reached.values()) < context or context <= original:
         told = ", ".join(f"{model} {window}" for model, window in reached.items())
         raise OptionError(f"models must have one window above the base's {original} tokens, got {told}")
-    folder = Path(out)
-    open_folder(folder, _FILES, _KEPT)
-    labels = _labels(base, models)
-    common: dict[str, Any] = {"keep": str(folder / _KEPT), "seed": seed, "device": device}
-    asked = [(label, name, context if "untrained" in label else None) for label, name in labels.items()]
-    windows = doublings(original, context)
-    missing = []
+    return original, context
 
-    def perplexity(texts: Sequence[str]) -> tuple[dict[str, list[PerplexityRow]], list[str]]:
-        found: dict[str, list[PerplexityRow]] = {}
-        read: list[str] = []
-        for label, name, scaled_to in asked:
-            say(f"perplexity: {label}")
-            measured = evaluate_perplexity(
-                name, text=texts, windows=windows, stride=min(256, original - 1), samples=samples, context=scaled_to,
-                **common,
-            )  # fmt: skip
-            found[label] = [replace(row, model=label) for row in measured.rows]
-            read = [Path(name).name for name in measured.texts]
-        return found, read
 
-    with _texts(text, "heldout", "text") as texts:
-        first, first_read = perplexity(texts)
-    with _texts(second_text, "train", "second-text") as texts:
-        second, second_read = perplexity(texts)
-    passkeys = {}
+def _perplexity(asked: Asked, **how: Any) -> tuple[dict[str, list[PerplexityRow]], list[str]]:
+    """Return perplexity by label, and the names of the texts read."""
+    found: dict[str, list[PerplexityRow]] = {}
+    read: list[str] = []
+    for label, name, scaled_to in asked:
+        say(f"perplexity: {label}")
+        measured = evaluate_perplexity(name, context=scaled_to, **how)
+        found[label] = [replace(row, model=label) for row in measured.rows]
+        read = [Path(name).name for name in measured.texts]
+    return found, read
+
+
+def _passkeys(asked: Asked, **how: Any) -> dict[str, list[PasskeyCell]]:
+    """Return the passkeys found by label."""
+    found = {}
     for label, name, scaled_to in asked:
         say(f"passkeys: {label}")
-        cells = evaluate_passkey(
-            name, windows=(context,), distances=distances, keys=keys, growing=True, context=scaled_to, **common
-        ).cells
-        passkeys[label] = [replace(cell, model=label) for cell in cells]
-    files = {label: tensors_sha256(Path(name)) for label, name in labels.items() if _is_gguf(name)}
-    steps = {label: _validations(name) for label, name, _ in asked if name != base and not _is_gguf(name)}
-    short = None
+        cells = evaluate_passkey(name, growing=True, context=scaled_to, **how).cells
+        found[label] = [replace(cell, model=label) for cell in cells]
+    return found
+
+
+def _short(models: Sequence[str], *, tasks: str, **how: Any) -> tuple[ShortReport | None, list[str]]:
+    """Return the short tasks, or none and what is missing."""
+    say(f"tasks: {tasks}")
     try:
-        say(f"tasks: {tasks}")
-        short = evaluate_short(base, *models, tasks=tasks, limit=limit, **common)
+        return evaluate_short(*models, tasks=tasks, **how), []
     except PiGgufError as error:
-        missing.append(without_folders(f"Table 5 was not measured: {error}"))
-        say(f"note: {missing[-1]}")
-    report = PageReport(
-        str(folder / "report.html"), base, context, files, first, first_read, second, second_read, passkeys, steps,
-        short,
-        _divergences(models, device, seed), evaluate_bounds(base, context=context, seed=seed), missing,
-        provenance(seed=seed, device=device),
-    )  # fmt: skip
-    _draw(report, folder)
-    write_json(folder / "report.json", report.to_json())
-    write_text(Path(report.path), _page(report, folder))
-    return report
+        missing = without_folders(f"Table 5 was not measured: {error}")
+        say(f"note: {missing}")
+        return None, [missing]
 
 
 def _is_gguf(model: str) -> bool:
@@ -206,14 +226,14 @@ def _validations(folder: str) -> list[dict[str, Any]]:
     return (record.validations if record else None) or []
 
 
-def _divergences(models: Sequence[str], device: str, seed: int) -> list[DivergenceReport]:
+def _divergences(models: Sequence[str], device: str) -> list[DivergenceReport]:
     """Hold every file against the Hugging Face folder, or the first file where there is none."""
     reference = next((model for model in models if not _is_gguf(model)), models[0])
     found = []
     for model in models:
         if model != reference and _is_gguf(model):
             say(f"KL divergence: {model}")
-            found.append(evaluate_kl(model, against=reference, device=device, seed=seed))
+            found.append(evaluate_kl(model, against=reference, device=device))
     return found
 
 

@@ -8,6 +8,7 @@ Source: arXiv 2404.06654, sections 3 and 4 and appendix B.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from string import ascii_lowercase, ascii_uppercase
-from typing import Any
+from typing import Unpack
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError
@@ -24,13 +25,13 @@ from pi_gguf.files import writes
 from pi_gguf.haystack import Item, ask, fit, hide, sentences
 from pi_gguf.kept import Kept
 from pi_gguf.needle import needle_item
+from pi_gguf.options import RetrievalKeywords, ServerOptions, SuiteOptions, flat, take
 from pi_gguf.passkey import EVALUATION_FILLER
-from pi_gguf.plots import check_plot, plot_ruler
-from pi_gguf.progress import progress_bar
-from pi_gguf.provenance import provenance
+from pi_gguf.plots import plot_ruler
+from pi_gguf.progress import Advance
 from pi_gguf.results import RulerReport, RulerRow
 from pi_gguf.scoring import LanguageModel
-from pi_gguf.targets import check_targets, choose_windows, identity, opened
+from pi_gguf.suite import Suite, check_counts
 
 THRESHOLD = 85.6
 """Percent: what Llama-2-7B-chat has at 4096 tokens over the paper's tasks."""
@@ -52,22 +53,13 @@ FREQUENT = 3
 
 
 @writes("keep", "plot")
+@flat(ServerOptions, SuiteOptions)
 def evaluate_ruler(
     *models: str | LanguageModel,
-    windows: Sequence[int] | None = None,
     tasks: str = "single,multikey,variables,common,frequent",
     items: int = 5,
     threshold: float = THRESHOLD,
-    context: int | None = None,
-    method: str = "linear",
-    type_k: str = "f16",
-    type_v: str = "f16",
-    tokenizer: str | None = None,
-    keep: str | None = None,
-    plot: str | None = None,
-    overwrite: bool = False,
-    seed: int = 0,
-    device: str = "auto",
+    **options: Unpack[RetrievalKeywords],
 ) -> RulerReport:
     """Measure five tasks in the manner of RULER, and the effective length.
 
@@ -78,67 +70,56 @@ def evaluate_ruler(
     Args:
         models: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or URL of an OpenAI-compatible server; several
             make one table.
-        windows: lengths of prompt and answer together, in tokens; when left out 4096 and its doublings,
-            up to the models' window and 32768.
         tasks: of single (a needle in prose), multikey (among needles of other things), variables (a chain of
             assignments), common (the 10 words most often in a list) and frequent (the 3 most frequent coded words).
         items: of each task at each window.
         threshold: mean score, in percent, that a window must reach to count as effective; the paper's when left out.
-        context: extend Hugging Face models to this window, in tokens, without training.
-        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
-        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
-        type_v: V cache of GGUF files.
-        tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
-        keep: file that keeps each finished task and window, in JSON lines; the same command goes on from it.
-        plot: file to draw the mean score by window to, e.g. ruler.png.
-        overwrite: replace the plot that is there.
-        seed: of the items drawn.
-        device: auto, cpu or cuda.
 
     Example:
         pi-gguf eval ruler model.gguf --windows 4096,8192
     """
-    options: dict[str, Any] = {
-        "context": context, "method": method, "tokenizer": tokenizer, "type_k": type_k, "type_v": type_v,
-        "device": device,
-    }  # fmt: skip
-    check_targets(models, **options)
+    target, common = take(ServerOptions, options), take(SuiteOptions, options)
+    suite = Suite(models, target, common)
     chosen = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if not set(chosen) <= set(TASKS):
         raise OptionError(f"tasks must be of {', '.join(TASKS)}, got {tasks}")
-    if items < 1:
-        raise OptionError(f"items must be at least 1, got {items}")
+    check_counts({"items": items})
     if not 0 <= threshold <= 100:
         raise OptionError(f"threshold must be from 0 to 100 percent, got {threshold}")
-    check_plot(plot, overwrite)
-    windows = choose_windows(windows, models, least=LEAST, **options)
-    kept = Kept(keep)
-    names, rows = [], []
-    for model in models:
-        settings = {**identity(model, **options), "items": items, "seed": seed}
-        with opened(model, n_ctx=max(windows), **options) as lm:
-            for task in chosen:
-                for window in sorted({min(windows), max(windows)}):  # what cannot work is said before long work
-                    fit(lm, draw_item(task, window, 0, seed), window)
-            names.append(lm.name)
-            grid = {(t, w): {**settings, "task": t, "window": w} for w in windows for t in chosen}
-            todo = [key for key, item in grid.items() if kept.get(item) is None]
-            with progress_bar("ruler", len(todo) * items, "items") as advance:
-                for task, window in todo:
-                    scores = []
-                    for i in range(items):
-                        scores.append(ask(lm, draw_item(task, window, i, seed), window))
-                        advance(1, text=f"{task}, window {window}")
-                    kept.put(grid[task, window], 100 * mean(scores))
-            rows += [RulerRow(t, w, kept.get(item), items, lm.name) for (t, w), item in grid.items()]
-    means = {name: mean_scores([row for row in rows if row.model == name]) for name in names}
-    reached = {name: effective_length(means[name], threshold) for name in names}
-    report = RulerReport(
-        names, rows, threshold, reached, provenance(seed=seed, device=device, type_k=type_k, type_v=type_v)
+    windows = suite.windows(least=LEAST)
+    measured = suite.measure(
+        lambda lm, kept: _rows(lm, kept, chosen, windows, items, common.seed),
+        {"items": items, "seed": common.seed},
+        n_ctx=max(windows),
     )
-    if plot:
-        plot_ruler({Path(name).name: means[name] for name in names}, threshold, plot)
+    rows = list(itertools.chain(*measured))
+    means = {name: mean_scores([row for row in rows if row.model == name]) for name in suite.names}
+    reached = {name: effective_length(means[name], threshold) for name in suite.names}
+    report = RulerReport(suite.names, rows, threshold, reached, suite.record())
+    if common.plot:
+        plot_ruler({Path(name).name: means[name] for name in suite.names}, threshold, common.plot)
     return report
+
+
+def _rows(
+    lm: LanguageModel, kept: Kept, tasks: Sequence[str], windows: Sequence[int], items: int, seed: int
+) -> list[RulerRow]:
+    """Ask an open model for the items of each task at each window."""
+    for task in tasks:
+        for window in sorted({min(windows), max(windows)}):  # what cannot work is said before long work
+            fit(lm, draw_item(task, window, 0, seed), window)
+
+    def score(place: tuple[str, int], advance: Advance) -> float:
+        task, window = place
+        scores = []
+        for i in range(items):
+            scores.append(ask(lm, draw_item(task, window, i, seed), window))
+            advance(1, text=f"{task}, window {window}")
+        return 100 * mean(scores)
+
+    grid = {(task, window): {"task": task, "window": window} for window in windows for task in tasks}
+    found = kept.values("ruler", "items", grid, score, size=lambda _: items)
+    return [RulerRow(task, window, value, items, lm.name) for (task, window), value in found.items()]
 
 
 def mean_scores(rows: Sequence[RulerRow]) -> dict[int, float]:

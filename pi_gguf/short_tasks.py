@@ -9,25 +9,24 @@ Source: arXiv 2306.15595, section 3.4.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError, one_line
 from pi_gguf.files import open_plain, writes
-from pi_gguf.hf_model import HfTokens
 from pi_gguf.kept import Kept
-from pi_gguf.progress import Advance, progress_bar
-from pi_gguf.provenance import library_versions, package_version, provenance, sha256
+from pi_gguf.options import ShortKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.provenance import library_versions, package_version, sha256
 from pi_gguf.results import ShortReport, TaskRow
-from pi_gguf.runtime import Model
 from pi_gguf.scoring import LanguageModel
-from pi_gguf.targets import check_targets, identity, opened
+from pi_gguf.suite import Suite, check_counts
+from pi_gguf.targets import identity
 from pi_gguf.texts import as_dataset
 
 _FOLDERS = ("super_glue/boolq", "piqa", "race", "winogrande")
@@ -48,19 +47,14 @@ _RUNS_CODE = {"class", "custom_dataset", "hf_evaluate", "unsafe_code", "use_prom
 
 
 @writes("keep")
+@flat(TargetOptions, SuiteOptions)
 def evaluate_short(
     *models: str | LanguageModel,
     tasks: str = "boolq,piqa,race_middle,race,winogrande",
     limit: int | None = None,
     max_length: int | None = None,
     task_dir: str | None = None,
-    context: int | None = None,
-    method: str = "linear",
-    type_k: str = "f16",
-    type_v: str = "f16",
-    keep: str | None = None,
-    seed: int = 0,
-    device: str = "auto",
+    **options: Unpack[ShortKeywords],
 ) -> ShortReport:
     """Measure benchmarks of short texts, zero-shot, with lm-evaluation-harness.
 
@@ -76,23 +70,13 @@ def evaluate_short(
             window takes less memory. Each model's own window when left out.
         task_dir: folder of task files of your own, as the harness reads them but for what would run code; with data on
             disk they need no network.
-        context: extend Hugging Face models to this window, in tokens, without training.
-        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
-        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
-        type_v: V cache of GGUF files.
-        keep: file that keeps each finished task of a model, in JSON lines; the same command goes on from it.
-        seed: recorded; nothing is random here.
-        device: auto, cpu or cuda.
 
     Example:
         pi-gguf eval short my-llama my-llama-32k-hf my-llama-32k-Q4_K_M.gguf --limit 200
     """
-    options: dict[str, Any] = {
-        "context": context, "method": method, "type_k": type_k, "type_v": type_v, "device": device
-    }  # fmt: skip
-    check_targets(models, servers=False, **options)
-    if limit is not None and limit < 1:
-        raise OptionError(f"limit must be at least 1, got {limit}")
+    suite = Suite(models, take(TargetOptions, options), take(SuiteOptions, options))
+    if limit is not None:
+        check_counts({"limit": limit})
     if max_length is not None and max_length < 2:
         raise OptionError(f"max-length must be at least 2 tokens, got {max_length}")
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -101,33 +85,38 @@ def evaluate_short(
     _import_harness()
     if task_dir is not None:
         _check_task_files(task_dir)
-    identities = [identity(model, **options) for model in models]
-    loaded = _load_tasks(wanted, task_dir, seed)
+    for model in models:
+        identity(model)  # what is not there is said before data are loaded
+    loaded = _load_tasks(wanted, task_dir)
     asked = {
         name: sha256([str(task.dump_config()), *map(str, itertools.islice(task.eval_docs, limit))])
         for name, task in loaded.items()
     }
     versions = library_versions() | {"lm-eval": package_version("lm-eval")}
-    kept = Kept(keep)
-    names: list[str] = []
+
+    def measure(lm: LanguageModel, kept: Kept) -> list[tuple[str, list[Any]]]:
+        found = []
+        for name, task in loaded.items():
+            item = {"task": name, "asked": asked[name]}
+            of_task = kept.value(item, partial(_measure, lm, name, task, limit, max_length))
+            found += [(name, row) for row in of_task]
+        return found
+
+    measured = suite.measure(measure, {"max_length": max_length, "versions": versions}, at_most=max_length)
+    record = suite.record(text_sha256=sha256(list(asked.values())))
+    return ShortReport(suite.names, _rows(suite.names, measured), {**record, "libraries": versions})
+
+
+def _rows(names: Sequence[str], measured: Sequence[Sequence[tuple[str, list[Any]]]]) -> list[TaskRow]:
+    """Return a row of each model, task and metric, with the difference from the first model."""
     rows: list[TaskRow] = []
     first: dict[tuple[str, str], float] = {}
-    for model, target in zip(models, identities, strict=True):
-        settings = {**target, "max_length": max_length, "versions": versions}
-        with opened(model, n_ctx=None, at_most=max_length, **options) as lm:
-            names.append(lm.name)
-            for name, task in loaded.items():
-                item = {**settings, "task": name, "asked": asked[name]}
-                if kept.get(item) is None:
-                    kept.put(item, _measure(lm, name, task, limit, max_length))
-                for metric, value, error, items in kept.get(item):
-                    before = first.setdefault((name, metric), value)
-                    difference = value - before if len(names) > 1 else None
-                    rows.append(TaskRow(name, metric, value, error, items, difference, lm.name))
-    record = provenance(
-        seed=seed, device=device, type_k=type_k, type_v=type_v, text_sha256=sha256(list(asked.values()))
-    )
-    return ShortReport(names, rows, {**record, "libraries": versions})
+    for i, (model, found) in enumerate(zip(names, measured, strict=True)):
+        for task, (metric, value, error, items) in found:
+            before = first.setdefault((task, metric), value)
+            difference = value - before if i else None
+            rows.append(TaskRow(task, metric, value, error, items, difference, model))
+    return rows
 
 
 def _import_harness() -> None:
@@ -198,7 +187,7 @@ def _entries(config: Any) -> Iterator[tuple[Any, Any]]:
             yield from _entries(part)
 
 
-def _load_tasks(names: Sequence[str], task_dir: str | None, seed: int) -> dict[str, Any]:
+def _load_tasks(names: Sequence[str], task_dir: str | None) -> dict[str, Any]:
     """Load the harness's tasks with their data, by name; groups give several.
 
     Raises:
@@ -230,7 +219,7 @@ def _load_tasks(names: Sequence[str], task_dir: str | None, seed: int) -> dict[s
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise OptionError(f"task {name}: runs what a model writes or needs more than text", "leave it out")
         task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(seed)
+        task.set_fewshot_seed(0)
     return found
 
 
@@ -288,9 +277,6 @@ def _measure(lm: LanguageModel, name: str, task: Any, limit: int | None, max_len
     return measured
 
 
-# The model
-
-
 def harness_model(lm: LanguageModel, task: str, max_length: int | None = None) -> Any:
     """Return an open model as the harness takes one, equal to its own class for transformers.
 
@@ -299,86 +285,6 @@ def harness_model(lm: LanguageModel, task: str, max_length: int | None = None) -
         task: for messages.
         max_length: most tokens that it is asked at once; its window when None, or when that is less.
     """
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from pi_gguf.harness import HarnessModel
 
-    bos, prefix, terminal = lm.bos, _prefix_token(lm), sys.stderr
-    window = min(lm.window, max_length or lm.window)
-
-    @contextmanager
-    def bar(total: int) -> Iterator[Advance]:
-        with redirect_stderr(terminal), progress_bar(task, total, "requests") as advance:
-            yield advance
-
-    class HarnessModel(TemplateLM):  # type: ignore[misc]
-        eot_token_id = prefix_token_id = prefix
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            ids = lm.tokenize(string, add_special=add_special_tokens is not False)
-            written = add_special_tokens is None and bos and ids[:2] == bos * 2  # in the text, and added to it
-            return ids[1:] if written else ids
-
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-            """Answer (anything, context, continuation) in an order in which neighbors share their beginnings."""
-            found = [(0.0, False)] * len(requests)
-            with bar(len(requests)) as advance:
-                for i in sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2]):
-                    _, before, scored = requests[i]
-                    if not (before and 0 < len(scored) <= window):
-                        raise TextError(
-                            f"task {task}: must score from 1 to {window} tokens after at least one, got "
-                            f"{len(scored)} after {len(before)}"
-                        )
-                    logprobs, chosen = lm.score((before + scored)[-(window + 1) :], len(scored))
-                    found[i] = float(logprobs.sum()), bool(chosen.all())
-                    advance(1)
-            return found
-
-        def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-            windows = [
-                [
-                    (None, *make_disjoint_window(part))
-                    for part in get_rolling_token_windows(self.tok_encode(request.args[0]), prefix, window, 1)
-                ]
-                for request in requests
-            ]
-            scores = iter(self._loglikelihood_tokens([*itertools.chain(*windows)]))
-            return [sum(next(scores)[0] for _ in of_text) for of_text in windows]
-
-        def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-            prompts = [self.tok_encode(request.args[0]) for request in requests]
-            found = [""] * len(requests)
-            with bar(len(requests)) as advance:
-                for i in sorted(range(len(requests)), key=lambda i: prompts[i]):
-                    settings = normalize_gen_kwargs(requests[i].args[1])
-                    limit = settings["max_gen_toks"]
-                    if settings["do_sample"]:
-                        raise OptionError(f"task {task}: draws its tokens; only the most probable ones are taken here")
-                    if limit >= window:
-                        raise OptionError(f"task {task}: max_gen_toks must be below {window} tokens, got {limit}")
-                    stops = [stop for stop in settings["until"] if stop]
-                    found[i] = lm.generate(prompts[i][limit - window :], limit, stops)
-                    for stop in stops:
-                        found[i] = found[i].split(stop)[0]
-                    advance(1)
-            return found
-
-    return HarnessModel()
-
-
-def _prefix_token(lm: LanguageModel) -> int:
-    """Return the token that a text with nothing before it is read after.
-
-    It is the tokenizer's begin token whether or not the model adds it, the end token where there is none.
-    """
-    if isinstance(lm, Model):
-        known = [lm.info.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")]
-    elif isinstance(lm, HfTokens):
-        known = [lm._tokenizer.bos_token_id, lm._tokenizer.eos_token_id]
-    else:
-        known = [*lm.bos]
-    token = next((token for token in known if token is not None), None)
-    if token is None:
-        raise OptionError(f"{lm.name}: the tokenizer has neither begin nor end token")
-    return int(token)
+    return HarnessModel(lm, task, min(lm.window, max_length or lm.window))

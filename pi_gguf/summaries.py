@@ -10,17 +10,18 @@ Source: arXiv 2306.15595, section 3.5; the measures are rouge-score's, with its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from pi_gguf import bundled
 from pi_gguf.errors import OptionError
 from pi_gguf.files import writes
 from pi_gguf.kept import Kept
-from pi_gguf.progress import progress_bar, say
-from pi_gguf.provenance import provenance, sha256
+from pi_gguf.options import ServerOptions, SuiteOptions, SummariesKeywords, flat, take
+from pi_gguf.progress import Advance, say
+from pi_gguf.provenance import sha256
 from pi_gguf.results import SummariesReport, SummaryRow
 from pi_gguf.scoring import LanguageModel
-from pi_gguf.targets import check_targets, identity, opened
+from pi_gguf.suite import Suite, check_counts
 from pi_gguf.texts import read_pairs
 
 HEAD = "Read the following article and then summarize it.\n\n"
@@ -31,20 +32,14 @@ MEASURES = ("rouge1", "rouge2", "rougeL")
 
 
 @writes("keep")
+@flat(ServerOptions, SuiteOptions)
 def evaluate_summaries(
     *models: str | LanguageModel,
     data: str | None = None,
     documents: int = 20,
     document_tokens: int = 15000,
     max_tokens: int = 1000,
-    context: int | None = None,
-    method: str = "linear",
-    type_k: str = "f16",
-    type_v: str = "f16",
-    tokenizer: str | None = None,
-    keep: str | None = None,
-    seed: int = 0,
-    device: str = "auto",
+    **options: Unpack[SummariesKeywords],
 ) -> SummariesReport:
     """Measure summaries of long documents by ROUGE-1, ROUGE-2 and ROUGE-L, as on GovReport.
 
@@ -56,57 +51,40 @@ def evaluate_summaries(
         documents: to summarize, from the start.
         document_tokens: documents are cut here, and to what the window leaves.
         max_tokens: of a summary.
-        context: extend Hugging Face models to this window, in tokens, without training.
-        method: of --context: linear (Position Interpolation), ntk, yarn, none or nope.
-        type_k: K cache of GGUF files: f32, f16, q8_0 or q4_0.
-        type_v: V cache of GGUF files.
-        tokenizer: MODEL whose tokenizer a server's model has; of URLs only.
-        keep: file that keeps each finished summary, in JSON lines; the same command goes on from it.
-        seed: recorded; nothing is random here.
-        device: auto, cpu or cuda.
 
     Example:
         pi-gguf eval summarize model.gguf --data govreport --documents 50
     """
-    options: dict[str, Any] = {
-        "context": context, "method": method, "tokenizer": tokenizer, "type_k": type_k, "type_v": type_v,
-        "device": device,
-    }  # fmt: skip
-    check_targets(models, **options)
-    for name, value in (("documents", documents), ("document-tokens", document_tokens), ("max-tokens", max_tokens)):
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1, got {value}")
+    suite = Suite(models, take(ServerOptions, options), take(SuiteOptions, options))
+    lengths = {"document_tokens": document_tokens, "max_tokens": max_tokens}
+    check_counts({"documents": documents, **lengths})
     if data is None:
         say("no --data: passages of the bundled sample, whose first sentences stand in for a summary")
     pairs = (read_pairs(data) if data else bundled.passages_with_leads())[:documents]
-    kept = Kept(keep)
     needed = len(HEAD) + document_tokens + len(CUE) + max_tokens  # no token is less than a character
-    names: list[str] = []
-    rows: list[SummaryRow] = []
-    summaries: dict[str, list[str]] = {}
-    for model in models:
-        settings = {**identity(model, **options), "document_tokens": document_tokens, "max_tokens": max_tokens}
-        with (
-            opened(model, n_ctx=None, at_most=needed, **options) as lm,
-            progress_bar("summarize", len(pairs), "documents") as advance,
-        ):
-            names.append(lm.name)
-            written: list[str] = []
-            for document, _ in pairs:
-                item = {**settings, "document": sha256([document])}
-                if (found := kept.get(item)) is None:
-                    found = summarize(lm, document, document_tokens, max_tokens)
-                    kept.put(item, found)
-                written.append(found)
-                advance(1)
-            tokens = sum(len(lm.tokenize(text, add_special=False)) for text in written) / len(written)
-        summaries[lm.name] = written
+    measured = suite.measure(lambda lm, kept: _write(lm, kept, pairs, **lengths), lengths, at_most=needed)
+    rows = []
+    for name, (written, tokens) in zip(suite.names, measured, strict=True):
         first, second, longest = rouge(written, [summary for _, summary in pairs])
-        rows.append(SummaryRow(first, second, longest, len(pairs), tokens, lm.name))
-    source = data or "bundled passages"
-    return SummariesReport(
-        names, source, rows, summaries, provenance(seed=seed, device=device, type_k=type_k, type_v=type_v)
-    )
+        rows.append(SummaryRow(first, second, longest, len(pairs), tokens, name))
+    summaries = {name: written for name, (written, _) in zip(suite.names, measured, strict=True)}
+    return SummariesReport(suite.names, data or "bundled passages", rows, summaries, suite.record())
+
+
+def _write(
+    lm: LanguageModel, kept: Kept, pairs: Sequence[tuple[str, str]], *, document_tokens: int, max_tokens: int
+) -> tuple[list[str], float]:
+    """Return an open model's summaries of documents, and the mean of their lengths in tokens."""
+
+    def write(document: str, advance: Advance) -> str:
+        found = summarize(lm, document, document_tokens, max_tokens)
+        advance(1)
+        return found
+
+    items = {document: {"document": sha256([document])} for document, _ in pairs}
+    found = kept.values("summarize", "documents", items, write)
+    written = [found[document] for document, _ in pairs]
+    return written, sum(len(lm.tokenize(text, add_special=False)) for text in written) / len(written)
 
 
 def summarize(lm: LanguageModel, document: str, document_tokens: int, max_tokens: int) -> str:

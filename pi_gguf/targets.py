@@ -15,6 +15,7 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import is_gguf
+from pi_gguf.options import ServerOptions, TargetOptions
 from pi_gguf.progress import say
 from pi_gguf.provenance import library_versions
 from pi_gguf.scoring import LanguageModel
@@ -22,16 +23,7 @@ from pi_gguf.scoring import LanguageModel
 
 @contextmanager
 def opened(
-    model: str | LanguageModel,
-    *,
-    n_ctx: int | None,
-    at_most: int | None = None,
-    context: int | None = None,
-    method: str = "linear",
-    tokenizer: str | None = None,
-    device: str = "auto",
-    type_k: str = "f16",
-    type_v: str = "f16",
+    model: str | LanguageModel, target: TargetOptions, *, n_ctx: int | None, at_most: int | None = None
 ) -> Iterator[LanguageModel]:
     """Open a target that `check_targets` has seen, and close it; an open model passes through.
 
@@ -39,7 +31,6 @@ def opened(
         model: GGUF file, Hugging Face folder, Hub id, bundled:tiny, or the URL of an OpenAI-compatible server.
         n_ctx: tokens to open it for; its own window when None.
         at_most: less than its own window, where that is enough.
-        tokenizer: MODEL whose tokenizer a server's model has.
     """
     if isinstance(model, LanguageModel):
         yield model
@@ -48,18 +39,20 @@ def opened(
     if is_url(model):
         from pi_gguf.remote import RemoteModel
 
-        lm = RemoteModel(model, load_checkpoint(str(tokenizer), weights=False), n_ctx)
+        lm = RemoteModel(model, load_checkpoint(str(_tokenizer(target)), weights=False), n_ctx)
     elif is_gguf(model):
         from pi_gguf.runtime import Model
 
         if at_most is not None:
             n_ctx = min(at_most, window_of(model))
-        lm = Model(model, n_ctx=n_ctx, device=device, type_k=type_k, type_v=type_v)
+        lm = Model(model, n_ctx=n_ctx, device=target.device, type_k=target.type_k, type_v=target.type_v)
     else:
         from pi_gguf.hf_model import HfModel
 
         checkpoint = load_checkpoint(model)
-        lm = HfModel(checkpoint if context is None else checkpoint.extended(context, method), device=device)
+        if target.context is not None:
+            checkpoint = checkpoint.extended(target.context, target.method)
+        lm = HfModel(checkpoint, device=target.device)
     if n_ctx is not None and n_ctx > lm.window:
         say(f"note: {model} has a window of {lm.window} tokens and is read to {n_ctx}")
     try:
@@ -70,6 +63,10 @@ def opened(
 
 def is_url(model: str) -> bool:
     return model.startswith(("http://", "https://"))
+
+
+def _tokenizer(target: TargetOptions) -> str | None:
+    return target.tokenizer if isinstance(target, ServerOptions) else None
 
 
 def identity(model: str | LanguageModel, **options: Any) -> dict[str, Any]:
@@ -94,17 +91,11 @@ def _what(model: str | LanguageModel) -> dict[str, Any]:
     return {"model": model, "weights": load_checkpoint(model).fingerprint()}
 
 
-def check_targets(
-    models: Sequence[str | LanguageModel],
-    *,
-    servers: bool = True,
-    context: int | None = None,
-    tokenizer: str | None = None,
-    type_k: str = "f16",
-    type_v: str = "f16",
-    **_: Any,
-) -> None:
+def check_targets(models: Sequence[str | LanguageModel], target: TargetOptions) -> None:
     """Check before long work that there is a target, none twice, and that each can be asked with these options.
+
+    Args:
+        target: a server may be asked where these are `ServerOptions`.
 
     Raises:
         OptionError: otherwise.
@@ -114,23 +105,23 @@ def check_targets(
         raise OptionError("MODEL is missing", "give a GGUF file, a Hugging Face folder or bundled:tiny")
     if len(set(names)) < len(names):
         raise OptionError(f"models must differ, got {', '.join(names)}")
-    if tokenizer is not None and not any(map(is_url, names)):
+    if _tokenizer(target) is not None and not any(map(is_url, names)):
         raise OptionError(
             f"tokenizer is for URLs, got {', '.join(names)}", "leave it out: files and folders have their own"
         )
-    of_files = (type_k, type_v) != ("f16", "f16")
+    context, of_files = target.context, (target.type_k, target.type_v) != ("f16", "f16")
     for model in models:
         if not isinstance(model, str):
             continue
         if is_url(model):
-            if not servers:
+            if not isinstance(target, ServerOptions):
                 raise OptionError(
                     f"{model}: a server gives no log-probabilities of a prompt",
                     "it can be asked for passkey, needle, ruler and summarize",
                 )
             if context is not None or of_files:
                 raise OptionError(f"context and cache types are the server's to choose, {model} is a URL")
-            if tokenizer is None:
+            if target.tokenizer is None:
                 raise OptionError(f"{model}: tokenizer must name the MODEL whose tokenizer the server's model has")
         elif is_gguf(model):
             if context is not None:
@@ -144,34 +135,35 @@ LARGEST = 32768
 
 
 def choose_windows(
-    windows: Sequence[int] | None, models: Sequence[str | LanguageModel], *, least: int = 2048, **options: Any
+    windows: Sequence[int] | None, models: Sequence[str | LanguageModel], target: TargetOptions, *, least: int = 2048
 ) -> list[int]:
     """Return the windows to measure, in tokens.
 
     Args:
         windows: asked for; when None, `least` and its doublings up to the largest window of the models and `LARGEST`.
         models: targets that `check_targets` has seen.
-        options: as they are opened with.
+        target: as they are opened.
 
     Raises:
         OptionError: none, or one below 2.
     """
     if windows is None:
-        largest = min(LARGEST, max(window_of(model, **options) for model in models))
+        largest = min(LARGEST, max(window_of(model, target) for model in models))
         return doublings(min(least, largest), largest)
     if not windows or min(windows) < 2:
         raise OptionError(f"windows must be token counts above 1, got {list(windows)}")
     return list(windows)
 
 
-def window_of(model: str | LanguageModel, *, context: int | None = None, tokenizer: str | None = None, **_: Any) -> int:
+def window_of(model: str | LanguageModel, target: TargetOptions | None = None) -> int:
     """Return the window that a target states, in tokens, without its weights; of a server its tokenizer's model's."""
+    target = target or TargetOptions()
     if isinstance(model, LanguageModel):
         return model.window
     if not is_url(model) and is_gguf(model):
         return read_gguf(Path(model)).rope.max_position_embeddings
-    source = str(tokenizer) if is_url(model) else model
-    return context or load_checkpoint(source, weights=False).rope.max_position_embeddings
+    source = str(_tokenizer(target)) if is_url(model) else model
+    return target.context or load_checkpoint(source, weights=False).rope.max_position_embeddings
 
 
 def doublings(original: int, context: int) -> list[int]:

@@ -112,7 +112,7 @@ def test_values_that_cannot_work_are_refused(files, llama, tmp_path, cli):
     for options, message in (
         (("--documents", "0"), "documents must be at least 1"),
         (("--window", "1"), "window must be at least 2"),
-        (("--type-k", "q3"), "type_k must be one of"),
+        (("--type-k", "q3"), "type-k must be one of f32, f16, q8_0, q4_0, got q3"),
     ):
         code, _, err = cli("eval", "kl", exact, "--against", exact, *options)
         assert code == 2 and message in err

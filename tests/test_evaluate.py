@@ -19,6 +19,7 @@ from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import PasskeyPrompts, k_max, sampled_windows, sliding_windows
 from pi_gguf.hf_model import HfModel
+from pi_gguf.options import ServerOptions, TargetOptions
 from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, draw_key, is_evaluation_key
 from pi_gguf.plots import plot_passkeys
 from pi_gguf.results import PasskeyCell, PasskeyReport
@@ -190,10 +191,11 @@ def test_windows_go_to_the_models_own_when_none_are_asked_for(llama, gguf_path, 
         ((lm,), {}, [lm.window]),
     ):
         models = [model if model is lm else str(model) for model in models]
-        assert choose_windows(None, models, **options) == expected
-        assert choose_windows((7, 100_000), models, **options) == [7, 100_000]
+        least, target = options.pop("least", 2048), ServerOptions(**options)
+        assert choose_windows(None, models, target, least=least) == expected
+        assert choose_windows((7, 100_000), models, target) == [7, 100_000]
     with pytest.raises(OptionError, match="windows must be token counts above 1"):
-        choose_windows((1,), [lm])
+        choose_windows((1,), [lm], TargetOptions())
 
 
 def test_what_one_of_several_targets_cannot_do_is_refused_before_the_first_is_measured(

@@ -15,11 +15,14 @@ from pi_gguf import cli as command_line
 from pi_gguf import options
 from pi_gguf.errors import OptionError
 from pi_gguf.options import (
-    GROUPS,
     ConvertKeywords,
     ExtendKeywords,
     ProofOptions,
+    ServerOptions,
     SpreadOptions,
+    SuiteOptions,
+    TargetKeywords,
+    TargetOptions,
     TuneKeywords,
     TuneOptions,
     WriteOptions,
@@ -39,11 +42,48 @@ import write_options
         (TuneKeywords, (TuneOptions,)),
         (ExtendKeywords, (TuneOptions, SpreadOptions)),
         (ConvertKeywords, (TuneOptions, WriteOptions, ProofOptions)),
+        (TargetKeywords, (TargetOptions,)),
     ],
 )
 def test_the_keywords_for_editors_are_the_fields(keywords, groups):
     mirror = typing.get_type_hints(keywords)
     assert mirror == {name: kind for group in groups for name, kind in hints(group).items()}
+
+
+@pytest.mark.parametrize("suite", ["compare", *(name for name in pi_gguf.__all__ if name.startswith("evaluate_"))])
+def test_a_suite_takes_the_shared_options_that_its_keywords_name(suite):
+    function = getattr(pi_gguf, suite)
+    written = inspect.unwrap(function)
+    (keywords,) = typing.get_args(typing.get_type_hints(written)["options"])
+    own = inspect.signature(written).parameters.keys() - {"options"}
+    mirror, parameters = typing.get_type_hints(keywords), inspect.signature(function).parameters
+    assert mirror and parameters.keys() == own | mirror.keys() and not own & mirror.keys()
+    every = {one.name: (group, one) for group in (ServerOptions, SuiteOptions) for one in fields(group)}
+    for name, kind in mirror.items():
+        group, one = every[name]
+        assert kind == hints(group)[name] == parameters[name].annotation, name
+        assert parameters[name].default == one.default and f"    {name}: {one.metadata['help']}" in function.__doc__
+    needed = {"against": "x"} if "against" in parameters else {}
+    for name in every.keys() - parameters.keys():
+        with pytest.raises(TypeError, match=name):
+            function("bundled:tiny", **needed, **{name: None})
+
+
+def test_an_evaluation_explains_each_option_under_its_concern(cli):
+    code, out, _ = cli("eval", "passkey", "--help")
+    text = " ".join(out.split())
+    assert code == 0 and "--help-all" not in out
+    places = [text.index(part) for part in ("--windows N,N,... lengths", "Model: --context", "Measurement: --keep")]
+    assert places == sorted(places) and "--type-k TEXT K cache of GGUF files" in text
+    for suite in ("perplexity", "kl", "matrix", "short", "summarize"):
+        code, _, err = cli("eval", suite, "bundled:tiny", "--seed", "1")
+        assert code == 2 and "No such option" in err and "--seed" in err, suite
+
+
+def test_types_of_a_cache_are_those_of_the_runtime():
+    from pi_gguf.runtime import CACHE_TYPES
+
+    assert tuple(CACHE_TYPES) == options.CACHES
 
 
 def test_a_new_option_is_one_field(monkeypatch, capfd):
@@ -99,6 +139,7 @@ def test_a_keyword_that_is_no_option_is_refused():
         (TuneOptions, {"learning_rate": 2.0}, "learning-rate must be between 0 and 1, got 2.0"),
         (TuneOptions, {"batch_tokens": 0}, "batch-tokens must be at least 1, got 0"),
         (ProofOptions, {"check": "all"}, "check must be one of quick, full, none, got all"),
+        (TargetOptions, {"type_k": "q3"}, "type-k must be one of f32, f16, q8_0, q4_0, got q3"),
     ],
 )
 def test_a_wrong_value_names_its_option(group, wrong, said):
@@ -124,7 +165,8 @@ def test_the_help_of_convert_fits_a_screen(cli):
     assert code == 0 and len(out.splitlines()) <= 50
     code, whole, _ = cli("convert", "--help-all")
     assert code == 0 and "SuperHOT" in whole and "SuperHOT" not in out
-    every = {f"--{name.replace('_', '-')}" for group in GROUPS if group is not SpreadOptions for name in hints(group)}
+    groups = (TuneOptions, WriteOptions, ProofOptions)
+    every = {f"--{name.replace('_', '-')}" for group in groups for name in hints(group)}
     assert all(name in whole and name in out for name in every)
 
 

@@ -1,4 +1,4 @@
-"""Write docs/options.md: every option of extend, convert and plan by concern, from their definitions.
+"""Write docs/options.md: every option of extend, convert, plan and the suites by concern, from their definitions.
 
 Example:
     python tools/write_options.py
@@ -14,14 +14,15 @@ from pi_gguf.options import GROUPS, flag, hints
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 TAKEN = {
     "Fine-tune": "`extend`, `convert`, `plan`", "Several processes": "`extend`", "File": "`convert`",
-    "Proof": "`convert`",
+    "Proof": "`convert`", "Model": "the suites of `eval` that open a model; tokenizer of those that ask a server, too",
+    "Measurement": "the suites of `eval`, each as far as it has a use for them",
 }  # fmt: skip
 
 
 def page() -> str:
     """Return the page."""
     lines = [
-        "# Options of a fine-tune, a file and its proof",
+        "# Options of a fine-tune, a file, its proof and its evaluation",
         "",
         "Made by `python tools/write_options.py` from `pi_gguf/options.py`. In Python they are keywords of the same",
         'name with underscores: `pi_gguf.convert("model", "out.gguf", context=32768, train_window=2048)`.',
