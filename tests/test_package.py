@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import subprocess
@@ -10,118 +9,12 @@ import sys
 from pathlib import Path
 
 import click
-import pytest
 
 import pi_gguf
 from pi_gguf.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-# Imports go downward only: a module may import those of the layers before its own. The README draws the same.
-LAYERS = [
-    {
-        "endings",
-        "errors",
-        "passkey",
-        "progress",
-        "data",
-        "losses",
-        "scoring",
-        "tables",
-        "tiles",
-        "private",
-        "provenance",
-        "results",
-    },
-    {
-        "rope",
-        "options",
-        "files",
-        "texts",
-        "sample_texts",
-        "pre_tokenizers",
-        "sentencepieces",
-        "bundled",
-        "families",
-        "weights",
-    },
-    {"findings", "processes", "plots", "kept"},
-    {"templates"},
-    {"methods"},
-    {"configs", "agreement"},
-    {"record"},
-    {"tensors"},
-    {"checkpoint"},
-    {"merging"},
-    {"adapter_files"},
-    {"adapters", "corpus", "lora"},
-    {"vocabulary"},
-    {"gguf_header", "token_check"},
-    {"gguf_file", "hf_model"},
-    {"loadable"},
-    {"remote"},
-    {"ggml"},
-    {"trial"},
-    {"session"},
-    {"runtime", "writing"},
-    {"imatrix"},
-    {"planning", "targets", "check", "quantizing", "harness"},
-    {"suite"},
-    {"evaluate"},
-    {"defects", "batches", "validation", "certificate", "divergence", "bounds", "summaries", "haystack", "short_tasks"},
-    {"needle"},
-    {"ruler"},
-    {"callbacks"},
-    {"training"},
-    {"finetune", "inspection", "repairing", "model_card", "matrix", "comparison", "report"},
-    {"conversion"},
-    {"demo"},
-    {"cli"},
-    {"__main__", "__init__"},
-]
-
-
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pi_gguf"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found
-
-
-def modules() -> dict[str, Path]:
-    found = {p.stem: p for p in (ROOT / "pi_gguf").glob("*.py")}
-    return {**found, **{name: ROOT / "pi_gguf" / name / "__init__.py" for name in ("bundled", "families")}}
-
-
-def test_every_module_has_its_layer_and_imports_go_downward():
-    assert sorted(modules()) == sorted(m for layer in LAYERS for m in layer)
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    for name, path in modules().items():
-        for imported in imports(path) if name != "__init__" else ():
-            assert level[imported] <= level[name], f"{name} imports {imported}, which is in a higher layer"
-
-
-@pytest.mark.parametrize(
-    ("library", "doors"),
-    [
-        ("click", {"cli"}),
-        ("llama_cpp", {"ggml", "private"}),
-        ("gguf", {"gguf_file"}),
-        (
-            "transformers",
-            {"adapters", "callbacks", "checkpoint", "configs", "hf_model", "lora", "training", "vocabulary"},
-        ),
-        ("peft", {"lora"}),
-        ("datasets", {"texts"}),
-        ("pyarrow", {"texts"}),
-    ],
-)
-def test_each_library_has_few_doors(library, doors):
-    pattern = re.compile(rf"^\s*(from {library}[. ]|import {library}\b)", re.MULTILINE)
-    assert {name for name, path in modules().items() if pattern.search(path.read_text())} == doors
 
 
 def test_help_and_import_load_nothing_heavy():
@@ -197,21 +90,6 @@ def test_inspect_shows_what_llama_cpp_reads(cli, llama, tmp_path):
     assert report["warnings"] == report["findings"] == [] and report["repair"] is None
     code, out, _ = cli("inspect", llama, "--json")
     assert code == 0 and json.loads(out)["window"] == 64
-
-
-def test_the_readme_maps_every_file():
-    mapped = set(re.findall(r"^\| `([\w./-]+)` \|", README, re.MULTILINE))
-    there = {p.name for p in (ROOT / "pi_gguf").glob("*.py")} | {"bundled/", "families/"}
-    there |= {f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py")}
-    assert mapped == there
-
-
-def test_every_package_is_installed():
-    import tomllib
-
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "pi_gguf").rglob("__init__.py")}
-    assert set(named) == there
 
 
 def test_the_readme_tables_are_the_recorded_ones(monkeypatch):
