@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from compare_with_reference import REFERENCE, fetch_reference  # noqa: E402
 
 from pi_gguf import bundled  # noqa: E402
-from pi_gguf.provenance import provenance  # noqa: E402
+from pi_gguf.common.provenance import provenance  # noqa: E402
 
 REFERENCE_ONCE = REFERENCE.replace("for line in sys.stdin:", "for line in [sys.argv[2]]:")
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf import bundled
+from pi_gguf.common.provenance import provenance
 from pi_gguf.evaluate import evaluate_passkey, sliding_windows
 from pi_gguf.ggml import llama_cpp_library
 from pi_gguf.gguf_file import read_gguf
-from pi_gguf.provenance import provenance
 from pi_gguf.runtime import Model, predict_kv_cache
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def time_windows(path: Path, window: int, windows: int, rounds: int) -> dict[str
 def memory(path: Path, window: int) -> dict[str, float]:
     """Return the peak memory in MB of a process that scores a whole window, Python and its libraries included."""
     code = (
-        "import sys\nfrom pi_gguf.runtime import Model\nfrom pi_gguf.provenance import peak_memory\n"
+        "import sys\nfrom pi_gguf.runtime import Model\nfrom pi_gguf.common.provenance import peak_memory\n"
         "model = Model(sys.argv[1], n_ctx=int(sys.argv[2]))\n"
         "model.score([i % 900 + 3 for i in range(int(sys.argv[2]))], int(sys.argv[2]) - 1)\n"
         "print(peak_memory())"

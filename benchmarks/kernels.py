@@ -30,7 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pi_gguf.provenance import provenance  # noqa: E402
+from pi_gguf.common.provenance import provenance  # noqa: E402
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -39,8 +39,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pi_gguf import bundled  # noqa: E402
+from pi_gguf.common.provenance import provenance  # noqa: E402
 from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, key_sentence  # noqa: E402
-from pi_gguf.provenance import provenance  # noqa: E402
 
 _COMPUTE_TYPE = "GGML_CUDA_CUBLAS_COMPUTE_TYPE"
 """What llama.cpp reads, at each product, for the type that cuBLAS adds up in."""
@@ -344,7 +344,8 @@ class Bench:
 
     def speed(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return tokens per second by depth, their share of what the device does by itself, and memory."""
-        from pi_gguf.ggml import compute, cores, last_error, log
+        from pi_gguf.common.machine import cores
+        from pi_gguf.ggml import compute, last_error, log
         from pi_gguf.runtime import CACHE_TYPES
 
         library = self._llama_cpp
@@ -654,7 +655,7 @@ def _short(result: dict[str, Any]) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """Return the record for people: tokens per second with their share of the device's own speed, and divergences."""
-    from pi_gguf.tables import text_table
+    from pi_gguf.common.tables import text_table
 
     found = {name: result for name, result in record["results"].items() if "error" not in result}
     speeds = {name: result for name, result in found.items() if "read" in result and "write" in result}

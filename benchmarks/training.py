@@ -151,7 +151,7 @@ def device_speed(device: str) -> float:
     """Return operations a second of a matrix product in bf16 (in 32 bits where those are faster), the median of ten."""
     import torch
 
-    from pi_gguf.planning import fast_bf16
+    from pi_gguf.common.machine import fast_bf16
 
     side, dtype = 8192 if device == "cuda" else 512, torch.bfloat16 if fast_bf16(device) else torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -284,7 +284,7 @@ class Clock:
 def plan(folder: str | Path, train: str, context: int, steps: int, device: str) -> tuple[Any, Any]:
     """Return the extended checkpoint and the plan of a run on one whole sequence a step."""
     from pi_gguf.checkpoint import load_checkpoint
-    from pi_gguf.options import TuneOptions
+    from pi_gguf.common.options import TuneOptions
     from pi_gguf.planning import plan_training
 
     checkpoint = load_checkpoint(str(folder)).extended(context)
@@ -298,7 +298,8 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     import torch
 
     from pi_gguf import training as module
-    from pi_gguf.planning import Activations, estimate_training_memory, fit_activations, free_memory
+    from pi_gguf.common.machine import free_memory
+    from pi_gguf.planning import Activations, estimate_training_memory, fit_activations
     from pi_gguf.processes import Spread
 
     checkpoint, training = plan(job["folder"], job["train"], job["context"], len(job["rows"]), device)
@@ -331,7 +332,7 @@ def peer_model(job: dict[str, Any], device: str, *, prepare: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pi_gguf.planning import fast_bf16
+    from pi_gguf.common.machine import fast_bf16
 
     half = fast_bf16(device) and job["train"] != "full"
     options: dict[str, Any] = {"dtype": torch.bfloat16 if half else torch.float32}
@@ -361,7 +362,7 @@ def run_trainer(job: dict[str, Any], device: str, clock: Clock, found: dict[str,
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from pi_gguf.planning import fast_bf16
+    from pi_gguf.common.machine import fast_bf16
 
     found["again"] = {"recomputed": True}
 
@@ -392,7 +393,7 @@ def run_loop(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from pi_gguf.planning import fast_bf16
+    from pi_gguf.common.machine import fast_bf16
 
     found["again"] = {"recomputed": True, "head_again": True}
     model = peer_model(job, device, prepare=False)
@@ -528,7 +529,8 @@ def measured_layers(case: Case, shape: Shape, folder: Any, device: str) -> list[
     Args:
         folder: makes one with the config of so many layers.
     """
-    from pi_gguf.planning import Activations, estimate_training_memory, free_memory
+    from pi_gguf.common.machine import free_memory
+    from pi_gguf.planning import Activations, estimate_training_memory
 
     whole = shape.num_hidden_layers
     if case.least:
@@ -645,9 +647,9 @@ def bench(args: argparse.Namespace, cases: list[Case], contenders: list[str], pl
     import numpy as np
     import torch
 
-    from pi_gguf.files import write_json
+    from pi_gguf.common.files import write_json
+    from pi_gguf.common.provenance import package_version, provenance
     from pi_gguf.lora import no_4_bits
-    from pi_gguf.provenance import package_version, provenance
 
     device, cuda = args.device, args.device == "cuda"
     record: dict[str, Any] = {"scale": args.scale, "card": card() if cuda else None}

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.corpus import Corpus
 from pi_gguf.data import Row, describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import TextError
 from pi_gguf.planning import TrainingPlan
-from pi_gguf.progress import progress_bar, say
 from pi_gguf.rope import RopeScaling
 
 if TYPE_CHECKING:

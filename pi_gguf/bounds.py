@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.common.files import writes
+from pi_gguf.common.options import BoundsKeywords, SuiteOptions, flat, take
+from pi_gguf.common.provenance import provenance
 from pi_gguf.errors import OptionError, UnsupportedError
-from pi_gguf.files import writes
-from pi_gguf.options import BoundsKeywords, SuiteOptions, flat, take
 from pi_gguf.plots import check_plot, plot_bounds
-from pi_gguf.provenance import provenance
 from pi_gguf.results import BoundsReport
 from pi_gguf.suite import check_counts
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
+from pi_gguf.common.progress import say
 from pi_gguf.errors import PiGgufError
-from pi_gguf.progress import say
 from pi_gguf.validation import Validation
 
 

@@ -15,15 +15,15 @@ from typing import Any
 
 from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.common.files import human_bytes, replace_when_complete, writes
+from pi_gguf.common.machine import free_memory
+from pi_gguf.common.progress import say, stage
+from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError, ResourceError, TextError
 from pi_gguf.evaluate import Yardstick, k_max, passkey_cells
-from pi_gguf.files import human_bytes, replace_when_complete, writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import MEASURED, Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
-from pi_gguf.planning import free_memory
-from pi_gguf.progress import say, stage
-from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.record import Record
 from pi_gguf.rope import RopeScaling
 from pi_gguf.runtime import Model

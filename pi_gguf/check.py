@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.common.files import human_bytes
+from pi_gguf.common.progress import say, stage
 from pi_gguf.configs import noted
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, one_line
-from pi_gguf.files import human_bytes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel
-from pi_gguf.progress import say, stage
 from pi_gguf.rope import check_consistent
 from pi_gguf.runtime import Model
 from pi_gguf.scoring import LanguageModel, kl_divergence

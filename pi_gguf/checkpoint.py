@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pi_gguf import bundled
 from pi_gguf.agreement import check_rotation, rotated_dimensions
+from pi_gguf.common.files import is_file
+from pi_gguf.common.private import replace_backend, tied_weights
 from pi_gguf.configs import Configuration, check_size, note, read_config, read_json
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
-from pi_gguf.files import is_file
 from pi_gguf.methods import find_method
-from pi_gguf.private import replace_backend, tied_weights
 from pi_gguf.record import RECORD_FILE, Record
 from pi_gguf.rope import FACTOR_TENSORS, RopeScaling, divisors_scaling
 from pi_gguf.tensors import (

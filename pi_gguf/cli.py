@@ -22,11 +22,11 @@ from typing import Any
 
 import click
 
-from pi_gguf.endings import Signals, check_address_space, prepare_streams, print_all, signals, translated
+from pi_gguf.common.endings import Signals, check_address_space, prepare_streams, print_all, signals, translated
+from pi_gguf.common.options import GROUPS, Options, flag
+from pi_gguf.common.progress import KINDS, named_frame, output, process_rank
+from pi_gguf.common.tables import text_table
 from pi_gguf.errors import Interrupted
-from pi_gguf.options import GROUPS, Options, flag
-from pi_gguf.progress import KINDS, named_frame, output, process_rank
-from pi_gguf.tables import text_table
 
 _WINDOWS = {"windows"}
 _REPEATABLE = {
@@ -246,7 +246,7 @@ class Lazy(click.Group):
 
 
 def _show_plan(plan: Any) -> str:
-    from pi_gguf.files import human_bytes
+    from pi_gguf.common.files import human_bytes
 
     rows = [
         ("model", f"{plan.model}, {plan.parameters / 1e6:,.1f} M parameters"),
@@ -305,8 +305,8 @@ def _show_extend(path: Path) -> str:
 
 
 def _show_convert(result: Any) -> str:
+    from pi_gguf.common.files import human_bytes
     from pi_gguf.conversion import DryRun
-    from pi_gguf.files import human_bytes
 
     if isinstance(result, DryRun):
         rows = [(name, "x".join(map(str, shape)), kind, f"{n:,}") for name, shape, kind, n in result.tensors]
@@ -327,7 +327,7 @@ def _show_convert(result: Any) -> str:
 
 
 def _show_quantize(path: Path) -> str:
-    from pi_gguf.files import human_bytes
+    from pi_gguf.common.files import human_bytes
 
     return f"wrote {path} ({human_bytes(path.stat().st_size)})\nnext: pi-gguf inspect {path}"
 
@@ -344,7 +344,7 @@ def _show_imatrix(report: Any) -> str:
 
 
 def _show_inspect(report: Any) -> str:
-    from pi_gguf.files import human_bytes
+    from pi_gguf.common.files import human_bytes
 
     unmeasured = [("measured", f"no: pi-gguf certify {report.path}")] if report.format == "GGUF" else []
     rows = [
@@ -554,8 +554,8 @@ def _read_small(path: str, option: str) -> str:
     Raises:
         OptionError: it is no file, no text in UTF-8, or longer than any grammar.
     """
+    from pi_gguf.common.files import open_plain
     from pi_gguf.errors import OptionError, one_line
-    from pi_gguf.files import open_plain
 
     try:
         with open_plain(Path(path)) as file:
@@ -616,8 +616,8 @@ def run(file: str, prompt: str | None, max_tokens: int | None, chat: bool, **opt
     Example:
       pi-gguf run tiny-32k.gguf --prompt "It was a dark" --max-tokens 50
     """
-    from pi_gguf.files import human_bytes
-    from pi_gguf.progress import say
+    from pi_gguf.common.files import human_bytes
+    from pi_gguf.common.progress import say
     from pi_gguf.runtime import Model
     from pi_gguf.session import Sampling, SamplingKeywords
 
@@ -763,7 +763,7 @@ main = Lazy(
 
 
 def _print_version(ctx: click.Context) -> None:
-    from pi_gguf.provenance import package_version
+    from pi_gguf.common.provenance import package_version
 
     print_all(package_version())
     ctx.exit()

@@ -10,14 +10,14 @@ from functools import partial
 from typing import Any, Unpack
 
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.common.files import writes
+from pi_gguf.common.options import ComparisonKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.progress import say
+from pi_gguf.common.provenance import library_versions, provenance, sha256
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
-from pi_gguf.files import writes
 from pi_gguf.kept import Kept
-from pi_gguf.options import ComparisonKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.plots import check_plot, plot_perplexity
-from pi_gguf.progress import say
-from pi_gguf.provenance import library_versions, provenance, sha256
 from pi_gguf.results import ComparisonReport, ComparisonRow, PerplexityRow
 from pi_gguf.targets import doublings
 from pi_gguf.texts import read_texts

@@ -17,10 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads
-from pi_gguf.progress import say
 from pi_gguf.rope import DEFAULT_ROPE_THETA, RopeScaling, positive_int, positive_number
 
 if TYPE_CHECKING:

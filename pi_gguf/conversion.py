@@ -22,17 +22,17 @@ from pi_gguf.certificate import (
 )  # fmt: skip
 from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint, model_name, public_source
+from pi_gguf.common.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
+from pi_gguf.common.machine import torch_device
+from pi_gguf.common.options import ConvertKeywords, ProofOptions, TuneOptions, WriteOptions, flat, take
+from pi_gguf.common.progress import process_count, say
+from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
-from pi_gguf.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
 from pi_gguf.finetune import extend_checkpoint
 from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.gguf_file import tensor_types
-from pi_gguf.hf_model import torch_device
 from pi_gguf.imatrix import ImportanceMatrix, read_imatrix
-from pi_gguf.options import ConvertKeywords, ProofOptions, TuneOptions, WriteOptions, flat, take
 from pi_gguf.planning import plan_training, training_disk_bytes
-from pi_gguf.progress import process_count, say
-from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.record import Record
 from pi_gguf.vocabulary import file_name, gguf_vocabulary
 from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file

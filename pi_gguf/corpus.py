@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import TOKENIZER_FILES, Checkpoint
+from pi_gguf.common.files import remove, replace_when_complete
+from pi_gguf.common.progress import progress_bar
+from pi_gguf.common.provenance import package_version
 from pi_gguf.errors import TextError
-from pi_gguf.files import remove, replace_when_complete
-from pi_gguf.progress import progress_bar
-from pi_gguf.provenance import package_version
 from pi_gguf.texts import LONGEST, Texts
 
 if TYPE_CHECKING:

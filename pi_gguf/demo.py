@@ -15,18 +15,18 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.common.files import open_folder, write_json, write_text, writes
+from pi_gguf.common.machine import torch_device
+from pi_gguf.common.progress import duration, say
+from pi_gguf.common.provenance import provenance, without_folders
+from pi_gguf.common.tables import markdown_table
 from pi_gguf.conversion import convert
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
-from pi_gguf.files import open_folder, write_json, write_text, writes
 from pi_gguf.finetune import extend
-from pi_gguf.hf_model import torch_device
 from pi_gguf.planning import plan, reading_seconds
 from pi_gguf.plots import plot_passkeys, plot_perplexity
-from pi_gguf.progress import duration, say
-from pi_gguf.provenance import provenance, without_folders
 from pi_gguf.results import PasskeyCell, PasskeyReport, PerplexityRow
-from pi_gguf.tables import markdown_table
 from pi_gguf.targets import doublings
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
@@ -72,7 +72,7 @@ class DemoReport:
         return found
 
     def __str__(self) -> str:
-        from pi_gguf.tables import text_table
+        from pi_gguf.common.tables import text_table
 
         context = self.settings["context"]
         title = f"{bundled.TINY}, window 2048 -> {context} (x{context / 2048:g})"

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
 from pi_gguf import bundled
+from pi_gguf.common.files import writes
+from pi_gguf.common.options import DivergenceKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.progress import progress_bar
+from pi_gguf.common.provenance import provenance, sha256
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.files import writes
-from pi_gguf.options import DivergenceKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.plots import check_plot, plot_divergence
-from pi_gguf.progress import progress_bar
-from pi_gguf.provenance import provenance, sha256
 from pi_gguf.results import DivergenceReport, DivergenceRow
 from pi_gguf.scoring import LanguageModel, in_step, kl_divergence, position_ranges
 from pi_gguf.suite import check_counts

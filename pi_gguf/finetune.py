@@ -17,16 +17,16 @@ from pi_gguf import bundled
 from pi_gguf.adapters import with_adapters
 from pi_gguf.batches import training_batches
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint, public_source
+from pi_gguf.common.files import check_free_disk, check_writable, remove, replace_when_complete, writes
+from pi_gguf.common.options import ExtendKeywords, SpreadOptions, TuneOptions, flat, take
+from pi_gguf.common.progress import process_count, say
+from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.configs import read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
 from pi_gguf.data import Row
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
-from pi_gguf.files import check_free_disk, check_writable, remove, replace_when_complete, writes
-from pi_gguf.options import ExtendKeywords, SpreadOptions, TuneOptions, flat, take
 from pi_gguf.planning import TrainingPlan, plan_training, training_disk_bytes
 from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
-from pi_gguf.progress import process_count, say
-from pi_gguf.provenance import library_versions, package_version
 from pi_gguf.record import RECORD_FILE, Record
 from pi_gguf.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts
@@ -90,7 +90,7 @@ def extend_checkpoint(
     overwrite: bool = False,
 ) -> Path:
     """Fine-tune an extended checkpoint as `extend` does, and return the folder written."""
-    from pi_gguf.hf_model import torch_device
+    from pi_gguf.common.machine import torch_device
 
     out_dir, device = Path(out_dir), torch_device(device)
     reports = check_reports(tune.report_to)

@@ -19,10 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pi_gguf.common.machine import cores
+from pi_gguf.common.private import ggml_library
+from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf_file import tensor_types
-from pi_gguf.private import ggml_library
-from pi_gguf.progress import progress_bar, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,13 +144,6 @@ def last_error() -> str:
     """Return the first line of the log that tells of an error, or an empty string; without breaks."""
     lines = [" ".join(line.split()) for line in log if "error" in line.lower() or "failed" in line.lower()]
     return lines[0] if lines else ""
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @cache

@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pi_gguf.common.files import check_free_disk, human_bytes, is_file
+from pi_gguf.common.progress import progress_bar
 from pi_gguf.errors import GgufError, one_line
-from pi_gguf.files import check_free_disk, human_bytes, is_file
-from pi_gguf.progress import progress_bar
 
 ALIGNMENT = 32
 """Every tensor of a file begins at a multiple of so many bytes, counted from the end of the header."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import Checkpoint
-from pi_gguf.errors import OptionError
+from pi_gguf.common.machine import torch_device
 from pi_gguf.scoring import LanguageModel, common_prefix
 
 if TYPE_CHECKING:
@@ -106,18 +106,3 @@ def tokenize_with(tokenizer: Any, text: str, add_special: bool) -> list[int]:
     """Return token ids of transformers' tokenizer, without its warning that they are many."""
     ids: list[int] = tokenizer(text, add_special_tokens=add_special, verbose=False)["input_ids"]
     return ids
-
-
-def torch_device(device: str) -> str:
-    """Return `cpu` or `cuda` for `auto`, `cpu` or `cuda`.
-
-    Raises:
-        OptionError: `cuda` and none is there, or another word.
-    """
-    import torch
-
-    if device not in ("auto", "cpu", "cuda"):
-        raise OptionError(f"device must be auto, cpu or cuda, got {device}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device cuda: torch finds no CUDA GPU", "use --device cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pi_gguf.common.files import check_writable, disk_errors, open_plain
+from pi_gguf.common.progress import Advance, progress_bar
 from pi_gguf.errors import OptionError
-from pi_gguf.files import check_writable, disk_errors, open_plain
-from pi_gguf.progress import Advance, progress_bar
 
 K = TypeVar("K")
 

@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from pi_gguf.common.files import writes
+from pi_gguf.common.options import MatrixKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.progress import say
+from pi_gguf.common.provenance import sha256
 from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError
-from pi_gguf.files import writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.kept import Kept
-from pi_gguf.options import MatrixKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.plots import check_plot, plot_matrix
-from pi_gguf.progress import say
-from pi_gguf.provenance import sha256
 from pi_gguf.results import DivergenceReport, MatrixReport
 from pi_gguf.runtime import CACHE_TYPES
 from pi_gguf.targets import identity

@@ -16,8 +16,9 @@ from typing import Any
 from urllib.parse import quote
 
 from pi_gguf.certificate import Certificate
+from pi_gguf.common.files import check_writable, human_bytes, open_plain, write_text, writes
+from pi_gguf.common.tables import markdown_table
 from pi_gguf.errors import OptionError
-from pi_gguf.files import check_writable, human_bytes, open_plain, write_text, writes
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import read_header, tensors_sha256
 from pi_gguf.report import (
@@ -31,7 +32,6 @@ from pi_gguf.report import (
 )
 from pi_gguf.results import PageReport
 from pi_gguf.rope import RopeScaling
-from pi_gguf.tables import markdown_table
 
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 """What JSON lets stand and YAML does not, or breaks lines at."""

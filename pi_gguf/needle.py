@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from pi_gguf import bundled
-from pi_gguf.files import writes
+from pi_gguf.common.files import writes
+from pi_gguf.common.options import NeedleKeywords, ServerOptions, SuiteOptions, flat, take
+from pi_gguf.common.progress import Advance
+from pi_gguf.common.provenance import sha256
 from pi_gguf.haystack import Item, ask, fit, hide, sentences
 from pi_gguf.kept import Kept
-from pi_gguf.options import NeedleKeywords, ServerOptions, SuiteOptions, flat, take
 from pi_gguf.plots import plot_needle
-from pi_gguf.progress import Advance
-from pi_gguf.provenance import sha256
 from pi_gguf.results import NeedleCell, NeedleReport
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.suite import Suite, check_counts

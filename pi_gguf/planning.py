@@ -7,19 +7,18 @@ of a quantization, which llama.cpp decides tensor by tensor.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Unpack
 
 from pi_gguf.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.common.files import human_bytes
+from pi_gguf.common.machine import fast_bf16, free_memory, operations_a_second, planned_device
+from pi_gguf.common.options import TuneKeywords, TuneOptions, flat, take
 from pi_gguf.errors import OptionError
-from pi_gguf.files import human_bytes
 from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
 from pi_gguf.losses import loss_is_chunked
-from pi_gguf.options import TuneKeywords, TuneOptions, flat, take
 from pi_gguf.rope import RopeScaling
 from pi_gguf.tiles import TILE
 
@@ -30,8 +29,6 @@ BITS_PER_WEIGHT = {
 }  # fmt: skip
 """Mean bits a weight of a file of this type, about; the mixtures as for an 8-billion-parameter Llama."""
 
-_CPU_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.35
-"""Share of a plain matrix product's speed that training reaches."""
 
 _READING = 0.9
 """Time of an operation in reading by its time in training as planned: small models in windows of 2048 to 32768 read
@@ -453,7 +450,7 @@ def plan(
         )
     if context is not None:
         checkpoint = checkpoint.extended(context, tune.method)
-    rope, device = checkpoint.rope, _device(device)
+    rope, device = checkpoint.rope, planned_device(device)
     training, seconds, memory, activations = None, 0.0, 0, _ACTIVATIONS[0]
     n = checkpoint.n_parameters()
     if context is not None and tune.steps:
@@ -461,7 +458,7 @@ def plan(
         operations = sum(
             tokens * _train_operations(checkpoint, window) for window, tokens in training.tokens_by_window().items()
         )
-        seconds = operations / _operations_a_second(device)
+        seconds = operations / operations_a_second(device)
         activations, memory = fit_activations(checkpoint, training, device)
     output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
@@ -495,7 +492,7 @@ def plan(
 def reading_seconds(checkpoint: Checkpoint, tokens_by_window: Mapping[int, int], device: str) -> float:
     """Return about how long a model reads so many tokens, in prompts of these lengths, without learning from them."""
     operations = sum(tokens * _train_operations(checkpoint, window) / 3 for window, tokens in tokens_by_window.items())
-    return _READING * operations / _operations_a_second(device)
+    return _READING * operations / operations_a_second(device)
 
 
 def training_disk_bytes(checkpoint: Checkpoint, training: TrainingPlan) -> int:
@@ -633,64 +630,8 @@ def _weights(checkpoint: Checkpoint, train: str, rank: int, device: str) -> tupl
     return found.trained(rank), frozen
 
 
-def free_memory(device: str) -> int:
-    """Return the free memory of `cpu` or `cuda`, in bytes; of a GPU no more than this process may take."""
-    if device == "cuda":
-        import torch
-
-        free, total = torch.cuda.mem_get_info()
-        left = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
-        return int(min(free, left))
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
 def _train_operations(checkpoint: Checkpoint, length: int) -> float:
     """Return floating-point operations a token: 6 a parameter, and causal attention over half the length."""
     attention = 12 * checkpoint.n_layers * checkpoint.n_heads * checkpoint.head_dim * length / 2
     tied = checkpoint.vocab_size * checkpoint.hidden_size
     return 6 * (checkpoint.n_parameters() - (0 if checkpoint.tied else tied)) + attention
-
-
-def _device(device: str) -> str:
-    if device == "cpu":
-        return device
-    from pi_gguf.hf_model import torch_device
-
-    return torch_device(device)
-
-
-def fast_bf16(device: str) -> bool:
-    """Tell whether bf16 is faster than f32 on the device."""
-    import torch
-
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-@cache
-def _operations_a_second(device: str) -> float:
-    """Measure a matrix product on the device for a moment, and take training's usual share of it."""
-    import torch
-
-    side = 4096 if device == "cuda" else 1024
-    dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
-    a = torch.ones(side, side, dtype=dtype, device=device)
-
-    def run(times: int) -> float:
-        started = time.perf_counter()
-        for _ in range(times):
-            a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    run(3)
-    efficiency = _GPU_EFFICIENCY if device == "cuda" else _CPU_EFFICIENCY
-    return efficiency * 10 * 2 * side**3 / run(10)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pi_gguf.common.files import check_writable, replace_when_complete
+from pi_gguf.common.progress import say
 from pi_gguf.errors import OptionError
-from pi_gguf.files import check_writable, replace_when_complete
-from pi_gguf.progress import say
 
 _LEAST = 1e-12
 """Nats; what is below is rounding, and zero has no place on a logarithmic axis."""

@@ -7,9 +7,6 @@ value that cannot work is refused before anything is read. Or, from a module of 
 from __future__ import annotations
 
 import atexit
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,28 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pi_gguf.common.options import SpreadOptions
+from pi_gguf.common.private import shared_state
+from pi_gguf.common.progress import process_count, process_rank
 from pi_gguf.errors import OptionError
-from pi_gguf.options import SpreadOptions
-from pi_gguf.private import shared_state
-from pi_gguf.progress import process_count, process_rank
 
 _PATIENCE = timedelta(hours=12)
 """How long the others wait for the first one to tokenize or to write."""
-
-
-def run_child(module: str, *arguments: str, seconds: float, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run a module of this package in a process of its own, which imports what this one does.
-
-    Args:
-        module: its name, without the package's.
-        seconds: after which it is killed.
-        options: of `subprocess.run`.
-    """
-    # -P: the folder that one stands in may be a stranger's, and what lies there is not to be imported
-    command = [sys.executable, "-P", "-m", f"pi_gguf.{module}", *arguments]
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
-    environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
-    return subprocess.run(command, env=environment, timeout=seconds, check=False, **options)
 
 
 @dataclass(frozen=True)

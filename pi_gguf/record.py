@@ -14,9 +14,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from pi_gguf.common.files import write_json
 from pi_gguf.configs import read_json
 from pi_gguf.errors import CheckpointError
-from pi_gguf.files import write_json
 from pi_gguf.rope import positive_int
 
 RECORD_FILE = "pi_gguf.json"

@@ -18,15 +18,15 @@ from typing import Any, Unpack
 from pi_gguf import bundled
 from pi_gguf.bounds import evaluate_bounds
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.common.files import open_folder, write_json, write_text, writes
+from pi_gguf.common.options import PageKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.progress import say
+from pi_gguf.common.provenance import provenance, without_folders
 from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError, PiGgufError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity, k_max
-from pi_gguf.files import open_folder, write_json, write_text, writes
 from pi_gguf.gguf_header import is_gguf, tensors_sha256
-from pi_gguf.options import PageKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
-from pi_gguf.progress import say
-from pi_gguf.provenance import provenance, without_folders
 from pi_gguf.results import (
     BoundsReport,
     DivergenceReport,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from pi_gguf.provenance import without_folders
+from pi_gguf.common.provenance import without_folders
 
 
 class Report:

@@ -10,14 +10,15 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from pi_gguf.common.files import human_bytes
+from pi_gguf.common.machine import cores
+from pi_gguf.common.progress import say
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
-from pi_gguf.files import human_bytes
 from pi_gguf.ggml import (
     UNQUANTIZED,
     ProductWatch,
     apply_adapters,
     compute,
-    cores,
     last_error,
     llama_cpp_library,
     log,
@@ -25,7 +26,6 @@ from pi_gguf.ggml import (
 )
 from pi_gguf.gguf_file import GgufInfo, read_gguf
 from pi_gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
-from pi_gguf.progress import say
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
 from pi_gguf.templates import render_chat

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pi_gguf import bundled
+from pi_gguf.common.files import open_plain, writes
+from pi_gguf.common.options import ShortKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.provenance import library_versions, package_version, sha256
 from pi_gguf.errors import OptionError, TextError, one_line
-from pi_gguf.files import open_plain, writes
 from pi_gguf.kept import Kept
-from pi_gguf.options import ShortKeywords, SuiteOptions, TargetOptions, flat, take
-from pi_gguf.provenance import library_versions, package_version, sha256
 from pi_gguf.results import ShortReport, TaskRow
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.suite import Suite, check_counts

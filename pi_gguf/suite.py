@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from pi_gguf.common.options import SuiteOptions, TargetOptions, flag
+from pi_gguf.common.provenance import provenance
 from pi_gguf.errors import OptionError
 from pi_gguf.kept import Kept
-from pi_gguf.options import SuiteOptions, TargetOptions, flag
 from pi_gguf.plots import check_plot
-from pi_gguf.provenance import provenance
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.targets import check_targets, choose_windows, identity, opened
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from pi_gguf import bundled
+from pi_gguf.common.files import writes
+from pi_gguf.common.options import ServerOptions, SuiteOptions, SummariesKeywords, flat, take
+from pi_gguf.common.progress import Advance, say
+from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError
-from pi_gguf.files import writes
 from pi_gguf.kept import Kept
-from pi_gguf.options import ServerOptions, SuiteOptions, SummariesKeywords, flat, take
-from pi_gguf.progress import Advance, say
-from pi_gguf.provenance import sha256
 from pi_gguf.results import SummariesReport, SummaryRow
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.suite import Suite, check_counts

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.common.options import ServerOptions, TargetOptions
+from pi_gguf.common.progress import say
+from pi_gguf.common.provenance import library_versions
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import is_gguf
-from pi_gguf.options import ServerOptions, TargetOptions
-from pi_gguf.progress import say
-from pi_gguf.provenance import library_versions
 from pi_gguf.scoring import LanguageModel
 
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pi_gguf.common.children import run_child
 from pi_gguf.errors import CheckpointError, GgufError, one_line
-from pi_gguf.processes import run_child
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment

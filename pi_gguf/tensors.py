@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pi_gguf.common.files import is_file
 from pi_gguf.configs import note, read_json
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
-from pi_gguf.files import is_file
 from pi_gguf.weights import WeightFile
 
 if TYPE_CHECKING:

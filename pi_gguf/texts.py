@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pi_gguf.common.progress import progress_bar, say
+from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import TextError, one_line
-from pi_gguf.progress import progress_bar, say
-from pi_gguf.provenance import sha256
 
 SUFFIXES = (".txt", ".md")
 TABLES = (".jsonl", ".parquet")

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.batches import BatchDataset
 from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.common.endings import handled_signals
+from pi_gguf.common.files import human_bytes
+from pi_gguf.common.machine import fast_bf16, free_memory, peak_memory
+from pi_gguf.common.private import use_one_device
+from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.data import Row
-from pi_gguf.endings import handled_signals
 from pi_gguf.errors import Interrupted, OptionError, ResourceError
-from pi_gguf.files import human_bytes
 from pi_gguf.lora import add_adapters, save_adapter
 from pi_gguf.losses import chunked_loss
-from pi_gguf.planning import Activations, TrainingPlan, fast_bf16, fit_activations, free_memory
-from pi_gguf.private import use_one_device
+from pi_gguf.planning import Activations, TrainingPlan, fit_activations
 from pi_gguf.processes import Spread, is_first_process, set_precision, shard_on_cpu
-from pi_gguf.progress import progress_bar, say
-from pi_gguf.provenance import peak_memory
 from pi_gguf.tiles import TILE, tiled_mlps
 from pi_gguf.validation import Validation
 

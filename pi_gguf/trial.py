@@ -22,13 +22,13 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from pi_gguf.common.children import run_child
+from pi_gguf.common.files import open_plain
+from pi_gguf.common.progress import say
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.files import open_plain
 from pi_gguf.ggml import llama_cpp_library, log, mixture
 from pi_gguf.gguf_file import TensorInfo, padded, tensor_nbytes, write_header
 from pi_gguf.gguf_header import MEASURED, Header
-from pi_gguf.processes import run_child
-from pi_gguf.progress import say
 
 _LIVES, _REFUSES = "lives", 3
 """The verdict that is kept; the child's exit code where llama.cpp itself says no, which this process then hears."""

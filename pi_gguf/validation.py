@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.common.files import human_bytes
+from pi_gguf.common.machine import free_memory
+from pi_gguf.common.progress import say
+from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.evaluate import PasskeyPrompts, Yardstick, k_max, passkey_cells
-from pi_gguf.files import human_bytes
 from pi_gguf.hf_model import HfModel, HfTokens, tokenize_with
-from pi_gguf.planning import free_memory
 from pi_gguf.processes import agree
-from pi_gguf.progress import say
-from pi_gguf.provenance import sha256
 
 if TYPE_CHECKING:
     import numpy as np

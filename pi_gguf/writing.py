@@ -25,16 +25,12 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf.adapters import AdaptedCheckpoint, low_rank_changes
 from pi_gguf.agreement import check_sizes
 from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.common.files import check_free_disk, disk_errors
+from pi_gguf.common.machine import cores
+from pi_gguf.common.progress import progress_bar, say, stage
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
-from pi_gguf.files import check_free_disk, disk_errors
-from pi_gguf.ggml import (
-    UNQUANTIZED,
-    cores,
-    mixture,
-    quantizations,
-    quantize_rows,
-)
+from pi_gguf.ggml import UNQUANTIZED, mixture, quantizations, quantize_rows
 from pi_gguf.gguf_file import (
     TensorInfo,
     padded,
@@ -45,7 +41,6 @@ from pi_gguf.gguf_file import (
 )
 from pi_gguf.gguf_header import read_header
 from pi_gguf.merging import ScaledTensor
-from pi_gguf.progress import progress_bar, say, stage
 from pi_gguf.tensors import TensorSource, open_files
 from pi_gguf.trial import trust
 

@@ -28,7 +28,7 @@ def _run(arguments: list[str], environment: dict[str, str], exact: bool, streams
 
     torch.set_num_threads(1)
     if exact:
-        pi_gguf.planning.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: False
+        pi_gguf.common.machine.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: False
     sys.argv = ["pi-gguf", *arguments]
     entry_point()
 

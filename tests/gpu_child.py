@@ -64,7 +64,7 @@ def main() -> None:
     if given.get("way"):
         pi_gguf.training.fit_activations = forced(given["way"])
     if "bf16" in given:
-        pi_gguf.planning.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: given["bf16"]
+        pi_gguf.common.machine.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: given["bf16"]
     if given.get("kill_at"):
         transformers.trainer.DEFAULT_CALLBACKS.append(_die_in(given["kill_at"]))
     if given.get("measure_only"):

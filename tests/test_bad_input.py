@@ -896,7 +896,7 @@ def test_the_disk_is_too_small_for_the_output(cli, llama, small_disk):
 @pytest.mark.parametrize("quant", ["F32", "Q8_0"])
 def test_the_disk_fills_while_the_file_is_written(cli, llama, small_disk, out_folder, quant, monkeypatch):
     """Another program takes the space that was there when it was checked; then there is more."""
-    from pi_gguf import files
+    from pi_gguf.common import files
 
     whole = out_folder / "whole.gguf"
     options = ("--context", "256", "--steps", "0", "--quant", quant, "--check", "none")

@@ -20,12 +20,12 @@ from pi_gguf import corpus as corpus_module
 from pi_gguf import texts as texts_module
 from pi_gguf.batches import batch_positions, padded, takes_block_mask, training_batches
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.common.files import replace_when_complete
+from pi_gguf.common.options import TuneOptions
 from pi_gguf.corpus import load_corpus
 from pi_gguf.data import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
-from pi_gguf.files import replace_when_complete
-from pi_gguf.options import TuneOptions
 from pi_gguf.planning import Stage, estimate_training_memory, plan_training
 from pi_gguf.texts import HUB_DOCUMENTS, LONGEST, hub_documents, open_texts, read_texts
 

@@ -10,8 +10,8 @@ from contextlib import redirect_stderr
 import pytest
 
 import pi_gguf
+from pi_gguf.common.tables import markdown_table
 from pi_gguf.demo import BASE, ROWS, _Table, demo, table_cells
-from pi_gguf.tables import markdown_table
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 from children import Command
 
 from pi_gguf import errors
-from pi_gguf.endings import translated
+from pi_gguf.common.endings import translated
+from pi_gguf.common.files import one_writer
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError, TextError
-from pi_gguf.files import one_writer
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -90,7 +90,7 @@ def test_a_fine_tune_stops_after_its_step_and_goes_on(llama, tmp_path, number):
 
 LOST = """
 import ctypes, os, signal, sys, time
-from pi_gguf.endings import signals
+from pi_gguf.common.endings import signals
 from pi_gguf.errors import Interrupted
 inside = ctypes.CFUNCTYPE(None)(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)))
 try:
@@ -134,7 +134,7 @@ def test_a_signal_that_a_library_takes_for_an_error_of_its_own_ends_like_any():
 
 STUCK = """
 import hashlib
-from pi_gguf.endings import signals
+from pi_gguf.common.endings import signals
 with signals():
     print("stuck", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"x", b"y", 400_000_000)
@@ -158,14 +158,14 @@ def test_a_second_signal_ends_a_process_that_native_code_holds():
 
 def test_a_hang_up_that_the_parent_had_ignored_stays_ignored():
     code = (
-        "import os, signal\nfrom pi_gguf.endings import signals\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "import os, signal\nfrom pi_gguf.common.endings import signals\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "with signals():\n    os.kill(os.getpid(), signal.SIGHUP)\nprint('on')"
     )
     assert python(code).stdout == "on\n"
 
 
 def test_handlers_are_put_back():
-    from pi_gguf.endings import signals
+    from pi_gguf.common.endings import signals
 
     before = [signal.getsignal(number) for number in SIGNALS], sys.unraisablehook, signal.set_wakeup_fd(-1)
     with signals():
@@ -179,7 +179,7 @@ def test_handlers_are_put_back():
 CRASH = """
 import ctypes, os, sys
 from pi_gguf import cli
-from pi_gguf.progress import stage
+from pi_gguf.common.progress import stage
 
 how = sys.argv[1]
 
@@ -248,7 +248,7 @@ def test_a_prompt_that_is_no_text_is_refused(gguf):
 def test_a_limit_on_files_that_a_library_meets_is_said():
     code = (
         "import resource, sys, numpy\nfrom safetensors.numpy import save_file\n"
-        "from pi_gguf.endings import translated\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from pi_gguf.common.endings import translated\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n    save_file({'x': numpy.zeros(10**6)}, sys.argv[1])\n"
         "except Exception as error:\n    print(translated(error))"
     )

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from conftest import contents
 
+from pi_gguf.common.files import check_writable, one_writer, publish, replace_when_complete, temporary, write_text
 from pi_gguf.errors import OptionError, ResourceError
-from pi_gguf.files import check_writable, one_writer, publish, replace_when_complete, temporary, write_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # children end at once
 
@@ -147,7 +147,7 @@ RACE = """
 import sys, time
 from pathlib import Path
 from pi_gguf.errors import OptionError
-from pi_gguf.files import replace_when_complete
+from pi_gguf.common.files import replace_when_complete
 out, name, end = Path(sys.argv[1]), sys.argv[2], time.time() + float(sys.argv[3])
 wrote = refused = 0
 while time.time() < end:

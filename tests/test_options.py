@@ -12,9 +12,8 @@ import pytest
 
 import pi_gguf
 from pi_gguf import cli as command_line
-from pi_gguf import options
-from pi_gguf.errors import OptionError
-from pi_gguf.options import (
+from pi_gguf.common import options
+from pi_gguf.common.options import (
     ConvertKeywords,
     ExtendKeywords,
     ProofOptions,
@@ -31,6 +30,7 @@ from pi_gguf.options import (
     option,
     take,
 )
+from pi_gguf.errors import OptionError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import write_options

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from pi_gguf import progress
-from pi_gguf.progress import Lines, Work, duration, output, progress_bar, say
+from pi_gguf.common import progress
+from pi_gguf.common.progress import Lines, Work, duration, output, progress_bar, say
 
 STEP = """
 import sys, time
-from pi_gguf import progress
+from pi_gguf.common import progress
 progress.LINE_SECONDS = 0.2
 with progress.output(*eval(sys.argv[1])):
     progress.say("a note")

@@ -501,7 +501,7 @@ def test_the_data_is_copied_in_blocks_within_the_kernel_or_not(sound, tmp_path, 
 
 
 def test_a_full_disk_leaves_nothing(cli, sound, tmp_path, monkeypatch):
-    from pi_gguf import files
+    from pi_gguf.common import files
 
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     code, _, err = cli("repair", sound, tmp_path / "out.gguf", "--set", "general.license=MIT")

@@ -21,18 +21,18 @@ from transformers.integrations.integration_utils import get_available_reporting_
 import pi_gguf
 from pi_gguf.adapters import with_adapters
 from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.common.machine import fast_bf16
+from pi_gguf.common.options import SpreadOptions, TuneOptions
 from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
 from pi_gguf.lora import add_adapters, parts
 from pi_gguf.losses import chunked_loss
-from pi_gguf.options import SpreadOptions, TuneOptions
 from pi_gguf.planning import (
     _ACTIVATIONS,
     _memory,
     _weights,
     default_recipe,
     estimate_training_memory,
-    fast_bf16,
     fit_activations,
     plan_training,
 )
@@ -271,7 +271,7 @@ def test_auto_takes_the_first_way_that_fits(llama, monkeypatch, cli):
         needs[way] = estimate_training_memory(load_checkpoint(str(llama)), plan, "cpu", RECOMPUTED)
     assert needs["full"] > needs["lora"]
     for free, way in ((needs["full"], "full"), (needs["full"] - 1, "lora"), (needs["lora"] - 1, "lora")):
-        monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device, free=free: free)
         plan = training_plan(llama, train="auto", batch_tokens=256)
         assert plan.train == way and plan.train_reason.startswith("full takes about"), free
         code, out, _ = cli("plan", llama, "--context", "256", "--train", "auto", "--batch-tokens", "256", "--json",
@@ -280,15 +280,15 @@ def test_auto_takes_the_first_way_that_fits(llama, monkeypatch, cli):
 
 
 def test_auto_on_a_gpu_ends_with_4_bits(llama, monkeypatch):
-    monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 1)
-    monkeypatch.setattr("pi_gguf.planning.fast_bf16", lambda device: True)
+    monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1)
+    monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: True)
     monkeypatch.setattr("pi_gguf.lora.find_spec", lambda name: object())
     plan = training_plan(llama, train="auto", device="cuda")
     assert plan.train == "qlora" and "qlora takes about" in plan.train_reason
 
 
 def test_whole_windows_that_fit_a_gpu_are_mixed_in(llama, monkeypatch):
-    monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 1e12)
+    monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1e12)
     plan = training_plan(llama, device="cuda", batch_tokens=256)
     assert (plan.sequences, plan.mix, plan.full_window) == ("PoSE and full length", 0.25, 4 * WINDOW)
     assert [stage.window for stage in plan.stages] == [WINDOW] and "fit the GPU" in plan.reason
@@ -300,7 +300,7 @@ def test_whole_windows_that_fit_a_gpu_are_mixed_in(llama, monkeypatch):
         plan = training_plan(llama, **{"device": "cuda", "batch_tokens": 256, **options})
         assert (plan.sequences, plan.mix, plan.full_micro_batches) == (sequences, 0.0, 0), options
         assert "of the tokens in" not in plan.reason
-    monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 0)
+    monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 0)
     assert training_plan(llama, device="cuda").sequences == "PoSE"
 
 
@@ -340,11 +340,11 @@ def test_recomputed_activations_give_the_same_losses(train, llama, tmp_path, tex
 
 def test_tiles_and_the_hosts_memory_when_a_gpu_is_full(llama, monkeypatch):
     checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=8192, train_window=256)
-    monkeypatch.setattr("pi_gguf.planning.fast_bf16", lambda device: True)
+    monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: True)
     needs = []
     for way, share in ((KEPT, 0.75), (RECOMPUTED, 0.85), (TILED, 0.92), (TILED, 0.0)):
         free = int(estimate_training_memory(checkpoint, plan, "cuda", way) / share) + 1 if share else 1
-        monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device, free=free: free)
         needs.append(fit_activations(checkpoint, plan, "cuda"))
     assert [way.recompute for way, _ in needs] == [False, True, True, True]
     assert [way.tiled for way, _ in needs] == [False, False, True, True]
@@ -373,14 +373,14 @@ def test_the_predicted_memory_is_what_a_card_took(case, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     checkpoint = load_checkpoint(str(tmp_path), config_only=True)
     train, activations, tokens = case
-    monkeypatch.setattr("pi_gguf.planning.fast_bf16", lambda device: True)
+    monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: True)
     found = _memory(checkpoint, tokens, activations=activations, train=train, rank=16, device="cuda")
     assert found / 1e9 == pytest.approx(CARD[case], rel=0.1)
 
 
 def test_tiles_are_left_out_where_they_save_nothing(llama, monkeypatch):
     checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=2048, train_window=256)
-    monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 1)
+    monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1)
     assert fit_activations(checkpoint, plan, "cpu")[0] == RECOMPUTED
 
 
@@ -388,7 +388,7 @@ def test_a_run_in_tiles_has_the_same_losses(llama, tmp_path, text, monkeypatch):
     losses, used = [], []
     monkeypatch.setattr("pi_gguf.training.tiled_mlps", lambda model, tile: used.append(tile) or tiled_mlps(model, tile))
     for tile in (2048, 50):
-        monkeypatch.setattr("pi_gguf.planning.free_memory", lambda device: 1)
+        monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1)
         for module in ("planning", "training"):
             monkeypatch.setattr(f"pi_gguf.{module}.TILE", tile)
         out = pi_gguf.extend(str(llama), tmp_path / str(tile), data=[str(text)], **OPTIONS)

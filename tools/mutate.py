@@ -25,7 +25,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 from mutants import make_kinds, make_mutant, run_mutants, to_json
 
-from pi_gguf.provenance import provenance
+from pi_gguf.common.provenance import provenance
 
 
 def main() -> int:

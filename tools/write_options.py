@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from pi_gguf.options import GROUPS, flag, hints
+from pi_gguf.common.options import GROUPS, flag, hints
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 TAKEN = {

@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pi_gguf.common.tables import markdown_table
 from pi_gguf.demo import table_cells
-from pi_gguf.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,22 @@
-"""The families of models that are converted, by the model_type of their config. One small file each."""
+"""The families of models that are converted, by the model_type of their config. One small file each.
+
+family: `Family`, what a family is to a conversion
+alibi: MPT and BLOOM, whose positions are biases
+cohere: Command-R and Aya
+falcon: Falcon 7B, 40B and 180B
+gemma: Gemma 1, 2 and 3
+glm4: GLM-4
+gpt_neox: GPT-NeoX and Pythia
+granite: Granite 3
+llama: Llama, Mistral, Mixtral
+nemotron: Nemotron 3 and Minitron
+olmo: OLMo 1 and 2, OLMoE
+phi: Phi 1.5, 2, 3 and later
+qwen: Qwen2 and Qwen3, dense and with experts
+smollm3: SmolLM3
+stablelm: StableLM
+starcoder2: StarCoder 2
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pi_gguf.common.machine import peak_memory
+
 _STARTED = time.time()
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/:'\"]+/)+")
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
@@ -72,19 +74,6 @@ def without_folders(value: Any) -> Any:
     return walk(value)
 
 
-def peak_memory(device: str = "cpu") -> int | None:
-    """Return the most memory so far: of a GPU by torch, otherwise of this process; None where that is not known."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def sha256(texts: list[str]) -> str:
     """Return one hash over texts, in order."""
     digest = hashlib.sha256()
@@ -96,7 +85,7 @@ def sha256(texts: list[str]) -> str:
 
 def _commit() -> str | None:
     """Return the commit of the source tree this runs from, with `+` when it has changes; None elsewhere."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

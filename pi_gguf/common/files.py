@@ -22,8 +22,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
+from pi_gguf.common.progress import process_rank, say
 from pi_gguf.errors import OptionError, ResourceError
-from pi_gguf.progress import process_rank, say
 
 _LOCK, _TEMPORARY, _OLD = "lock", "tmp", "old"
 """In a work folder: who writes; what is deleted when nobody does; a folder that is being replaced."""

@@ -1,0 +1,23 @@
+"""Start one of the package's modules in a child process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+
+def run_child(module: str, *arguments: str, seconds: float, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run a module of this package in a process of its own, which imports what this one does.
+
+    Args:
+        module: its name, without the package's.
+        seconds: after which it is killed.
+        options: of `subprocess.run`.
+    """
+    # -P: the folder that one stands in may be a stranger's, and what lies there is not to be imported
+    command = [sys.executable, "-P", "-m", f"pi_gguf.{module}", *arguments]
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
+    environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
+    return subprocess.run(command, env=environment, timeout=seconds, check=False, **options)

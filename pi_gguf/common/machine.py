@@ -1,0 +1,103 @@
+"""What this machine has: memory, cores, a GPU, and how fast it computes."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+from pathlib import Path
+
+from pi_gguf.errors import OptionError
+
+_CPU_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.35
+"""Share of a plain matrix product's speed that training reaches."""
+
+
+def free_memory(device: str) -> int:
+    """Return the free memory of `cpu` or `cuda`, in bytes; of a GPU no more than this process may take."""
+    if device == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        left = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+        return int(min(free, left))
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def planned_device(device: str) -> str:
+    if device == "cpu":
+        return device
+
+    return torch_device(device)
+
+
+def fast_bf16(device: str) -> bool:
+    """Tell whether bf16 is faster than f32 on the device."""
+    import torch
+
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@cache
+def operations_a_second(device: str) -> float:
+    """Measure a matrix product on the device for a moment, and take training's usual share of it."""
+    import torch
+
+    side = 4096 if device == "cuda" else 1024
+    dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+    a = torch.ones(side, side, dtype=dtype, device=device)
+
+    def run(times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    run(3)
+    efficiency = _GPU_EFFICIENCY if device == "cuda" else _CPU_EFFICIENCY
+    return efficiency * 10 * 2 * side**3 / run(10)
+
+
+def torch_device(device: str) -> str:
+    """Return `cpu` or `cuda` for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        OptionError: `cuda` and none is there, or another word.
+    """
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device must be auto, cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device cuda: torch finds no CUDA GPU", "use --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_memory(device: str = "cpu") -> int | None:
+    """Return the most memory so far: of a GPU by torch, otherwise of this process; None where that is not known."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
