@@ -39,8 +39,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pi_gguf import bundled  # noqa: E402
+from pi_gguf.bundled.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, key_sentence  # noqa: E402
 from pi_gguf.common.provenance import provenance  # noqa: E402
-from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, key_sentence  # noqa: E402
 
 _COMPUTE_TYPE = "GGML_CUDA_CUBLAS_COMPUTE_TYPE"
 """What llama.cpp reads, at each product, for the type that cuBLAS adds up in."""

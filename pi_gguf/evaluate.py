@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from pi_gguf import bundled
+from pi_gguf.bundled.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
 from pi_gguf.common.files import writes
 from pi_gguf.common.options import (
     PerplexityKeywords,
@@ -32,7 +33,6 @@ from pi_gguf.common.progress import Advance, say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.kept import Kept
-from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
 from pi_gguf.plots import plot_passkeys, plot_perplexity
 from pi_gguf.results import PasskeyCell, PasskeyReport, PerplexityReport, PerplexityRow, PositionRow
 from pi_gguf.scoring import LanguageModel, position_ranges

@@ -20,6 +20,7 @@ from string import ascii_lowercase, ascii_uppercase
 from typing import Unpack
 
 from pi_gguf import bundled
+from pi_gguf.bundled.passkey import EVALUATION_FILLER
 from pi_gguf.common.files import writes
 from pi_gguf.common.options import RetrievalKeywords, ServerOptions, SuiteOptions, flat, take
 from pi_gguf.common.progress import Advance
@@ -27,7 +28,6 @@ from pi_gguf.errors import OptionError
 from pi_gguf.haystack import Item, ask, fit, hide, sentences
 from pi_gguf.kept import Kept
 from pi_gguf.needle import needle_item
-from pi_gguf.passkey import EVALUATION_FILLER
 from pi_gguf.plots import plot_ruler
 from pi_gguf.results import RulerReport, RulerRow
 from pi_gguf.scoring import LanguageModel

@@ -15,12 +15,12 @@ from conftest import WINDOW, make_llama
 
 import pi_gguf
 from pi_gguf import bundled
+from pi_gguf.bundled.passkey import EVALUATION_FILLER, INTRODUCTION, draw_key, is_evaluation_key
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.common.options import ServerOptions, TargetOptions
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import PasskeyPrompts, k_max, sampled_windows, sliding_windows
 from pi_gguf.hf_model import HfModel
-from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, draw_key, is_evaluation_key
 from pi_gguf.plots import plot_passkeys
 from pi_gguf.results import PasskeyCell, PasskeyReport
 from pi_gguf.runtime import Model

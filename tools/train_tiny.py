@@ -25,8 +25,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pi_gguf import bundled
+from pi_gguf.bundled.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
 from pi_gguf.data import pack, pose_positions
-from pi_gguf.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
 
 WINDOW = 2048
 VOCAB_SIZE = 2048

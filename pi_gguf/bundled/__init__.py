@@ -3,6 +3,8 @@
 `tiny/` is a trained Llama with a window of 2048 tokens, addressed as `bundled:tiny`; `novels.tar.xz` holds
 public-domain novels, some of them held out from all training. This module also makes the training
 mixture of the bundled model: passages of the novels and recall tasks (see `training_mixture`).
+
+passkey: the wording of the passkey task
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pi_gguf.passkey import INTRODUCTION, QUESTION, draw_key, key_sentence
+from pi_gguf.bundled.passkey import INTRODUCTION, QUESTION, draw_key, key_sentence
 
 TINY = "bundled:tiny"
 TINY_DIR = Path(__file__).parent / "tiny"
