@@ -34,7 +34,8 @@ from pi_gguf.merging import (
     WeightDecomposed,
 )
 from pi_gguf.record import RECORD_FILE, Record
-from pi_gguf.rope import RopeScaling, positive_int, positive_number
+from pi_gguf.scaling.own import positive_int, positive_number
+from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.tensors import TensorSource, open_files
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import CheckpointError, one_line
-from pi_gguf.rope import RopeScaling
+from pi_gguf.scaling.rope import RopeScaling
 
 if TYPE_CHECKING:
     import torch

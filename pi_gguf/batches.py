@@ -17,7 +17,7 @@ from pi_gguf.corpus import Corpus
 from pi_gguf.data import Row, describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import TextError
 from pi_gguf.planning import TrainingPlan
-from pi_gguf.rope import RopeScaling
+from pi_gguf.scaling.rope import RopeScaling
 
 if TYPE_CHECKING:
     import numpy as np

@@ -25,8 +25,8 @@ from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import MEASURED, Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
 from pi_gguf.record import Record
-from pi_gguf.rope import RopeScaling
 from pi_gguf.runtime import Model
+from pi_gguf.scaling.rope import RopeScaling
 
 VERSION = 2
 

@@ -19,8 +19,8 @@ from pi_gguf.configs import noted
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, one_line
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel
-from pi_gguf.rope import check_consistent
 from pi_gguf.runtime import Model
+from pi_gguf.scaling.rope import check_consistent
 from pi_gguf.scoring import LanguageModel, kl_divergence
 from pi_gguf.token_check import TokenizedTexts, said
 from pi_gguf.vocabulary import end_tokens

@@ -28,9 +28,10 @@ from pi_gguf.configs import Configuration, check_size, note, read_config, read_j
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
-from pi_gguf.methods import find_method
 from pi_gguf.record import RECORD_FILE, Record
-from pi_gguf.rope import FACTOR_TENSORS, RopeScaling, divisors_scaling
+from pi_gguf.scaling.methods import find_method
+from pi_gguf.scaling.own import divisors_scaling
+from pi_gguf.scaling.rope import FACTOR_TENSORS, RopeScaling
 from pi_gguf.tensors import (
     IGNORED_TENSORS,
     VALUE_HEAD,

@@ -21,7 +21,8 @@ from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads
-from pi_gguf.rope import DEFAULT_ROPE_THETA, RopeScaling, positive_int, positive_number
+from pi_gguf.scaling.own import positive_int, positive_number
+from pi_gguf.scaling.rope import DEFAULT_ROPE_THETA, RopeScaling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -18,7 +18,7 @@ from pi_gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
 from pi_gguf.gguf_file import TensorInfo, tensor_types
 from pi_gguf.gguf_header import Entry, Header, type_of_key
 from pi_gguf.loadable import find_fatal
-from pi_gguf.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES, NOPE_FACTOR, RopeScaling, check_consistent
+from pi_gguf.scaling.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES, NOPE_FACTOR, RopeScaling, check_consistent
 from pi_gguf.sentencepieces import CONTROL
 from pi_gguf.vocabulary import gguf_vocabulary
 from pi_gguf.writing import model_metadata

@@ -28,7 +28,7 @@ from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceEr
 from pi_gguf.planning import TrainingPlan, plan_training, training_disk_bytes
 from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
 from pi_gguf.record import RECORD_FILE, Record
-from pi_gguf.rope import RopeScaling
+from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts
 from pi_gguf.training import Run, Trained, check_reports, run_training
 from pi_gguf.validation import Validation

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pi_gguf.errors import GgufError
 from pi_gguf.gguf_header import ALIGNMENT, Header, read_header
-from pi_gguf.rope import RopeScaling
+from pi_gguf.scaling.rope import RopeScaling
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.findings import ASK, Finding
 from pi_gguf.gguf_file import GgufInfo, read_gguf
 from pi_gguf.gguf_header import is_gguf, read_header
-from pi_gguf.rope import RopeScaling, check_consistent
+from pi_gguf.scaling.rope import RopeScaling, check_consistent
 
 
 @dataclass(frozen=True)

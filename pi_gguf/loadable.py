@@ -17,7 +17,7 @@ from pi_gguf.families import FAMILIES
 from pi_gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
 from pi_gguf.gguf_file import GgufInfo, TensorInfo
 from pi_gguf.gguf_header import ALIGNMENT, Entry, Header
-from pi_gguf.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES
+from pi_gguf.scaling.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES
 from pi_gguf.sentencepieces import BYTE
 from pi_gguf.vocabulary import PHI3_TOKENS
 

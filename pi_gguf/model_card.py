@@ -31,7 +31,7 @@ from pi_gguf.report import (
     short_table,
 )
 from pi_gguf.results import PageReport
-from pi_gguf.rope import RopeScaling
+from pi_gguf.scaling.rope import RopeScaling
 
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 """What JSON lets stand and YAML does not, or breaks lines at."""

@@ -19,7 +19,7 @@ from pi_gguf.common.options import TuneKeywords, TuneOptions, flat, take
 from pi_gguf.errors import OptionError
 from pi_gguf.lora import WAYS, check_way, no_4_bits, parts
 from pi_gguf.losses import loss_is_chunked
-from pi_gguf.rope import RopeScaling
+from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.tiles import TILE
 
 BITS_PER_WEIGHT = {

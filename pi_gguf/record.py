@@ -17,7 +17,7 @@ from typing import Any
 from pi_gguf.common.files import write_json
 from pi_gguf.configs import read_json
 from pi_gguf.errors import CheckpointError
-from pi_gguf.rope import positive_int
+from pi_gguf.scaling.own import positive_int
 
 RECORD_FILE = "pi_gguf.json"
 """Written by `extend` beside the weights."""

@@ -26,7 +26,8 @@ from pi_gguf.checkpoint import load_checkpoint, model_name, public_source
 from pi_gguf.errors import CheckpointError, UnsupportedError
 from pi_gguf.families import FAMILIES, family
 from pi_gguf.gguf_file import read_gguf
-from pi_gguf.rope import OwnScaling, RopeScaling
+from pi_gguf.scaling.own import OwnScaling
+from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.scoring import kl_divergence
 from pi_gguf.tensors import open_files
 

@@ -13,8 +13,8 @@ import pi_gguf
 from pi_gguf.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, UnsupportedError
 from pi_gguf.hf_model import HfModel
-from pi_gguf.methods import METHODS, find_method
-from pi_gguf.rope import RopeScaling, check_consistent
+from pi_gguf.scaling.methods import METHODS, find_method
+from pi_gguf.scaling.rope import RopeScaling, check_consistent
 
 
 def extended(method: str, context: int = 32768) -> RopeScaling:

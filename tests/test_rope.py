@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pi_gguf.errors import CheckpointError, OptionError
-from pi_gguf.rope import RopeScaling, check_consistent
+from pi_gguf.scaling.rope import RopeScaling, check_consistent
 
 BASE = {"model_type": "llama", "max_position_embeddings": 2048, "rope_theta": 10000.0}
 

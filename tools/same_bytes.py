@@ -28,7 +28,7 @@ from test_families import VARIANTS, make_model
 
 import pi_gguf
 import pi_gguf.checkpoint
-import pi_gguf.methods
+import pi_gguf.scaling.methods
 from pi_gguf import bundled
 from pi_gguf.families import FAMILIES
 
@@ -91,7 +91,7 @@ def _methods(found: dict[str, Any]) -> None:
     """Every method after two steps, with what the check compares, and again from the folder that was written."""
     text = Path("text.txt")
     text.write_text(next(iter(bundled.novels("train").values()))[:60_000])
-    for method in pi_gguf.methods.METHODS:
+    for method in pi_gguf.scaling.methods.METHODS:
         _convert(
             found, "llama", f"{method}.gguf", context=2560, method=method, steps=2, batch_tokens=1280,
             data=[str(text)], quant="F16", certify=False,

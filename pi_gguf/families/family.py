@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.rope import positive_number
+from pi_gguf.scaling.own import positive_number
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 from pi_gguf.errors import OptionError, UnsupportedError
-from pi_gguf.rope import NOPE_FACTOR, OwnScaling, RopeScaling
+from pi_gguf.scaling.own import OwnScaling
+from pi_gguf.scaling.rope import NOPE_FACTOR, RopeScaling
 
 
 class Method(ABC):
