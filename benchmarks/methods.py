@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from convert import measure  # noqa: E402
 
-from pi_gguf.checkpoint import load_checkpoint  # noqa: E402
+from pi_gguf.checkpoint.checkpoint import load_checkpoint  # noqa: E402
 from pi_gguf.common.files import write_json  # noqa: E402
 from pi_gguf.common.provenance import provenance  # noqa: E402
 from pi_gguf.targets import doublings  # noqa: E402

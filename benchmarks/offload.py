@@ -505,7 +505,7 @@ class Bench:
         import numpy as np
         import torch
 
-        from pi_gguf.checkpoint import load_checkpoint
+        from pi_gguf.checkpoint.checkpoint import load_checkpoint
         from pi_gguf.hf_model import HfModel
 
         key = (hash(tuple(ids)), context)

@@ -283,7 +283,7 @@ class Clock:
 
 def plan(folder: str | Path, train: str, context: int, steps: int, device: str) -> tuple[Any, Any]:
     """Return the extended checkpoint and the plan of a run on one whole sequence a step."""
-    from pi_gguf.checkpoint import load_checkpoint
+    from pi_gguf.checkpoint.checkpoint import load_checkpoint
     from pi_gguf.common.options import TuneOptions
     from pi_gguf.planning import plan_training
 

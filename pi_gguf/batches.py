@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.corpus import Corpus
 from pi_gguf.data import Row, describe_lengths, pack, pack_alone, pose_positions

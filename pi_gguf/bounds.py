@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import writes
 from pi_gguf.common.options import BoundsKeywords, SuiteOptions, flat, take
 from pi_gguf.common.provenance import provenance

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.check import CheckReport, Reference, check_gguf
-from pi_gguf.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.checkpoint.record import Record
 from pi_gguf.common.files import human_bytes, replace_when_complete, writes
 from pi_gguf.common.machine import free_memory
 from pi_gguf.common.progress import say, stage
@@ -24,7 +25,6 @@ from pi_gguf.evaluate import Yardstick, k_max, passkey_cells
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import MEASURED, Entry, Header, read_header, write_changed
 from pi_gguf.hf_model import HfModel
-from pi_gguf.record import Record
 from pi_gguf.runtime import Model
 from pi_gguf.scaling.rope import RopeScaling
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.checkpoint.config import noted
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.progress import say, stage
-from pi_gguf.configs import noted
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, one_line
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.hf_model import HfModel

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Unpack
 
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import writes
 from pi_gguf.common.options import ComparisonKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.common.progress import say

@@ -21,7 +21,9 @@ from pi_gguf.certificate import (
     store,
 )  # fmt: skip
 from pi_gguf.check import CheckReport, Reference, check_gguf
-from pi_gguf.checkpoint import Checkpoint, load_checkpoint, model_name, public_source
+from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.checkpoint.hub import model_name, public_source
+from pi_gguf.checkpoint.record import Record
 from pi_gguf.common.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.options import ConvertKeywords, ProofOptions, TuneOptions, WriteOptions, flat, take
@@ -33,7 +35,6 @@ from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantizatio
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.imatrix import ImportanceMatrix, read_imatrix
 from pi_gguf.planning import plan_training, training_disk_bytes
-from pi_gguf.record import Record
 from pi_gguf.vocabulary import file_name, gguf_vocabulary
 from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.checkpoint import TOKENIZER_FILES, Checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.checkpoint.hub import TOKENIZER_FILES
 from pi_gguf.common.files import remove, replace_when_complete
 from pi_gguf.common.progress import progress_bar
 from pi_gguf.common.provenance import package_version

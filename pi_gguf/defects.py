@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
 from pi_gguf.gguf_file import TensorInfo, tensor_types

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import open_folder, write_json, write_text, writes
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.progress import duration, say

@@ -16,18 +16,19 @@ from typing import Any, Unpack
 from pi_gguf import bundled
 from pi_gguf.adapters import with_adapters
 from pi_gguf.batches import training_batches
-from pi_gguf.checkpoint import Checkpoint, load_checkpoint, public_source
+from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.checkpoint.config import read_json
+from pi_gguf.checkpoint.hub import public_source
+from pi_gguf.checkpoint.record import RECORD_FILE, Record
 from pi_gguf.common.files import check_free_disk, check_writable, remove, replace_when_complete, writes
 from pi_gguf.common.options import ExtendKeywords, SpreadOptions, TuneOptions, flat, take
 from pi_gguf.common.progress import process_count, say
 from pi_gguf.common.provenance import library_versions, package_version
-from pi_gguf.configs import read_json
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
 from pi_gguf.data import Row
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
 from pi_gguf.planning import TrainingPlan, plan_training, training_disk_bytes
 from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
-from pi_gguf.record import RECORD_FILE, Record
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts
 from pi_gguf.training import Run, Trained, check_reports, run_training

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import torch_device
 from pi_gguf.scoring import LanguageModel, common_prefix
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import check_writable, open_plain, replace_when_complete, temporary, writes
 from pi_gguf.common.progress import progress_bar, say, stage
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError, one_line

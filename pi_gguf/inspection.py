@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.certificate import Certificate
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.defects import expect, find_defects
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.findings import ASK, Finding

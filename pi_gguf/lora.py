@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import OptionError
-from pi_gguf.tensors import open_files
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pi_gguf.checkpoint.tensors import TensorSource
 from pi_gguf.errors import CheckpointError, one_line
-from pi_gguf.tensors import TensorSource
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Unpack
 
-from pi_gguf.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import fast_bf16, free_memory, operations_a_second, planned_device
 from pi_gguf.common.options import TuneKeywords, TuneOptions, flat, take

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import check_writable, replace_when_complete, writes
 from pi_gguf.common.progress import say
 from pi_gguf.defects import Expectation, expect, find_defects, mend

@@ -17,7 +17,7 @@ from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.bounds import evaluate_bounds
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import open_folder, write_json, write_text, writes
 from pi_gguf.common.options import PageKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.common.progress import say

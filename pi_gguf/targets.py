@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.options import ServerOptions, TargetOptions
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import library_versions

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import Checkpoint, is_panic
+from pi_gguf.checkpoint.checkpoint import Checkpoint, is_panic
 from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError
 from pi_gguf.sample_texts import PROSE, special_texts

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.batches import BatchDataset
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.endings import handled_signals
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import fast_bf16, free_memory, peak_memory

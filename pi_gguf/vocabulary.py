@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.checkpoint.config import read_json
 from pi_gguf.common.progress import say
-from pi_gguf.configs import read_json
 from pi_gguf.errors import CheckpointError, UnsupportedError
 from pi_gguf.pre_tokenizers import recognize_pre_tokenizer
 from pi_gguf.sentencepieces import (

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.adapters import AdaptedCheckpoint, low_rank_changes
-from pi_gguf.agreement import check_sizes
-from pi_gguf.checkpoint import Checkpoint
+from pi_gguf.checkpoint.agreement import check_sizes
+from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.checkpoint.tensors import TensorSource, open_files
 from pi_gguf.common.files import check_free_disk, disk_errors
 from pi_gguf.common.machine import cores
 from pi_gguf.common.progress import progress_bar, say, stage
@@ -41,7 +42,6 @@ from pi_gguf.gguf_file import (
 )
 from pi_gguf.gguf_header import read_header
 from pi_gguf.merging import ScaledTensor
-from pi_gguf.tensors import TensorSource, open_files
 from pi_gguf.trial import trust
 
 if TYPE_CHECKING:

@@ -85,7 +85,7 @@ def corpus_of(model: Path, texts: Iterable[str]) -> Any:
     """Tokenize texts with a model's tokenizer, in memory."""
     import numpy as np
 
-    from pi_gguf.checkpoint import load_checkpoint
+    from pi_gguf.checkpoint.checkpoint import load_checkpoint
     from pi_gguf.corpus import Corpus, encoder
 
     documents = encoder(load_checkpoint(str(model)))(list(texts))

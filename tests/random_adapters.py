@@ -19,9 +19,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pi_gguf.adapters import with_adapters
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import PiGgufError
-from pi_gguf.tensors import open_files
 
 VOCABULARY = 40
 _COMMON = {

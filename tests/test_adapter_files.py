@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 
 import pi_gguf
 from pi_gguf.adapters import with_adapters
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import CheckpointError, PiGgufError
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import read_header
 from pi_gguf.scoring import kl_divergence
-from pi_gguf.tensors import open_files
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft has much to say of embeddings
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_families import make_model
 
 import pi_gguf
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.scoring import kl_divergence

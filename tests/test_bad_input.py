@@ -883,7 +883,7 @@ def whole_pages(size: int) -> int:
 
 
 def weights_nbytes(model: Path) -> int:
-    from pi_gguf.checkpoint import load_checkpoint
+    from pi_gguf.checkpoint.checkpoint import load_checkpoint
 
     return 4 * load_checkpoint(str(model)).n_parameters()
 

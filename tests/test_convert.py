@@ -12,9 +12,9 @@ from conftest import SHARED_MODELS, WINDOW, make_llama
 
 import pi_gguf
 from pi_gguf import check
-from pi_gguf import checkpoint as checkpoint_module
 from pi_gguf.check import Reference, check_gguf
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint import checkpoint as checkpoint_module
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckError
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.scaling.rope import RopeScaling

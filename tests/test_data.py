@@ -19,7 +19,7 @@ from pi_gguf import batches as batches_module
 from pi_gguf import corpus as corpus_module
 from pi_gguf import texts as texts_module
 from pi_gguf.batches import batch_positions, padded, takes_block_mask, training_batches
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import replace_when_complete
 from pi_gguf.common.options import TuneOptions
 from pi_gguf.corpus import load_corpus

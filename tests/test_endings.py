@@ -385,7 +385,7 @@ def test_too_little_address_space_is_exit_code_8(llama, gguf, tmp_path, mebibyte
 
 def test_a_source_that_is_cut_while_it_is_read_is_an_error(llama_copy):
     """Mapped into memory it would end the process by SIGBUS."""
-    from pi_gguf.checkpoint import load_checkpoint
+    from pi_gguf.checkpoint.checkpoint import load_checkpoint
 
     sources = list(load_checkpoint(str(llama_copy)).tensors.values())
     files: dict[Path, Any] = {}
@@ -401,7 +401,7 @@ def test_tensors_are_read_as_safetensors_reads_them(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from pi_gguf.weights import WeightFile
+    from pi_gguf.checkpoint.weights import WeightFile
 
     torch.manual_seed(0)
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.float8_e4m3fn)

@@ -16,7 +16,7 @@ from conftest import WINDOW, make_llama
 import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.bundled.passkey import EVALUATION_FILLER, INTRODUCTION, draw_key, is_evaluation_key
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.options import ServerOptions, TargetOptions
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import PasskeyPrompts, k_max, sampled_windows, sliding_windows

@@ -13,7 +13,7 @@ from conftest import make_tokenizer, tensors
 from safetensors.torch import load_file, save_file
 
 import pi_gguf
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import UnsupportedError
 from pi_gguf.families import FAMILIES
 from pi_gguf.gguf_file import read_gguf

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import pi_gguf
 from pi_gguf.batches import TOKEN, batch_positions, padded, training_batches
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.options import TuneOptions
 from pi_gguf.data import pack, pose_positions
 from pi_gguf.losses import chunked_loss

@@ -21,15 +21,17 @@ from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 import pi_gguf
-from pi_gguf import checkpoint, configs
-from pi_gguf.checkpoint import load_checkpoint, model_name, public_source
+from pi_gguf.checkpoint import checkpoint
+from pi_gguf.checkpoint import config as configs
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.hub import model_name, public_source
+from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import CheckpointError, UnsupportedError
 from pi_gguf.families import FAMILIES, family
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.scaling.own import OwnScaling
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.scoring import kl_divergence
-from pi_gguf.tensors import open_files
 
 IDS = [7 + (i * 41) % 380 for i in range(56)]
 Tensors = dict[str, torch.Tensor]

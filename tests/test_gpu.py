@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pi_gguf
 from pi_gguf.batches import batch_positions, padded, training_batches
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.options import TuneOptions
 from pi_gguf.lora import parts
 from pi_gguf.losses import chunked_loss

@@ -10,7 +10,7 @@ import pytest
 
 import pi_gguf
 from pi_gguf import bundled
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.haystack import Item, fit, hide, sentences
 from pi_gguf.hf_model import HfModel, HfTokens

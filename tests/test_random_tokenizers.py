@@ -13,7 +13,7 @@ from test_tokenizers import BYTES, FLAGS, LLAMA3, QWEN2, WORDS, split, train_sen
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from pi_gguf import bundled
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckpointError
 from pi_gguf.gguf_file import write_header
 from pi_gguf.token_check import TokenizedTexts

@@ -9,10 +9,10 @@ import pytest
 from conftest import WINDOW
 
 import pi_gguf
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.record import RECORD_FILE, Record
 from pi_gguf.errors import CheckpointError, OptionError
 from pi_gguf.planning import TrainingPlan
-from pi_gguf.record import RECORD_FILE, Record
 
 TOLD = {
     "source", "reason", "train_reason", "loss", "steps_done", "seconds", "device", "peak_memory_bytes",

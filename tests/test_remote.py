@@ -11,7 +11,7 @@ import pytest
 
 import pi_gguf
 from pi_gguf.bundled import TINY
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.remote import RemoteModel
 

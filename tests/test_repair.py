@@ -14,7 +14,7 @@ import pytest
 from conftest import SHARED_MODELS, in_place, make_llama, tensors
 
 import pi_gguf
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.defects import SAME_SPLITTING
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import TYPES, Entry, read_header, type_of_key

@@ -12,7 +12,7 @@ import pytest
 from test_needle import NEEDLE, Reader, look_up, watched
 
 import pi_gguf
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.haystack import fit, score
 from pi_gguf.hf_model import HfModel

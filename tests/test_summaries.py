@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import pi_gguf
 from pi_gguf import bundled
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.hf_model import HfModel
 from pi_gguf.runtime import Model

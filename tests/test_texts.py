@@ -13,7 +13,7 @@ from conftest import make_llama
 
 from pi_gguf import corpus as corpus_module
 from pi_gguf import texts as texts_module
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.provenance import without_folders
 from pi_gguf.corpus import load_corpus
 from pi_gguf.errors import TextError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckpointError
 from pi_gguf.token_check import TokenizedTexts
 from pi_gguf.vocabulary import file_name, gguf_vocabulary

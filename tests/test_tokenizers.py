@@ -593,7 +593,7 @@ def test_a_name_with_phi_3_in_it_is_changed_for_another_tokenizer(folder, llama_
 
 
 def test_a_name_with_phi_3_goes_by_most_of_the_tokens(llama_copy):
-    from pi_gguf.checkpoint import load_checkpoint
+    from pi_gguf.checkpoint.checkpoint import load_checkpoint
 
     edit(llama_copy, "tokenizer.json", phi3)
     edit(

@@ -20,7 +20,8 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 import pi_gguf
 from pi_gguf.adapters import with_adapters
-from pi_gguf.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.common.machine import fast_bf16
 from pi_gguf.common.options import SpreadOptions, TuneOptions
 from pi_gguf.errors import OptionError, PiGgufError, ResourceError
@@ -37,7 +38,6 @@ from pi_gguf.planning import (
     plan_training,
 )
 from pi_gguf.processes import check_spread
-from pi_gguf.tensors import open_files
 from pi_gguf.tiles import tiled_mlps
 from pi_gguf.training import _as_known, check_reports
 

@@ -33,7 +33,7 @@ from conftest import make_llama, tensors  # noqa: E402
 from test_families import VARIANTS, make_model  # noqa: E402
 
 import pi_gguf  # noqa: E402
-from pi_gguf.checkpoint import load_checkpoint  # noqa: E402
+from pi_gguf.checkpoint.checkpoint import load_checkpoint  # noqa: E402
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pi-gguf"
 

@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from test_families import VARIANTS, make_model
 
 import pi_gguf
-import pi_gguf.checkpoint
+import pi_gguf.checkpoint.checkpoint
 import pi_gguf.scaling.methods
 from pi_gguf import bundled
 from pi_gguf.families import FAMILIES
@@ -69,7 +69,7 @@ def _families(found: dict[str, Any]) -> None:
         _convert(found, model, f"{model}.gguf", quant="F32", check="none")
         if FAMILIES[family].alibi:
             continue
-        window = pi_gguf.checkpoint.load_checkpoint(str(model)).rope.max_position_embeddings
+        window = pi_gguf.checkpoint.checkpoint.load_checkpoint(str(model)).rope.max_position_embeddings
         _convert(found, model, f"{model}-scaled.gguf", context=4 * window, steps=0, quant="Q8_0", certify=False)
         pi_gguf.extend(str(model), f"{model}-scaled-hf", context=4 * window, steps=0)
         _hash(found, Path(f"{model}-scaled-hf"))

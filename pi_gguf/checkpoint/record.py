@@ -14,8 +14,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from pi_gguf.checkpoint.config import read_json
 from pi_gguf.common.files import write_json
-from pi_gguf.configs import read_json
 from pi_gguf.errors import CheckpointError
 from pi_gguf.scaling.own import positive_int
 

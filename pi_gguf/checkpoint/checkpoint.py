@@ -12,27 +12,17 @@ import json
 import math
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pi_gguf import bundled
-from pi_gguf.agreement import check_rotation, rotated_dimensions
-from pi_gguf.common.files import is_file
-from pi_gguf.common.private import replace_backend, tied_weights
-from pi_gguf.configs import Configuration, check_size, note, read_config, read_json
-from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
-from pi_gguf.families import FAMILIES, Family
-from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
-from pi_gguf.record import RECORD_FILE, Record
-from pi_gguf.scaling.methods import find_method
-from pi_gguf.scaling.own import divisors_scaling
-from pi_gguf.scaling.rope import FACTOR_TENSORS, RopeScaling
-from pi_gguf.tensors import (
+from pi_gguf.checkpoint.agreement import check_rotation, rotated_dimensions
+from pi_gguf.checkpoint.config import Configuration, check_rope, check_size, check_variant, note, read_config, read_json
+from pi_gguf.checkpoint.hub import ADAPTER_FILE, TOKENIZER_FILES, model_name, resolve, without_adapter
+from pi_gguf.checkpoint.record import RECORD_FILE, Record
+from pi_gguf.checkpoint.tensors import (
     IGNORED_TENSORS,
     VALUE_HEAD,
     ScaledBlocks,
@@ -48,21 +38,21 @@ from pi_gguf.tensors import (
     weight_files,
     with_scales,
 )
+from pi_gguf.common.private import replace_backend, tied_weights
+from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
+from pi_gguf.families import FAMILIES, Family
+from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
+from pi_gguf.scaling.methods import find_method
+from pi_gguf.scaling.own import divisors_scaling
+from pi_gguf.scaling.rope import RopeScaling
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_ADAPTER_FILE = "adapter_config.json"
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt",
-)  # fmt: skip
 
 _MEBIBYTE = 2**20
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 T = TypeVar("T")
 
@@ -135,8 +125,8 @@ class Checkpoint:
             rope = replace(rope, own=divisors_scaling([1.0] * (self.rotary_dim // 2)))
         checkpoint = replace(self.scaled(rope), before=self)
         config = checkpoint._scaled_config().get_text_config()
-        _check_variant(self.family, config, path)
-        _check_rope(rope, self.family, config, path)
+        check_variant(self.family, config, path)
+        check_rope(rope, self.family, config, path)
         check_rotation(self.skeleton, config, rope, self.rotary_dim, path)
         return checkpoint
 
@@ -517,7 +507,7 @@ class Checkpoint:
             outer = prefix.removesuffix(base)
             options["key_mapping"] = {f"^{re.escape(prefix)}": base, f"^{re.escape(outer)}": ""}
         kind = AutoModelForImageTextToText if self.configuration.is_part else AutoModelForCausalLM
-        with _without_adapter(self.path, self._weight_files()) as folder:
+        with without_adapter(self.path, self._weight_files()) as folder:
             model: PreTrainedModel = kind.from_pretrained(
                 folder, config=config, use_safetensors=True, trust_remote_code=False, **options
             )
@@ -555,24 +545,24 @@ def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = Tr
         CheckpointError: it is not there, or its config lacks a field.
         UnsupportedError: its family, or a variant of it, is not handled.
     """
-    path = _resolve(model, _CONFIG)
+    path = resolve(model, _CONFIG)
     configuration = read_config(path)
     config_path, opened = path / "config.json", configuration.opened
-    _check_variant(configuration.family, opened, config_path)
+    check_variant(configuration.family, opened, config_path)
     if not config_only:
-        path = _resolve(
+        path = resolve(
             model, _TOKENIZER + _WEIGHTS * weights
         )  # from the Hub only now, when the config is known to be handled
     checkpoint = Checkpoint(model, path, configuration.fields, opened, configuration.rope, configuration)
     if not configuration.family.alibi:
-        _check_rope(checkpoint.rope, configuration.family, opened, config_path)
+        check_rope(checkpoint.rope, configuration.family, opened, config_path)
         _keep_rotated_share(checkpoint, config_path)
         check_rotation(
             checkpoint.skeleton, configuration.whole.get_text_config(), checkpoint.rope, checkpoint.rotary_dim,
             config_path,
         )  # fmt: skip
-    if (path / _ADAPTER_FILE).exists():
-        note(f"{path}: the adapter in the folder ({_ADAPTER_FILE}) is left aside; --lora {path} would merge it")
+    if (path / ADAPTER_FILE).exists():
+        note(f"{path}: the adapter in the folder ({ADAPTER_FILE}) is left aside; --lora {path} would merge it")
     return checkpoint
 
 
@@ -590,45 +580,6 @@ def _keep_rotated_share(checkpoint: Checkpoint, path: Path) -> None:
                 "remove partial_rotary_factor",
             )
         note(f"{path}: partial_rotary_factor {share} has no effect in this family: whole heads are rotated")
-
-
-def model_name(source: str) -> str:
-    """Return what a model is called: the last part of a Hub id or of a folder's place, a cached one's Hub id read back.
-
-    Args:
-        source: a folder, a Hub id or `bundled:tiny`.
-    """
-    return public_source(source).removeprefix("bundled:").rpartition("/")[2]
-
-
-def public_source(source: str) -> str:
-    """Return MODEL as it may be published: a Hub id as it is, of a folder no more than its name."""
-    if source.startswith("bundled:"):
-        return source
-    path = Path(source)
-    if _HUB_ID.fullmatch(source) and not source.startswith(".") and not path.exists():
-        return source
-    path = path.expanduser().resolve()
-    cached = path.parent.parent.name
-    if path.parent.name == "snapshots" and cached.startswith("models--"):
-        return cached.removeprefix("models--").replace("--", "/", 1)
-    return path.name
-
-
-@contextmanager
-def _without_adapter(path: Path, weights: list[Path]) -> Iterator[Path]:
-    """Give a folder in which transformers finds no adapter to attach: the checkpoint's own, or one of links to it."""
-    if not (path / _ADAPTER_FILE).exists():
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file in [*path.glob("*.json"), *weights]:
-            link = folder / file.relative_to(path)
-            if file.name != _ADAPTER_FILE and not link.exists():
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
-        yield folder
 
 
 def _without_tokens(tokenizer: Any, ids: set[int]) -> PreTrainedTokenizerBase:
@@ -669,65 +620,8 @@ def _fused(in_memory: set[str], saved: dict[str, Any]) -> dict[str, list[list[st
     return fused
 
 
-def _check_variant(family: Family, config: PretrainedConfig, path: Path) -> None:
-    if complaint := family.complaint(config):
-        name, value, handled = complaint
-        raise UnsupportedError(
-            f"{path}: {name} must be {handled} at {config.max_position_embeddings} tokens, got {value!r}"
-            if name == "sliding_window"
-            else f"{path}: {name} must be {handled}, got {value!r}",
-            "llama.cpp has no such variant of this family; a config edited to that converts as what it then says",
-        )
-
-
-def _check_rope(rope: RopeScaling, family: Family, config: PretrainedConfig, path: Path) -> None:
-    """Refuse frequencies that llama.cpp has no way to read for this family."""
-    if rope.needs_factor_tensors and family.arch not in FACTOR_TENSORS:
-        assert rope.own is not None
-        raise UnsupportedError(
-            f"{path}: rope_type {rope.own.rope_type} needs a number for each frequency, which llama.cpp reads in "
-            f"{', '.join(FACTOR_TENSORS)} only, got {family.arch}",
-            "leave --context out to convert as is" if rope.own.has_keys else "take a checkpoint without this scaling",
-        )
-    pairs = rotary_dim(config) // 2
-    for name, divisors in rope.factor_tensors(family.arch, 2 * pairs).items():
-        if len(divisors) != pairs:
-            field = "short_factor" if "short" in name else "long_factor"
-            raise CheckpointError(
-                f"{path}: {field} must be a list of {pairs} numbers, got {len(divisors)}", "correct the config"
-            )
-
-
 _CONFIG, _TOKENIZER, _WEIGHTS = ["config.json"], ["*.json", "*.jinja", "tokenizer.model"], ["model*.safetensors"]
 """Files of a model on the Hub, by pattern."""
-
-
-def _resolve(model: str, patterns: list[str]) -> Path:
-    if model == bundled.TINY:
-        return bundled.TINY_DIR
-    if model.startswith("bundled:"):
-        raise CheckpointError(f"{model}: no such bundled model", f"the one there is: {bundled.TINY}")
-    path = Path(model)
-    try:
-        path = path.expanduser()
-        is_folder = path.is_dir()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{model}: no such folder ({one_line(error)})", "check the spelling") from error
-    if is_folder:
-        return path
-    if is_file(path):
-        raise CheckpointError(f"{model}: is a file; MODEL must be a Hugging Face folder", f"try {path.parent}")
-    if not _HUB_ID.fullmatch(model) or (path.parent.is_dir() and str(path.parent) != "."):
-        raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:  # network, permission and not-found errors of the Hub's client
-        raise CheckpointError(
-            f"{model}: not a folder here, and not to be had from the Hub ({one_line(error)})",
-            "check the spelling and the connection; for gated models run `hf auth login`",
-        ) from error
 
 
 def is_panic(error: BaseException) -> bool:

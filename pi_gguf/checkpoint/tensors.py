@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pi_gguf.checkpoint.config import note, read_json
+from pi_gguf.checkpoint.weights import WeightFile
 from pi_gguf.common.files import is_file
-from pi_gguf.configs import note, read_json
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
-from pi_gguf.weights import WeightFile
 
 if TYPE_CHECKING:
     import torch

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, get_args
 from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
-from pi_gguf.families.family import head_dim, kv_heads
+from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
 from pi_gguf.scaling.own import positive_int, positive_number
-from pi_gguf.scaling.rope import DEFAULT_ROPE_THETA, RopeScaling
+from pi_gguf.scaling.rope import DEFAULT_ROPE_THETA, FACTOR_TENSORS, RopeScaling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
 
 _LIMITS = {
     "num_hidden_layers": 1000, "head_dim": 2**14, "num_attention_heads": 2**14, "num_key_value_heads": 2**14,
@@ -36,24 +37,33 @@ _LIMITS = {
 }  # fmt: skip
 """No model is as large; a larger number is a damaged config, and would be built before it is found to be one."""
 
+
 _OF_HEADS = ("head_dim", "num_key_value_heads")
 """Read of any config, declared or not."""
 
+
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
 
 _NOT_ALONE = {"paligemma": "its text model looks at a prompt in both directions, which llama.cpp does not"}
 """Vision-language models whose text part is another model when it is alone."""
 
+
 _LEFT_BEHIND = ("quantization_config", "quantization", "compression_config")
+
 
 _ANY_WINDOW = 2**17
 """Of a text model whose config leaves it to transformers' defaults."""
 
+
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+
 
 _ORIGINAL = "original_max_position_embeddings"
 
+
 _noted: list[str] = []
+
 
 _OF_ROPE = ("rope_theta", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "rope_local_base_freq")
 """Numbers of the position scaling beside these objects, as older configs have them."""
@@ -185,9 +195,6 @@ def check_size(path: Path) -> None:
         raise CheckpointError(f"{path}: of {size:,} bytes, more than any such file has", "download this file again")
 
 
-# Opening with transformers
-
-
 def _check_family(model_type: Any, path: Path) -> None:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise _unknown_family(path, repr(model_type))
@@ -241,9 +248,6 @@ def _standardize(config: PretrainedConfig) -> None:
     """Complete the position scaling as transformers does when a model computes with it."""
     if getattr(config, "rope_parameters", None):
         config.standardize_rope_params()
-
-
-# Sizes, and numbers of another kind
 
 
 def _corrected(fields: dict[str, Any], path: str, *, complete: bool = True) -> dict[str, Any]:
@@ -328,9 +332,6 @@ def _check_heads(config: PretrainedConfig, path: str) -> None:
             f"{path}: partial_rotary_factor must be a share of the head's {size} dimensions, got {repr(share)[:80]}",
             "correct the config",
         )
-
-
-# Position scaling
 
 
 def _corrected_rope(fields: dict[str, Any], path: str) -> dict[str, Any]:
@@ -464,3 +465,32 @@ def _unusual(parameters: Mapping[str, Any], rope: RopeScaling) -> Iterator[str]:
         )
     elif given.get("type") not in (None, kind):
         yield f"type {given['type']!r} stands beside rope_type {kind!r}, which transformers takes"
+
+
+def check_variant(family: Family, config: PretrainedConfig, path: Path) -> None:
+    if complaint := family.complaint(config):
+        name, value, handled = complaint
+        raise UnsupportedError(
+            f"{path}: {name} must be {handled} at {config.max_position_embeddings} tokens, got {value!r}"
+            if name == "sliding_window"
+            else f"{path}: {name} must be {handled}, got {value!r}",
+            "llama.cpp has no such variant of this family; a config edited to that converts as what it then says",
+        )
+
+
+def check_rope(rope: RopeScaling, family: Family, config: PretrainedConfig, path: Path) -> None:
+    """Refuse frequencies that llama.cpp has no way to read for this family."""
+    if rope.needs_factor_tensors and family.arch not in FACTOR_TENSORS:
+        assert rope.own is not None
+        raise UnsupportedError(
+            f"{path}: rope_type {rope.own.rope_type} needs a number for each frequency, which llama.cpp reads in "
+            f"{', '.join(FACTOR_TENSORS)} only, got {family.arch}",
+            "leave --context out to convert as is" if rope.own.has_keys else "take a checkpoint without this scaling",
+        )
+    pairs = rotary_dim(config) // 2
+    for name, divisors in rope.factor_tensors(family.arch, 2 * pairs).items():
+        if len(divisors) != pairs:
+            field = "short_factor" if "short" in name else "long_factor"
+            raise CheckpointError(
+                f"{path}: {field} must be a list of {pairs} numbers, got {len(divisors)}", "correct the config"
+            )
