@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from pi_gguf.adapters import AdaptedCheckpoint, with_adapters
+from pi_gguf.adapters.adapted import AdaptedCheckpoint, with_adapters
 from pi_gguf.certificate import (
     ROOM,
     Base,
@@ -465,7 +465,7 @@ def _general(checkpoint: Checkpoint, trained: Record | None, method: str) -> dic
     made = [f"pi-gguf {package_version()}"]
     made += [f"{library} {number}" for library, number in library_versions().items()]
     if adapters:
-        keys["general.pi_gguf.adapters"] = ", ".join(adapters)
+        keys["general.pi_gguf.adapters.adapted"] = ", ".join(adapters)
     method = record.method or method
     if rope.rope_type == "linear" or method != "linear":
         steps, tokens = record.steps, record.tokens or 0

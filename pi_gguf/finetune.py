@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pi_gguf import bundled
-from pi_gguf.adapters import with_adapters
+from pi_gguf.adapters.adapted import with_adapters
 from pi_gguf.batches import training_batches
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.config import read_json

@@ -22,7 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.adapters import AdaptedCheckpoint, low_rank_changes
+from pi_gguf.adapters.adapted import AdaptedCheckpoint, low_rank_changes
+from pi_gguf.adapters.merging import ScaledTensor
 from pi_gguf.checkpoint.agreement import check_sizes
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.checkpoint.tensors import TensorSource, open_files
@@ -41,7 +42,6 @@ from pi_gguf.gguf_file import (
     write_header,
 )
 from pi_gguf.gguf_header import read_header
-from pi_gguf.merging import ScaledTensor
 from pi_gguf.trial import trust
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from random_adapters import (
 from safetensors.torch import load_file, save_file
 
 import pi_gguf
-from pi_gguf.adapters import with_adapters
+from pi_gguf.adapters.adapted import with_adapters
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import CheckpointError, PiGgufError

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 import pi_gguf
-from pi_gguf.adapters import with_adapters
+from pi_gguf.adapters.adapted import with_adapters
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.common.machine import fast_bf16

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pi_gguf.adapters.merging import PickledTensor, load_pickled
 from pi_gguf.checkpoint.config import read_json
 from pi_gguf.checkpoint.hub import public_source
 from pi_gguf.checkpoint.tensors import IGNORED_TENSORS, TensorSource, check_dtypes, read_tensors
 from pi_gguf.common.files import is_file
 from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
-from pi_gguf.merging import PickledTensor, load_pickled
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", WEIGHTS_FILE]

@@ -16,15 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pi_gguf.adapter_files import CONFIG_FILE, AdapterFiles, load_adapter_files
-from pi_gguf.checkpoint.checkpoint import Checkpoint
-from pi_gguf.checkpoint.config import read_json, read_rope
-from pi_gguf.checkpoint.record import RECORD_FILE, Record
-from pi_gguf.checkpoint.tensors import TensorSource, open_files
-from pi_gguf.common.files import is_file
-from pi_gguf.common.progress import say
-from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
-from pi_gguf.merging import (
+from pi_gguf.adapters.files import CONFIG_FILE, AdapterFiles, load_adapter_files
+from pi_gguf.adapters.merging import (
     Addition,
     Change,
     LowRank,
@@ -35,6 +28,13 @@ from pi_gguf.merging import (
     Rows,
     WeightDecomposed,
 )
+from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.checkpoint.config import read_json, read_rope
+from pi_gguf.checkpoint.record import RECORD_FILE, Record
+from pi_gguf.checkpoint.tensors import TensorSource, open_files
+from pi_gguf.common.files import is_file
+from pi_gguf.common.progress import say
+from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.scaling.own import positive_int, positive_number
 from pi_gguf.scaling.rope import RopeScaling
 
