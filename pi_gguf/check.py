@@ -22,8 +22,8 @@ from pi_gguf.hf_model import HfModel
 from pi_gguf.runtime import Model
 from pi_gguf.scaling.rope import check_consistent
 from pi_gguf.scoring import LanguageModel, kl_divergence
-from pi_gguf.token_check import TokenizedTexts, said
-from pi_gguf.vocabulary import end_tokens
+from pi_gguf.vocabulary.keys import end_tokens
+from pi_gguf.vocabulary.token_check import TokenizedTexts, said
 
 if TYPE_CHECKING:
     import numpy as np

@@ -35,7 +35,7 @@ from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantizatio
 from pi_gguf.gguf_file import tensor_types
 from pi_gguf.imatrix import ImportanceMatrix, read_imatrix
 from pi_gguf.planning import plan_training, training_disk_bytes
-from pi_gguf.vocabulary import file_name, gguf_vocabulary
+from pi_gguf.vocabulary.keys import file_name, gguf_vocabulary
 from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file
 
 

@@ -19,8 +19,8 @@ from pi_gguf.gguf_file import TensorInfo, tensor_types
 from pi_gguf.gguf_header import Entry, Header, type_of_key
 from pi_gguf.loadable import find_fatal
 from pi_gguf.scaling.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES, NOPE_FACTOR, RopeScaling, check_consistent
-from pi_gguf.sentencepieces import CONTROL
-from pi_gguf.vocabulary import gguf_vocabulary
+from pi_gguf.vocabulary.keys import gguf_vocabulary
+from pi_gguf.vocabulary.sentencepiece import CONTROL
 from pi_gguf.writing import model_metadata
 
 _TOKENIZER = "tokenizer.ggml."

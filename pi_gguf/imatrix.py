@@ -24,7 +24,7 @@ from pi_gguf.gguf_file import read_gguf, read_values, write_values
 from pi_gguf.gguf_header import is_gguf
 from pi_gguf.runtime import Model
 from pi_gguf.texts import read_texts
-from pi_gguf.vocabulary import gguf_vocabulary
+from pi_gguf.vocabulary.keys import gguf_vocabulary
 from pi_gguf.writing import plan_file, write_file
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from pi_gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
 from pi_gguf.gguf_file import GgufInfo, TensorInfo
 from pi_gguf.gguf_header import ALIGNMENT, Entry, Header
 from pi_gguf.scaling.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES
-from pi_gguf.sentencepieces import BYTE
-from pi_gguf.vocabulary import PHI3_TOKENS
+from pi_gguf.vocabulary.keys import PHI3_TOKENS
+from pi_gguf.vocabulary.sentencepiece import BYTE
 
 MOST_LAYERS, MOST_EXPERTS = 512, 1024
 

@@ -29,7 +29,7 @@ def make_tokenizer(path: Path, *, digits: bool = True, vocab_size: int = 400) ->
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from pi_gguf.pre_tokenizers import LLAMA3, QWEN2
+    from pi_gguf.vocabulary.byte_level import LLAMA3, QWEN2
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

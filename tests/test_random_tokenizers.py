@@ -16,8 +16,8 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckpointError
 from pi_gguf.gguf_file import write_header
-from pi_gguf.token_check import TokenizedTexts
-from pi_gguf.vocabulary import gguf_vocabulary
+from pi_gguf.vocabulary.keys import gguf_vocabulary
+from pi_gguf.vocabulary.token_check import TokenizedTexts
 
 ROWS = 900
 PIECES = (

@@ -18,8 +18,8 @@ from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.defects import SAME_SPLITTING
 from pi_gguf.gguf_file import read_gguf
 from pi_gguf.gguf_header import TYPES, Entry, read_header, type_of_key
-from pi_gguf.sample_texts import sample_texts
 from pi_gguf.trial import trust
+from pi_gguf.vocabulary.probes import sample_texts
 
 EOS = "tokenizer.ggml.eos_token_id"
 

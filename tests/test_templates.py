@@ -11,7 +11,7 @@ import pytest
 import pi_gguf
 from pi_gguf.errors import CheckpointError, GgufError
 from pi_gguf.gguf_header import Entry, read_header, write_changed
-from pi_gguf.templates import MAX_SOURCE, check_template, render_chat
+from pi_gguf.vocabulary.templates import MAX_SOURCE, check_template, render_chat
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -86,7 +86,7 @@ def test_a_template_that_costs_too_much_or_fails_is_an_error(template):
 
 
 def test_a_template_that_runs_for_ever_is_ended(monkeypatch):
-    monkeypatch.setattr("pi_gguf.templates._CPU_SECONDS", 1)
+    monkeypatch.setattr("pi_gguf.vocabulary.templates._CPU_SECONDS", 1)
     loop = "{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4
     with pytest.raises(GgufError, match=r"takes more than 1 s"):
         render_chat(loop, MESSAGES, {}, "model.gguf")

@@ -13,8 +13,8 @@ import pytest
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckpointError
-from pi_gguf.token_check import TokenizedTexts
-from pi_gguf.vocabulary import file_name, gguf_vocabulary
+from pi_gguf.vocabulary.keys import file_name, gguf_vocabulary
+from pi_gguf.vocabulary.token_check import TokenizedTexts
 
 WRONG: tuple[Any, ...] = (
     5, -1, None, True, 1.5, 10**30, "", "x", "a\0b", "\ud800", "x" * 1000, [], [None], ["a", {}], {}, {"a": 1},

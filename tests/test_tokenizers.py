@@ -16,10 +16,10 @@ import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, UnsupportedError
 from pi_gguf.gguf_file import read_gguf, write_header
-from pi_gguf.pre_tokenizers import _TABLE, recognize_pre_tokenizer
-from pi_gguf.sample_texts import sample_texts
-from pi_gguf.sentencepieces import keys_of_model, keys_of_unigram_json
-from pi_gguf.vocabulary import file_name
+from pi_gguf.vocabulary.byte_level import _TABLE, recognize_pre_tokenizer
+from pi_gguf.vocabulary.keys import file_name
+from pi_gguf.vocabulary.probes import sample_texts
+from pi_gguf.vocabulary.sentencepiece import keys_of_model, keys_of_unigram_json
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 WORDS = {**BYTES, "use_regex": True}
@@ -678,7 +678,7 @@ def test_every_end_token_ends_in_llama_cpp(llama_copy, tmp_path):
 
 
 def test_an_end_that_llama_cpp_does_not_know_fails_the_check(llama_copy, tmp_path, monkeypatch):
-    from pi_gguf import vocabulary
+    from pi_gguf.vocabulary import keys as vocabulary
 
     edit(llama_copy, "tokenizer.json", add(("<A>", True)))
     edit(llama_copy, "generation_config.json", lambda j: j.update(eos_token_id=[1, 400]))

@@ -16,8 +16,8 @@ from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.checkpoint.config import read_json
 from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError, UnsupportedError
-from pi_gguf.pre_tokenizers import recognize_pre_tokenizer
-from pi_gguf.sentencepieces import (
+from pi_gguf.vocabulary.byte_level import recognize_pre_tokenizer
+from pi_gguf.vocabulary.sentencepiece import (
     ANOTHER_PROGRAM,
     CONTROL,
     NORMAL,
@@ -29,7 +29,7 @@ from pi_gguf.sentencepieces import (
     keys_of_unigram_json,
     open_sentencepiece,
 )
-from pi_gguf.templates import check_template
+from pi_gguf.vocabulary.templates import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import Checkpoint, is_panic
 from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError
-from pi_gguf.sample_texts import PROSE, special_texts
-from pi_gguf.vocabulary import Surroundings, reference_ids
+from pi_gguf.vocabulary.keys import Surroundings, reference_ids
+from pi_gguf.vocabulary.probes import PROSE, special_texts
 
 _MOST_ADDED = 50
 """Added tokens that have texts of their own; some models have thousands that are alike."""

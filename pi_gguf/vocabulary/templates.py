@@ -86,7 +86,9 @@ def render_chat(template: Any, messages: Sequence[Mapping[str, Any]], tokens: Ma
     variables = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True, **tokens}
     asked = json.dumps({"template": template, "variables": variables}).encode()
     try:
-        done = run_child("templates", str(_CPU_SECONDS), seconds=_WALL_SECONDS, input=asked, capture_output=True)
+        done = run_child(
+            "vocabulary.templates", str(_CPU_SECONDS), seconds=_WALL_SECONDS, input=asked, capture_output=True
+        )
         answer = json.loads(done.stdout)
         text: str = answer["text"]
         text.encode()

@@ -1,0 +1,9 @@
+"""Tokenizers and chat templates: from a Hugging Face folder to the keys of a GGUF file.
+
+keys: the `tokenizer.*` keys of a file
+byte_level: how a byte-level tokenizer splits a text, and llama.cpp's name for it
+sentencepiece: tokenizer.model and its kin
+templates: chat templates, parsed and run within bounds
+probes: texts that both libraries must tokenize alike
+token_check: those texts, tokenized by both
+"""
