@@ -82,7 +82,7 @@ class Shape:
 
     def weight_bytes(self, kind: str) -> int:
         """Return the bytes that a token's pass reads of the weights."""
-        from pi_gguf.gguf_file import tensor_nbytes
+        from pi_gguf.gguf.file import tensor_nbytes
 
         return sum(tensor_nbytes(k, s) for n, (s, k) in self.tensors(kind).items() if n != "token_embd.weight")
 
@@ -190,7 +190,7 @@ def write_random(path: Path, shape: Shape, kind: str, pattern: Path, window: int
     import numpy as np
 
     from pi_gguf.ggml import quantizations, quantize_rows
-    from pi_gguf.gguf_file import TensorInfo, padded, read_gguf, tensor_nbytes, write_header
+    from pi_gguf.gguf.file import TensorInfo, padded, read_gguf, tensor_nbytes, write_header
 
     entries = read_gguf(pattern).header.entries
     metadata = {

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import pi_gguf  # noqa: E402
 from pi_gguf.common.provenance import provenance  # noqa: E402
-from pi_gguf.gguf_file import TensorInfo, write_header  # noqa: E402
+from pi_gguf.gguf.file import TensorInfo, write_header  # noqa: E402
 
 
 def make_file(path: Path, nbytes: int) -> None:

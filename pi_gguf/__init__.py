@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pi_gguf.bounds import evaluate_bounds as evaluate_bounds
-    from pi_gguf.certificate import certify as certify
     from pi_gguf.comparison import compare as compare
     from pi_gguf.conversion import convert as convert
     from pi_gguf.divergence import evaluate_kl as evaluate_kl
     from pi_gguf.evaluate import evaluate_passkey as evaluate_passkey
     from pi_gguf.evaluate import evaluate_perplexity as evaluate_perplexity
     from pi_gguf.finetune import extend as extend
+    from pi_gguf.gguf.certificate import certify as certify
     from pi_gguf.imatrix import compute_imatrix as compute_imatrix
     from pi_gguf.inspection import inspect as inspect
     from pi_gguf.matrix import evaluate_matrix as evaluate_matrix
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "card": ("model_card", "card"),
-    "certify": ("certificate", "certify"),
+    "certify": ("gguf.certificate", "certify"),
     "compare": ("comparison", "compare"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("conversion", "convert"),

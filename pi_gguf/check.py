@@ -17,7 +17,7 @@ from pi_gguf.checkpoint.config import noted
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.progress import say, stage
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, one_line
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
 from pi_gguf.hf_model import HfModel
 from pi_gguf.runtime import Model
 from pi_gguf.scaling.rope import check_consistent

@@ -333,7 +333,7 @@ def _show_quantize(path: Path) -> str:
 
 
 def _show_imatrix(report: Any) -> str:
-    from pi_gguf.gguf_header import is_gguf
+    from pi_gguf.gguf.header import is_gguf
 
     text = (
         f"wrote {report.path} ({report.tensors} tensors, {report.tokens:,} tokens in {report.windows} windows of "
@@ -731,7 +731,7 @@ _COMMANDS = {
     ),
     "certify": (
         "Measure a GGUF file at its window and write the figures into it.",
-        lambda: command("certificate:certify", _show_certify),
+        lambda: command("gguf.certificate:certify", _show_certify),
     ),
     "card": (
         "Write a model card for a GGUF file.",

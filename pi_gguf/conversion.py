@@ -9,17 +9,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pi_gguf.adapters.adapted import AdaptedCheckpoint, with_adapters
-from pi_gguf.certificate import (
-    ROOM,
-    Base,
-    Certificate,
-    Requirement,
-    check_requirements,
-    find_missed,
-    measure,
-    read_requirements,
-    store,
-)  # fmt: skip
 from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.hub import model_name, public_source
@@ -32,7 +21,18 @@ from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.finetune import extend_checkpoint
 from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
-from pi_gguf.gguf_file import tensor_types
+from pi_gguf.gguf.certificate import (  # fmt: skip
+    ROOM,
+    Base,
+    Certificate,
+    Requirement,
+    check_requirements,
+    find_missed,
+    measure,
+    read_requirements,
+    store,
+)
+from pi_gguf.gguf.file import tensor_types
 from pi_gguf.imatrix import ImportanceMatrix, read_imatrix
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.vocabulary.keys import file_name, gguf_vocabulary

@@ -23,7 +23,7 @@ from pi_gguf.common.machine import cores
 from pi_gguf.common.private import ggml_library
 from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.gguf_file import tensor_types
+from pi_gguf.gguf.file import tensor_types
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi_gguf.certificate import Certificate
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.defects import expect, find_defects
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.findings import ASK, Finding
-from pi_gguf.gguf_file import GgufInfo, read_gguf
-from pi_gguf.gguf_header import is_gguf, read_header
+from pi_gguf.gguf.certificate import Certificate
+from pi_gguf.gguf.defects import expect, find_defects
+from pi_gguf.gguf.file import GgufInfo, read_gguf
+from pi_gguf.gguf.findings import ASK, Finding
+from pi_gguf.gguf.header import is_gguf, read_header
 from pi_gguf.scaling.rope import RopeScaling, check_consistent
 
 

@@ -17,7 +17,7 @@ from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
 from pi_gguf.kept import Kept
 from pi_gguf.plots import check_plot, plot_matrix
 from pi_gguf.results import DivergenceReport, MatrixReport

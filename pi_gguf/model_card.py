@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pi_gguf.certificate import Certificate
 from pi_gguf.common.files import check_writable, human_bytes, open_plain, write_text, writes
 from pi_gguf.common.tables import markdown_table
 from pi_gguf.errors import OptionError
-from pi_gguf.gguf_file import read_gguf
-from pi_gguf.gguf_header import read_header, tensors_sha256
+from pi_gguf.gguf.certificate import Certificate
+from pi_gguf.gguf.file import read_gguf
+from pi_gguf.gguf.header import read_header, tensors_sha256
 from pi_gguf.report import (
     divergence_table,
     draw_divergences,

@@ -8,9 +8,9 @@ from pi_gguf.common.files import check_free_disk, check_writable, replace_when_c
 from pi_gguf.common.progress import say, stage
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.ggml import UNQUANTIZED, check_quantization, mixture, quantize_file
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
+from pi_gguf.gguf.loadable import check_loadable
 from pi_gguf.imatrix import read_imatrix
-from pi_gguf.loadable import check_loadable
 from pi_gguf.trial import check_quantizes
 
 

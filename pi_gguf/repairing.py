@@ -17,11 +17,11 @@ from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import check_writable, replace_when_complete, writes
 from pi_gguf.common.progress import say
-from pi_gguf.defects import Expectation, expect, find_defects, mend
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.findings import CONVERT, Finding, in_short
-from pi_gguf.gguf_file import TensorInfo, tensors_of
-from pi_gguf.gguf_header import TYPES, Entry, Header, read_header, type_of_key, write_changed
+from pi_gguf.gguf.defects import Expectation, expect, find_defects, mend
+from pi_gguf.gguf.file import TensorInfo, tensors_of
+from pi_gguf.gguf.findings import CONVERT, Finding, in_short
+from pi_gguf.gguf.header import TYPES, Entry, Header, read_header, type_of_key, write_changed
 from pi_gguf.runtime import Model
 
 _FIXED = ("general.alignment", "split.no", "split.count", "split.tensors.count")

@@ -24,8 +24,8 @@ from pi_gguf.ggml import (
     log,
     open_llama,
 )
-from pi_gguf.gguf_file import GgufInfo, read_gguf
-from pi_gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
+from pi_gguf.gguf.file import GgufInfo, read_gguf
+from pi_gguf.gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
 from pi_gguf.trial import check_opens, fast_buffers_work

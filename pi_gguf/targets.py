@@ -16,8 +16,8 @@ from pi_gguf.common.options import ServerOptions, TargetOptions
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import library_versions
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.gguf_file import read_gguf
-from pi_gguf.gguf_header import is_gguf
+from pi_gguf.gguf.file import read_gguf
+from pi_gguf.gguf.header import is_gguf
 from pi_gguf.scoring import LanguageModel
 
 

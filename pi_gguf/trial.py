@@ -27,8 +27,8 @@ from pi_gguf.common.files import open_plain
 from pi_gguf.common.progress import say
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.ggml import llama_cpp_library, log, mixture
-from pi_gguf.gguf_file import TensorInfo, padded, tensor_nbytes, write_header
-from pi_gguf.gguf_header import MEASURED, Header
+from pi_gguf.gguf.file import TensorInfo, padded, tensor_nbytes, write_header
+from pi_gguf.gguf.header import MEASURED, Header
 
 _LIVES, _REFUSES = "lives", 3
 """The verdict that is kept; the child's exit code where llama.cpp itself says no, which this process then hears."""

@@ -33,15 +33,9 @@ from pi_gguf.common.progress import progress_bar, say, stage
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
 from pi_gguf.ggml import UNQUANTIZED, mixture, quantizations, quantize_rows
-from pi_gguf.gguf_file import (
-    TensorInfo,
-    padded,
-    quantization_version,
-    tensor_namer,
-    tensor_nbytes,
-    write_header,
-)
-from pi_gguf.gguf_header import read_header
+from pi_gguf.gguf.file import TensorInfo, padded, quantization_version, tensor_namer, tensor_nbytes, write_header
+from pi_gguf.gguf.header import read_header
+from pi_gguf.gguf.keys import model_metadata
 from pi_gguf.trial import trust
 
 if TYPE_CHECKING:
@@ -204,15 +198,6 @@ def plan_file(
             types = mixture(path, quantization, overrides=overrides, importance=importance)
         outputs = [_typed(o, types[o.name]) for o in outputs]
     return FilePlan(checkpoint, quantization, metadata, outputs, importance)
-
-
-def model_metadata(checkpoint: Checkpoint, *, finetuned: bool) -> dict[str, Any]:
-    """Return the keys of the architecture: hyper-parameters and position scaling."""
-    family = checkpoint.family
-    return {
-        **{f"{family.arch}.{key}": value for key, value in family.keys(checkpoint.hf_config).items()},
-        **checkpoint.rope.to_gguf(family.arch, finetuned=finetuned or family.rope_finetuned),
-    }
 
 
 def _exact_outputs(checkpoint: Checkpoint) -> list[Output]:

@@ -127,7 +127,7 @@ def contents(folder: Path) -> dict[str, bytes | str | None]:
 
 def in_place(source: Path, target: Path, changes: dict[str, Any]) -> Path:
     """Write a file with other values in the places of the old ones."""
-    from pi_gguf.gguf_header import read_header
+    from pi_gguf.gguf.header import read_header
 
     header = read_header(source)
     target.write_bytes(header.changed(changes).to_bytes() + source.read_bytes()[header.data_offset :])

@@ -220,7 +220,7 @@ class Campaign:
         """Return what must be the same each time: of a certified file its tensors, of whose figures some are times."""
         if kind != "certify" or not out.exists():
             return contents(out)
-        from pi_gguf.gguf_header import read_header, tensors_sha256
+        from pi_gguf.gguf.header import read_header, tensors_sha256
 
         return f"{tensors_sha256(out)} {'pi_gguf.header_sha256' in read_header(out).metadata}"
 
@@ -345,10 +345,10 @@ def can_mount() -> bool:
 
 def run(folder: Path, *, kills: int, pairs: int, limits: int, fulls: int, seed: int, seconds: float) -> Summary:
     """Run trials of each kind in turn; stop after so many seconds."""
-    import pi_gguf.certificate
     import pi_gguf.conversion
     import pi_gguf.evaluate
     import pi_gguf.finetune
+    import pi_gguf.gguf.certificate
     import pi_gguf.imatrix
     import pi_gguf.model_card
     import pi_gguf.quantizing

@@ -95,7 +95,7 @@ class Parts:
 
     @classmethod
     def read(cls, path: Path) -> Parts:
-        from pi_gguf.gguf_header import TYPES, read_header
+        from pi_gguf.gguf.header import TYPES, read_header
 
         header = read_header(path)
         keys = []
@@ -516,7 +516,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
 
 def _with_pieces(source: Path, target: Path) -> Path:
     """Write the same file with a SentencePiece vocabulary of bytes, letters and a few words."""
-    from pi_gguf.gguf_header import Entry, read_header
+    from pi_gguf.gguf.header import Entry, read_header
 
     header = read_header(source)
     rows = header.entries["tokenizer.ggml.tokens"].length

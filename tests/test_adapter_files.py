@@ -31,8 +31,8 @@ from pi_gguf.adapters.adapted import with_adapters
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import CheckpointError, PiGgufError
-from pi_gguf.gguf_file import read_gguf
-from pi_gguf.gguf_header import read_header
+from pi_gguf.gguf.file import read_gguf
+from pi_gguf.gguf.header import read_header
 from pi_gguf.scoring import kl_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft has much to say of embeddings

@@ -16,7 +16,7 @@ from pi_gguf.check import Reference, check_gguf
 from pi_gguf.checkpoint import checkpoint as checkpoint_module
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckError
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.vocabulary.keys import gguf_vocabulary
 from pi_gguf.writing import plan_file, write_file

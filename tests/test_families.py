@@ -16,7 +16,7 @@ import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import UnsupportedError
 from pi_gguf.families import FAMILIES
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
 
 WINDOW = 640
 COMMON = {

@@ -28,7 +28,7 @@ from pi_gguf.checkpoint.hub import model_name, public_source
 from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import CheckpointError, UnsupportedError
 from pi_gguf.families import FAMILIES, family
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
 from pi_gguf.scaling.own import OwnScaling
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.scoring import kl_divergence

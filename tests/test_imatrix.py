@@ -354,7 +354,7 @@ def change(path: Path, **arrays: Any) -> None:
     """Write the matrix again with other arrays, by names whose dots are double underscores; None leaves one out."""
     values = {t.name: np.array(t.data) for t in gguf.GGUFReader(path).tensors}
     values |= {name.replace("__", "."): array for name, array in arrays.items()}
-    from pi_gguf.gguf_file import write_values
+    from pi_gguf.gguf.file import write_values
 
     keys = {"general.type": "imatrix", "imatrix.datasets": ["x"], "imatrix.chunk_count": 1, "imatrix.chunk_size": 64}
     write_values(path, "llama", keys, {name: np.array(v) for name, v in values.items() if v is not None})

@@ -20,9 +20,9 @@ import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.families import FAMILIES
 from pi_gguf.ggml import _ggml, check_quantization, quantizations, spelled
-from pi_gguf.gguf_file import read_gguf, tensor_nbytes, tensor_types
-from pi_gguf.gguf_header import TYPES, Entry, is_gguf, read_header
-from pi_gguf.loadable import check_adapter, check_loadable, find_fatal
+from pi_gguf.gguf.file import read_gguf, tensor_nbytes, tensor_types
+from pi_gguf.gguf.header import TYPES, Entry, is_gguf, read_header
+from pi_gguf.gguf.loadable import check_adapter, check_loadable, find_fatal
 from pi_gguf.runtime import Model
 
 pytestmark = pytest.mark.usefixtures("never_a_hang")

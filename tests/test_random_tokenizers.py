@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckpointError
-from pi_gguf.gguf_file import write_header
+from pi_gguf.gguf.file import write_header
 from pi_gguf.vocabulary.keys import gguf_vocabulary
 from pi_gguf.vocabulary.token_check import TokenizedTexts
 

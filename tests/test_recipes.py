@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.name for path in RECIPES.glob("*.sh"))

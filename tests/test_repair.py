@@ -15,9 +15,9 @@ from conftest import SHARED_MODELS, in_place, make_llama, tensors
 
 import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.defects import SAME_SPLITTING
-from pi_gguf.gguf_file import read_gguf
-from pi_gguf.gguf_header import TYPES, Entry, read_header, type_of_key
+from pi_gguf.gguf.defects import SAME_SPLITTING
+from pi_gguf.gguf.file import read_gguf
+from pi_gguf.gguf.header import TYPES, Entry, read_header, type_of_key
 from pi_gguf.trial import trust
 from pi_gguf.vocabulary.probes import sample_texts
 
@@ -470,7 +470,7 @@ def test_random_damage_to_the_header_ends_in_an_exit_code(cli, sound, tmp_path, 
 
 
 def test_an_interrupted_copy_leaves_nothing(sound, tmp_path, monkeypatch):
-    from pi_gguf import gguf_header
+    from pi_gguf.gguf import header as gguf_header
 
     monkeypatch.setattr(gguf_header, "_BLOCK", 4096)
     copied, copy_block = [], gguf_header._copy
@@ -489,7 +489,7 @@ def test_an_interrupted_copy_leaves_nothing(sound, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("in_kernel", [True, False])
 def test_the_data_is_copied_in_blocks_within_the_kernel_or_not(sound, tmp_path, monkeypatch, in_kernel):
-    from pi_gguf import gguf_header
+    from pi_gguf.gguf import header as gguf_header
 
     monkeypatch.setattr(gguf_header, "_BLOCK", 5000)
     if not in_kernel:

@@ -10,7 +10,7 @@ import pi_gguf
 from pi_gguf import ggml
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.ggml import compute, quantizations
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
 from pi_gguf.runtime import _scores_batch, kv_cache_bytes, predict_kv_cache
 
 

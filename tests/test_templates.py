@@ -10,7 +10,7 @@ import pytest
 
 import pi_gguf
 from pi_gguf.errors import CheckpointError, GgufError
-from pi_gguf.gguf_header import Entry, read_header, write_changed
+from pi_gguf.gguf.header import Entry, read_header, write_changed
 from pi_gguf.vocabulary.templates import MAX_SOURCE, check_template, render_chat
 
 MESSAGES = [

@@ -165,7 +165,7 @@ def test_a_card_holds_whatever_a_file_states_as_one_value(tmp_path):
     import yaml
 
     from pi_gguf.conversion import convert
-    from pi_gguf.gguf_header import Entry, read_header, write_changed
+    from pi_gguf.gguf.header import Entry, read_header, write_changed
     from pi_gguf.model_card import card
 
     model = make_llama(tmp_path / "model")

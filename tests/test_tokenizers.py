@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, UnsupportedError
-from pi_gguf.gguf_file import read_gguf, write_header
+from pi_gguf.gguf.file import read_gguf, write_header
 from pi_gguf.vocabulary.byte_level import _TABLE, recognize_pre_tokenizer
 from pi_gguf.vocabulary.keys import file_name
 from pi_gguf.vocabulary.probes import sample_texts

@@ -12,7 +12,7 @@ import pytest
 from pi_gguf import trial
 from pi_gguf.common.children import run_child
 from pi_gguf.errors import GgufError
-from pi_gguf.gguf_header import Entry, read_header, write_changed
+from pi_gguf.gguf.header import Entry, read_header, write_changed
 from pi_gguf.runtime import Model
 from pi_gguf.trial import check_opens, check_quantizes, fast_buffers_work, trust
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import SHARED_MODELS, make_llama, make_tokenizer
 
 import pi_gguf
-from pi_gguf.gguf_file import read_gguf
+from pi_gguf.gguf.file import read_gguf
 
 TOKENIZERS = SHARED_MODELS.parent / "tokenizers"
 

@@ -14,14 +14,14 @@ from typing import Any, TypeGuard
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
-from pi_gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
-from pi_gguf.gguf_file import TensorInfo, tensor_types
-from pi_gguf.gguf_header import Entry, Header, type_of_key
-from pi_gguf.loadable import find_fatal
+from pi_gguf.gguf.file import TensorInfo, tensor_types
+from pi_gguf.gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
+from pi_gguf.gguf.header import Entry, Header, type_of_key
+from pi_gguf.gguf.keys import model_metadata
+from pi_gguf.gguf.loadable import find_fatal
 from pi_gguf.scaling.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES, NOPE_FACTOR, RopeScaling, check_consistent
 from pi_gguf.vocabulary.keys import gguf_vocabulary
 from pi_gguf.vocabulary.sentencepiece import CONTROL
-from pi_gguf.writing import model_metadata
 
 _TOKENIZER = "tokenizer.ggml."
 _ARRAYS = ("tokens", "token_type", "scores", "merges")

@@ -14,9 +14,9 @@ from typing import Any
 
 from pi_gguf.errors import GgufError
 from pi_gguf.families import FAMILIES
-from pi_gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
-from pi_gguf.gguf_file import GgufInfo, TensorInfo
-from pi_gguf.gguf_header import ALIGNMENT, Entry, Header
+from pi_gguf.gguf.file import GgufInfo, TensorInfo
+from pi_gguf.gguf.findings import ASK, CONVERT, REMOVE, SET, Finding, in_short
+from pi_gguf.gguf.header import ALIGNMENT, Entry, Header
 from pi_gguf.scaling.rope import FACTOR_TENSOR_NAMES, GGUF_ROPE_TYPES
 from pi_gguf.vocabulary.keys import PHI3_TOKENS
 from pi_gguf.vocabulary.sentencepiece import BYTE

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pi_gguf.errors import GgufError
-from pi_gguf.gguf_header import ALIGNMENT, Header, read_header
+from pi_gguf.gguf.header import ALIGNMENT, Header, read_header
 from pi_gguf.scaling.rope import RopeScaling
 
 if TYPE_CHECKING:
