@@ -44,7 +44,7 @@ gpu-bundle: .venv/installed-dev
 		|| { echo "error: a C++ compiler is needed to build llama.cpp: apt-get install g++"; exit 1; }
 	@echo "installing into .venv: a minute for torch and transformers, then about 4 to compile llama.cpp"
 	@$(PIP) -e .
-	@$(BIN)/python -m pi_gguf.trial works || { echo "so llama.cpp is compiled anew, as pip had kept it from before"; \
+	@$(BIN)/python -m pi_gguf.llamacpp.trial works || { echo "so llama.cpp is compiled anew, as pip had kept it from before"; \
 		$(PIP) --force-reinstall --no-deps --no-cache-dir llama-cpp-python; }
 	@touch $@
 

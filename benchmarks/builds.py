@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 _CODE = """
 import sys, time
 from pi_gguf.common.machine import cores
-from pi_gguf.ggml import open_llama
+from pi_gguf.llamacpp.opening import open_llama
 path, fast, tokens, written = sys.argv[1], sys.argv[2] == "fast", int(sys.argv[3]), int(sys.argv[4])
 n = cores()
 llama = open_llama(path, fast_buffers=fast, n_ctx=tokens + written + 8, n_batch=512, n_ubatch=512, n_threads=n,

@@ -189,8 +189,8 @@ def write_random(path: Path, shape: Shape, kind: str, pattern: Path, window: int
     """
     import numpy as np
 
-    from pi_gguf.ggml import quantizations, quantize_rows
     from pi_gguf.gguf.file import TensorInfo, padded, read_gguf, tensor_nbytes, write_header
+    from pi_gguf.llamacpp.quantizer import quantizations, quantize_rows
 
     entries = read_gguf(pattern).header.entries
     metadata = {
@@ -304,7 +304,7 @@ class Bench:
 
     @cached_property
     def _llama_cpp(self) -> Any:
-        from pi_gguf.ggml import llama_cpp_library
+        from pi_gguf.llamacpp.library import llama_cpp_library
 
         library = llama_cpp_library()
         library.llama_backend_init()
@@ -312,8 +312,8 @@ class Bench:
 
     def open(self, shape: str, kind: str, window: int, layers: str) -> None:
         """Open a model, which stays until another one is asked for."""
-        from pi_gguf.ggml import compute, last_error, log
-        from pi_gguf.trial import fast_buffers_work
+        from pi_gguf.llamacpp.library import compute, last_error, log
+        from pi_gguf.llamacpp.trial import fast_buffers_work
 
         path = self.random_file(shape, kind, window)
         params = self._llama_cpp.llama_model_default_params()
@@ -328,7 +328,7 @@ class Bench:
         self._opened = ((shape, kind, window, layers), model)
 
     def close(self) -> None:
-        from pi_gguf.ggml import compute
+        from pi_gguf.llamacpp.library import compute
 
         if self._opened[1]:
             compute(self._llama_cpp.llama_model_free, self._opened[1])
@@ -345,8 +345,8 @@ class Bench:
     def speed(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return tokens per second by depth, their share of what the device does by itself, and memory."""
         from pi_gguf.common.machine import cores
-        from pi_gguf.ggml import compute, last_error, log
-        from pi_gguf.runtime import CACHE_TYPES
+        from pi_gguf.llamacpp.cache import CACHE_TYPES
+        from pi_gguf.llamacpp.library import compute, last_error, log
 
         library = self._llama_cpp
         wanted = (job["shape"], job["quant"], job["window"], job["layers"])
@@ -383,7 +383,7 @@ class Bench:
         return found
 
     def _timed(self, context: Any, job: dict[str, Any]) -> dict[str, Any]:
-        from pi_gguf.ggml import last_error
+        from pi_gguf.llamacpp.library import last_error
 
         library = self._llama_cpp
         memory = library.llama_get_memory(context)
@@ -432,7 +432,7 @@ class Bench:
         """Return used operations and bytes a second by those that the device does in torch."""
         if not self.rates:
             return {}
-        from pi_gguf.runtime import kv_cache_bytes
+        from pi_gguf.llamacpp.cache import kv_cache_bytes
 
         shape = SHAPES[job["shape"]]
         shares: dict[str, dict[str, float]] = {"read_share": {}, "write_share": {}}

@@ -20,7 +20,6 @@ from pi_gguf.common.progress import process_count, say
 from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.finetune import extend_checkpoint
-from pi_gguf.ggml import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.gguf.certificate import (  # fmt: skip
     ROOM,
     Base,
@@ -34,6 +33,7 @@ from pi_gguf.gguf.certificate import (  # fmt: skip
 )
 from pi_gguf.gguf.file import tensor_types
 from pi_gguf.imatrix import ImportanceMatrix, read_imatrix
+from pi_gguf.llamacpp.quantizer import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.planning import plan_training, training_disk_bytes
 from pi_gguf.vocabulary.keys import file_name, gguf_vocabulary
 from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file

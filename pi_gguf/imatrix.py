@@ -19,9 +19,9 @@ from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import check_writable, open_plain, replace_when_complete, temporary, writes
 from pi_gguf.common.progress import progress_bar, say, stage
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError, one_line
-from pi_gguf.ggml import ProductWatch
 from pi_gguf.gguf.file import read_gguf, read_values, write_values
 from pi_gguf.gguf.header import is_gguf
+from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.runtime import Model
 from pi_gguf.texts import read_texts
 from pi_gguf.vocabulary.keys import gguf_vocabulary

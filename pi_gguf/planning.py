@@ -437,8 +437,8 @@ def plan(
     Example:
         pi-gguf plan bundled:tiny --context 32768 --quant Q4_K_M
     """
-    from pi_gguf.ggml import spelled
-    from pi_gguf.runtime import CACHE_TYPES, kv_cache_bytes
+    from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
+    from pi_gguf.llamacpp.quantizer import spelled
 
     tune = take(TuneOptions, options)
     checkpoint = load_checkpoint(model, config_only=True)

@@ -14,31 +14,21 @@ from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import cores
 from pi_gguf.common.progress import say
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
-from pi_gguf.ggml import (
-    UNQUANTIZED,
-    ProductWatch,
-    apply_adapters,
-    compute,
-    last_error,
-    llama_cpp_library,
-    log,
-    open_llama,
-)
 from pi_gguf.gguf.file import GgufInfo, read_gguf
 from pi_gguf.gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
+from pi_gguf.llamacpp.cache import CACHE_TYPES, QUANTIZED_CACHES, head_size, predict_kv_cache
+from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library, log
+from pi_gguf.llamacpp.opening import apply_adapters, open_llama
+from pi_gguf.llamacpp.quantizer import UNQUANTIZED
+from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work
+from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.scoring import LanguageModel
 from pi_gguf.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
-from pi_gguf.trial import check_opens, fast_buffers_work
 from pi_gguf.vocabulary.templates import render_chat
 
 if TYPE_CHECKING:
     import numpy as np
 
-CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (2, 18 / 32)}
-"""KV cache types: ggml's number and bytes an element."""
-
-_QUANTIZED = ("q8_0", "q4_0")
-"""Those in blocks of 32 elements of a head."""
 
 _TEMPLATE_NAMES = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
@@ -50,12 +40,6 @@ _BATCH = 512
 
 _SCORES_BYTES = 2**25
 """Memory for the attention scores of a batch, about, where they are made as a whole."""
-
-
-def kv_cache_bytes(*, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int, type_k: str, type_v: str) -> int:
-    """Return the size of the KV cache: layers x heads x head size x (bytes of K + bytes of V) x tokens."""
-    per_element = CACHE_TYPES[type_k][1] + CACHE_TYPES[type_v][1]
-    return int(n_layers * n_kv_heads * head_dim * per_element * n_ctx)
 
 
 class Model(LanguageModel):
@@ -108,7 +92,7 @@ class Model(LanguageModel):
         _check_options(info, self.n_ctx, type_k, type_v, flash_attn)
         gpu = _use_gpu(device)
         layers = _layers_on_gpu(info, device, gpu, gpu_layers)
-        self.flash_attn = layers == -1 or type_v in _QUANTIZED if flash_attn is None else flash_attn
+        self.flash_attn = layers == -1 or type_v in QUANTIZED_CACHES if flash_attn is None else flash_attn
         self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
         if layers == 0:
             _check_memory(info, self.kv_cache_bytes, self.n_ctx)
@@ -339,29 +323,6 @@ def _open(path: str | Path, info: GgufInfo, lora: Sequence[str | Path], **option
     return llama
 
 
-def predict_kv_cache(info: GgufInfo, n_ctx: int, type_k: str, type_v: str) -> int:
-    """Return the bytes that the KV cache of a GGUF file takes at `n_ctx` tokens."""
-    layers, name = info.hyperparameter("block_count"), "attention.head_count_kv"
-    if f"{info.arch}.{name}" not in info.header.entries:
-        name = "attention.head_count"
-    heads, each = info.hyperparameter(name), info.header.entries[f"{info.arch}.{name}"].value
-    return kv_cache_bytes(
-        n_layers=1,
-        n_kv_heads=sum(each) if isinstance(each, list) else layers * heads,
-        head_dim=_head_size(info, "key_length"),
-        n_ctx=n_ctx,
-        type_k=type_k,
-        type_v=type_v,
-    )
-
-
-def _head_size(info: GgufInfo, name: str) -> int:
-    """Return the elements of a head, by the name of its key: key_length or value_length."""
-    if f"{info.arch}.attention.{name}" in info.header.entries:
-        return info.hyperparameter(f"attention.{name}")
-    return info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
-
-
 def _check_options(info: GgufInfo, n_ctx: int, type_k: str, type_v: str, flash_attn: bool | None) -> None:
     """Check that llama.cpp can keep a file's keys and values in a cache of this size and these types."""
     if n_ctx < 1:
@@ -371,11 +332,11 @@ def _check_options(info: GgufInfo, n_ctx: int, type_k: str, type_v: str, flash_a
             raise OptionError(
                 f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}", "f16 is usual, q8_0 takes half of it"
             )
-        if value in _QUANTIZED and (size := _head_size(info, length)) % 32:
+        if value in QUANTIZED_CACHES and (size := head_size(info, length)) % 32:
             raise OptionError(
                 f"{name} {value} needs heads of a multiple of 32, {info.path} has heads of {size}", "f16 has no blocks"
             )
-    if type_v in _QUANTIZED and flash_attn is False:
+    if type_v in QUANTIZED_CACHES and flash_attn is False:
         raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")
 
 

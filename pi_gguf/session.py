@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pi_gguf.common.options import flag
 from pi_gguf.errors import GgufError, OptionError, ResourceError, one_line
-from pi_gguf.ggml import compute, last_error, llama_cpp_library
+from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library
+from pi_gguf.llamacpp.trial import check_grammar
 from pi_gguf.scoring import common_prefix
-from pi_gguf.trial import check_grammar
 
 if TYPE_CHECKING:
     import numpy as np

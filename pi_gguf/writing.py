@@ -32,11 +32,11 @@ from pi_gguf.common.machine import cores
 from pi_gguf.common.progress import progress_bar, say, stage
 from pi_gguf.errors import CheckpointError, OptionError, UnsupportedError
 from pi_gguf.families.family import Config, Transform
-from pi_gguf.ggml import UNQUANTIZED, mixture, quantizations, quantize_rows
 from pi_gguf.gguf.file import TensorInfo, padded, quantization_version, tensor_namer, tensor_nbytes, write_header
 from pi_gguf.gguf.header import read_header
 from pi_gguf.gguf.keys import model_metadata
-from pi_gguf.trial import trust
+from pi_gguf.llamacpp.quantizer import UNQUANTIZED, mixture, quantizations, quantize_rows
+from pi_gguf.llamacpp.trial import trust
 
 if TYPE_CHECKING:
     import numpy as np

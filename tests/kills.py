@@ -353,7 +353,7 @@ def run(folder: Path, *, kills: int, pairs: int, limits: int, fulls: int, seed: 
     import pi_gguf.model_card
     import pi_gguf.quantizing
     import pi_gguf.repairing  # noqa: F401
-    from pi_gguf.ggml import llama_cpp_library
+    from pi_gguf.llamacpp.library import llama_cpp_library
 
     llama_cpp_library()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a child must not unwind into this function before it has begun

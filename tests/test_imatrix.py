@@ -19,10 +19,11 @@ from conftest import WINDOW, make_llama, tensors
 from test_families import make_model
 
 import pi_gguf
-from pi_gguf import bundled, ggml
+from pi_gguf import bundled
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.ggml import ProductWatch
 from pi_gguf.imatrix import ImportanceMatrix, SquareSums, compute_imatrix, read_imatrix, text_windows, write_imatrix
+from pi_gguf.llamacpp import library as ggml
+from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.runtime import Model
 
 NAMES = {

@@ -19,10 +19,11 @@ from test_families import make_model
 import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.families import FAMILIES
-from pi_gguf.ggml import _ggml, check_quantization, quantizations, spelled
 from pi_gguf.gguf.file import read_gguf, tensor_nbytes, tensor_types
 from pi_gguf.gguf.header import TYPES, Entry, is_gguf, read_header
 from pi_gguf.gguf.loadable import check_adapter, check_loadable, find_fatal
+from pi_gguf.llamacpp.library import ggml_base
+from pi_gguf.llamacpp.quantizer import check_quantization, quantizations, spelled
 from pi_gguf.runtime import Model
 
 pytestmark = pytest.mark.usefixtures("never_a_hang")
@@ -487,7 +488,7 @@ def test_every_name_of_llama_cpp_is_itself_and_an_unknown_one_has_neighbours():
 
 
 def test_sizes_of_types_are_those_of_ggml():
-    library = _ggml()
+    library = ggml_base()
     library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.ggml_row_size.restype = ctypes.c_size_t
     for name, number in tensor_types().items():

@@ -81,7 +81,7 @@ def test_an_evaluation_explains_each_option_under_its_concern(cli):
 
 
 def test_types_of_a_cache_are_those_of_the_runtime():
-    from pi_gguf.runtime import CACHE_TYPES
+    from pi_gguf.llamacpp.cache import CACHE_TYPES
 
     assert tuple(CACHE_TYPES) == options.CACHES
 

@@ -136,7 +136,7 @@ def add_tokens(source: random.Random, parsed: dict[str, Any]) -> None:
 
 
 def llama_cpp_tokenizer(path: Path, keys: dict[str, Any]) -> Any:
-    from pi_gguf.ggml import llama_cpp_library
+    from pi_gguf.llamacpp.library import llama_cpp_library
 
     sizes = {"context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 64}
     sizes |= {"attention.head_count": 4, "vocab_size": ROWS}

@@ -18,7 +18,7 @@ from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.gguf.defects import SAME_SPLITTING
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import TYPES, Entry, read_header, type_of_key
-from pi_gguf.trial import trust
+from pi_gguf.llamacpp.trial import trust
 from pi_gguf.vocabulary.probes import sample_texts
 
 EOS = "tokenizer.ggml.eos_token_id"

@@ -7,11 +7,13 @@ import pytest
 from conftest import make_llama
 
 import pi_gguf
-from pi_gguf import ggml
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.ggml import compute, quantizations
 from pi_gguf.gguf.file import read_gguf
-from pi_gguf.runtime import _scores_batch, kv_cache_bytes, predict_kv_cache
+from pi_gguf.llamacpp import library as ggml
+from pi_gguf.llamacpp.cache import kv_cache_bytes, predict_kv_cache
+from pi_gguf.llamacpp.library import compute
+from pi_gguf.llamacpp.quantizer import quantizations
+from pi_gguf.runtime import _scores_batch
 
 
 @pytest.fixture(scope="module")

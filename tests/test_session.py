@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, TextError
-from pi_gguf.ggml import llama_cpp_library
+from pi_gguf.llamacpp.library import llama_cpp_library
 from pi_gguf.runtime import Model
 from pi_gguf.session import Sampling, SamplingKeywords, Session, StopText
 

@@ -140,7 +140,7 @@ class LlamaCpp:
     """The tokenizer of llama.cpp, of a file without tensors."""
 
     def __init__(self, path: Path, keys: dict[str, Any]) -> None:
-        from pi_gguf.ggml import llama_cpp_library
+        from pi_gguf.llamacpp.library import llama_cpp_library
 
         self.library = llama_cpp_library()
         sizes = {"context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 64}

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from pi_gguf import trial
 from pi_gguf.common.children import run_child
 from pi_gguf.errors import GgufError
 from pi_gguf.gguf.header import Entry, read_header, write_changed
+from pi_gguf.llamacpp import trial
+from pi_gguf.llamacpp.trial import check_opens, check_quantizes, fast_buffers_work, trust
 from pi_gguf.runtime import Model
-from pi_gguf.trial import check_opens, check_quantizes, fast_buffers_work, trust
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,14 @@ def dying_children(tmp_path, monkeypatch):
     """Children of the trial are ended by a signal as soon as they begin."""
     (tmp_path / "dying").mkdir()
     (tmp_path / "dying" / "sitecustomize.py").write_text(
-        "import os, signal, sys\nif 'pi_gguf.trial' in sys.orig_argv: os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "import os, signal, sys\nif 'pi_gguf.llamacpp.trial' in sys.orig_argv: os.kill(os.getpid(), signal.SIGSEGV)\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "dying"), *sys.path]))
 
 
 def test_a_child_that_was_killed_says_nothing_of_the_cpu(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\nif 'pi_gguf.trial' in sys.orig_argv: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nif 'pi_gguf.llamacpp.trial' in sys.orig_argv: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     with monkeypatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))

@@ -26,9 +26,10 @@ from pi_gguf.common.children import run_child
 from pi_gguf.common.files import open_plain
 from pi_gguf.common.progress import say
 from pi_gguf.errors import GgufError, OptionError, ResourceError
-from pi_gguf.ggml import llama_cpp_library, log, mixture
 from pi_gguf.gguf.file import TensorInfo, padded, tensor_nbytes, write_header
 from pi_gguf.gguf.header import MEASURED, Header
+from pi_gguf.llamacpp.library import llama_cpp_library, log
+from pi_gguf.llamacpp.quantizer import mixture
 
 _LIVES, _REFUSES = "lives", 3
 """The verdict that is kept; the child's exit code where llama.cpp itself says no, which this process then hears."""
@@ -121,7 +122,7 @@ def check_grammar(grammar: str) -> None:
         return
     try:
         data = grammar.encode()
-        child = run_child("trial", "grammar", seconds=_SECONDS, input=data, capture_output=True)
+        child = run_child("llamacpp.trial", "grammar", seconds=_SECONDS, input=data, capture_output=True)
     except UnicodeEncodeError as error:
         raise OptionError(f"grammar: not UTF-8 at character {error.start}", hint) from error
     except subprocess.TimeoutExpired as error:
@@ -222,7 +223,12 @@ def _tried(what: str, identity: str, arguments: Sequence[str], seconds: float = 
         return None
     try:
         child = run_child(
-            "trial", what.split()[0], *arguments, seconds=seconds, stdin=subprocess.DEVNULL, capture_output=True
+            "llamacpp.trial",
+            what.split()[0],
+            *arguments,
+            seconds=seconds,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
         )
     except subprocess.TimeoutExpired:
         return f"it did not come back within {seconds:.0f} seconds"
