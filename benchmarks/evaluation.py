@@ -23,10 +23,11 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.common.provenance import provenance
-from pi_gguf.evaluate import evaluate_passkey, sliding_windows
+from pi_gguf.evaluate import evaluate_passkey
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.llamacpp.cache import predict_kv_cache
 from pi_gguf.llamacpp.library import llama_cpp_library
+from pi_gguf.measure.perplexity import sliding_windows
 from pi_gguf.runtime import Model
 
 ROOT = Path(__file__).parent.parent

@@ -484,7 +484,7 @@ class Bench:
     def _compare(self, lm: Any, ids: list[int], count: int, step: int, context: int) -> dict[str, float]:
         import numpy as np
 
-        from pi_gguf.scoring import kl_divergence
+        from pi_gguf.measure.kl import kl_divergence
 
         theirs = self._reference(ids, count, context)
         started = time.perf_counter()

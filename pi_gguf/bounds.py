@@ -21,8 +21,8 @@ from pi_gguf.common.files import writes
 from pi_gguf.common.options import BoundsKeywords, SuiteOptions, flat, take
 from pi_gguf.common.provenance import provenance
 from pi_gguf.errors import OptionError, UnsupportedError
-from pi_gguf.plots import check_plot, plot_bounds
-from pi_gguf.results import BoundsReport
+from pi_gguf.measure.plots import check_plot, plot_bounds
+from pi_gguf.measure.results import BoundsReport
 from pi_gguf.suite import check_counts
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import library_versions, provenance, sha256
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
-from pi_gguf.kept import Kept
-from pi_gguf.plots import check_plot, plot_perplexity
-from pi_gguf.results import ComparisonReport, ComparisonRow, PerplexityRow
+from pi_gguf.measure.journal import Kept
+from pi_gguf.measure.plots import check_plot, plot_perplexity
+from pi_gguf.measure.results import ComparisonReport, ComparisonRow, PerplexityRow
 from pi_gguf.targets import doublings
 from pi_gguf.texts import read_texts
 

@@ -24,9 +24,9 @@ from pi_gguf.conversion import convert
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
 from pi_gguf.finetune import extend
+from pi_gguf.measure.plots import plot_passkeys, plot_perplexity
+from pi_gguf.measure.results import PasskeyCell, PasskeyReport, PerplexityRow
 from pi_gguf.planning import plan, reading_seconds
-from pi_gguf.plots import plot_passkeys, plot_perplexity
-from pi_gguf.results import PasskeyCell, PasskeyReport, PerplexityRow
 from pi_gguf.targets import doublings
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")

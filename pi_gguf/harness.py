@@ -19,8 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from pi_gguf.common.progress import Advance, progress_bar
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.hf_model import HfTokens
+from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.runtime import Model
-from pi_gguf.scoring import LanguageModel
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import torch_device
-from pi_gguf.scoring import LanguageModel, common_prefix
+from pi_gguf.measure.language_model import LanguageModel, common_prefix
 
 if TYPE_CHECKING:
     import numpy as np

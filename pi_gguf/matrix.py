@@ -18,10 +18,10 @@ from pi_gguf.common.provenance import sha256
 from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError
 from pi_gguf.gguf.file import read_gguf
-from pi_gguf.kept import Kept
 from pi_gguf.llamacpp.cache import CACHE_TYPES
-from pi_gguf.plots import check_plot, plot_matrix
-from pi_gguf.results import DivergenceReport, MatrixReport
+from pi_gguf.measure.journal import Kept
+from pi_gguf.measure.plots import check_plot, plot_matrix
+from pi_gguf.measure.results import DivergenceReport, MatrixReport
 from pi_gguf.targets import identity
 from pi_gguf.texts import read_texts
 

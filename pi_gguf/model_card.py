@@ -21,6 +21,7 @@ from pi_gguf.errors import OptionError
 from pi_gguf.gguf.certificate import Certificate
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import read_header, tensors_sha256
+from pi_gguf.measure.results import PageReport
 from pi_gguf.report import (
     divergence_table,
     draw_divergences,
@@ -30,7 +31,6 @@ from pi_gguf.report import (
     perplexity_table,
     short_table,
 )
-from pi_gguf.results import PageReport
 from pi_gguf.scaling.rope import RopeScaling
 
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")

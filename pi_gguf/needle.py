@@ -18,11 +18,11 @@ from pi_gguf.common.files import writes
 from pi_gguf.common.options import NeedleKeywords, ServerOptions, SuiteOptions, flat, take
 from pi_gguf.common.progress import Advance
 from pi_gguf.common.provenance import sha256
-from pi_gguf.haystack import Item, ask, fit, hide, sentences
-from pi_gguf.kept import Kept
-from pi_gguf.plots import plot_needle
-from pi_gguf.results import NeedleCell, NeedleReport
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.measure.haystack import Item, ask, fit, hide, sentences
+from pi_gguf.measure.journal import Kept
+from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.measure.plots import plot_needle
+from pi_gguf.measure.results import NeedleCell, NeedleReport
 from pi_gguf.suite import Suite, check_counts
 from pi_gguf.texts import read_texts
 

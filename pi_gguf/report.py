@@ -24,10 +24,11 @@ from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import provenance, without_folders
 from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError, PiGgufError
-from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity, k_max
+from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
 from pi_gguf.gguf.header import is_gguf, tensors_sha256
-from pi_gguf.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
-from pi_gguf.results import (
+from pi_gguf.measure.passkey import k_max
+from pi_gguf.measure.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
+from pi_gguf.measure.results import (
     BoundsReport,
     DivergenceReport,
     MatrixReport,

@@ -25,12 +25,12 @@ from pi_gguf.common.files import writes
 from pi_gguf.common.options import RetrievalKeywords, ServerOptions, SuiteOptions, flat, take
 from pi_gguf.common.progress import Advance
 from pi_gguf.errors import OptionError
-from pi_gguf.haystack import Item, ask, fit, hide, sentences
-from pi_gguf.kept import Kept
+from pi_gguf.measure.haystack import Item, ask, fit, hide, sentences
+from pi_gguf.measure.journal import Kept
+from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.measure.plots import plot_ruler
+from pi_gguf.measure.results import RulerReport, RulerRow
 from pi_gguf.needle import needle_item
-from pi_gguf.plots import plot_ruler
-from pi_gguf.results import RulerReport, RulerRow
-from pi_gguf.scoring import LanguageModel
 from pi_gguf.suite import Suite, check_counts
 
 THRESHOLD = 85.6

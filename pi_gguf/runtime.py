@@ -22,7 +22,7 @@ from pi_gguf.llamacpp.opening import apply_adapters, open_llama
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED
 from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work
 from pi_gguf.llamacpp.watch import ProductWatch
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
 from pi_gguf.vocabulary.templates import render_chat
 

@@ -19,7 +19,7 @@ from pi_gguf.common.options import flag
 from pi_gguf.errors import GgufError, OptionError, ResourceError, one_line
 from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library
 from pi_gguf.llamacpp.trial import check_grammar
-from pi_gguf.scoring import common_prefix
+from pi_gguf.measure.language_model import common_prefix
 
 if TYPE_CHECKING:
     import numpy as np

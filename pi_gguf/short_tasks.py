@@ -22,9 +22,9 @@ from pi_gguf.common.files import open_plain, writes
 from pi_gguf.common.options import ShortKeywords, SuiteOptions, TargetOptions, flat, take
 from pi_gguf.common.provenance import library_versions, package_version, sha256
 from pi_gguf.errors import OptionError, TextError, one_line
-from pi_gguf.kept import Kept
-from pi_gguf.results import ShortReport, TaskRow
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.measure.journal import Kept
+from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.measure.results import ShortReport, TaskRow
 from pi_gguf.suite import Suite, check_counts
 from pi_gguf.targets import identity
 from pi_gguf.texts import as_dataset

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from pi_gguf.common.options import SuiteOptions, TargetOptions, flag
 from pi_gguf.common.provenance import provenance
 from pi_gguf.errors import OptionError
-from pi_gguf.kept import Kept
-from pi_gguf.plots import check_plot
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.measure.journal import Kept
+from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.measure.plots import check_plot
 from pi_gguf.targets import check_targets, choose_windows, identity, opened
 
 T = TypeVar("T")

@@ -18,9 +18,9 @@ from pi_gguf.common.options import ServerOptions, SuiteOptions, SummariesKeyword
 from pi_gguf.common.progress import Advance, say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError
-from pi_gguf.kept import Kept
-from pi_gguf.results import SummariesReport, SummaryRow
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.measure.journal import Kept
+from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.measure.results import SummariesReport, SummaryRow
 from pi_gguf.suite import Suite, check_counts
 from pi_gguf.texts import read_pairs
 

@@ -18,7 +18,7 @@ from pi_gguf.common.provenance import library_versions
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import is_gguf
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.measure.language_model import LanguageModel
 
 
 @contextmanager

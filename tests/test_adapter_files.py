@@ -33,7 +33,7 @@ from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import CheckpointError, PiGgufError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import read_header
-from pi_gguf.scoring import kl_divergence
+from pi_gguf.measure.kl import kl_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft has much to say of embeddings
 

@@ -18,7 +18,7 @@ import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf.file import read_gguf
-from pi_gguf.scoring import kl_divergence
+from pi_gguf.measure.kl import kl_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft has much to say of embeddings
 

@@ -11,10 +11,10 @@ from conftest import WINDOW, make_llama, tensors
 import pi_gguf
 from pi_gguf.bundled import novels
 from pi_gguf.errors import CertificateError, CheckError, OptionError, ResourceError
-from pi_gguf.evaluate import Yardstick
 from pi_gguf.gguf.certificate import Certificate, read_requirements, store
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import MEASURED, Entry, read_header, write_changed
+from pi_gguf.measure.perplexity import Yardstick
 
 CONTEXT = 4 * WINDOW
 

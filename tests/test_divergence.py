@@ -10,7 +10,7 @@ from conftest import WINDOW, make_llama
 import pi_gguf
 from pi_gguf.bundled import novels
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.scoring import in_step, kl_divergence, position_ranges
+from pi_gguf.measure.kl import in_step, kl_divergence, position_ranges
 
 CONTEXT = 4 * WINDOW
 
@@ -56,7 +56,7 @@ def test_ranges_of_positions():
 
 def test_each_token_is_compared_with_the_reference(files, llama, monkeypatch):
     """Against torch on the logits of both sides, range by range, in the very positions."""
-    monkeypatch.setattr("pi_gguf.scoring.FIRST_RANGE", 64)
+    monkeypatch.setattr("pi_gguf.measure.kl.FIRST_RANGE", 64)
     report = pi_gguf.evaluate_kl(str(files / "Q4_0.gguf"), against=str(files / "F32.gguf"), documents=2)
     assert [(row.begin, row.end) for row in report.rows] == [(0, 64), (64, 128), (128, 256), (0, 256)]
     texts = sorted(novels("heldout").values(), key=len)[::-1][:2]

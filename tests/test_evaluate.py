@@ -19,12 +19,13 @@ from pi_gguf.bundled.passkey import EVALUATION_FILLER, INTRODUCTION, draw_key, i
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.options import ServerOptions, TargetOptions
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import PasskeyPrompts, k_max, sampled_windows, sliding_windows
 from pi_gguf.hf_model import HfModel
-from pi_gguf.plots import plot_passkeys
-from pi_gguf.results import PasskeyCell, PasskeyReport
+from pi_gguf.measure.language_model import common_prefix
+from pi_gguf.measure.passkey import PasskeyPrompts, k_max
+from pi_gguf.measure.perplexity import sampled_windows, sliding_windows
+from pi_gguf.measure.plots import plot_passkeys
+from pi_gguf.measure.results import PasskeyCell, PasskeyReport
 from pi_gguf.runtime import Model
-from pi_gguf.scoring import common_prefix
 from pi_gguf.targets import choose_windows
 
 
@@ -125,7 +126,7 @@ def test_perplexity_is_that_of_the_papers_protocol_in_torch(llama, two_texts):
 
 
 def test_perplexity_by_position_is_of_one_pass(llama, two_texts, monkeypatch):
-    monkeypatch.setattr("pi_gguf.scoring.FIRST_RANGE", 16)
+    monkeypatch.setattr("pi_gguf.measure.kl.FIRST_RANGE", 16)
     options = {"text": [str(two_texts)], "stride": 8, "max_tokens": 1}
     whole = pi_gguf.evaluate_perplexity(str(llama), windows=[64], **options)
     assert [(row.begin, row.end, row.tokens) for row in whole.by_position] == [(0, 16, 30), (16, 32, 32), (32, 64, 64)]
@@ -301,7 +302,7 @@ def test_growing_prompts_count_what_is_found(llama, tmp_path, cli, monkeypatch):
 
 def test_quick_asks_for_fewer_keys(llama, monkeypatch):
     asked = []
-    monkeypatch.setattr("pi_gguf.evaluate.passkey_cells", lambda lm, **options: asked.append(options) or [])
+    monkeypatch.setattr("pi_gguf.measure.passkey.passkey_cells", lambda lm, **options: asked.append(options) or [])
     for options in ({}, {"quick": True}, {"quick": True, "keys": 5}, {"distances": 3}):
         pi_gguf.evaluate_passkey(str(llama), **options)
     assert [(o["distances"], o["keys"]) for o in asked] == [(32, 10), (8, 2), (8, 5), (3, 10)]
@@ -437,6 +438,6 @@ def test_reports_are_drawn(cli, llama, text_path, tmp_path):
 
 
 def test_a_loss_beyond_what_64_bits_can_say_has_their_largest_perplexity():
-    from pi_gguf.evaluate import _perplexity
+    from pi_gguf.measure.perplexity import _perplexity
 
     assert 1e307 < _perplexity([(8000.0, 8000.0**2, 8)])[0] < float("inf")

@@ -389,7 +389,7 @@ def test_names_of_models_are_drawn_as_they_are(tmp_path):
     """They are no formulas, and need not be text."""
     from types import SimpleNamespace
 
-    from pi_gguf.plots import plot_perplexity
+    from pi_gguf.measure.plots import plot_perplexity
 
     rows = [SimpleNamespace(window=n, perplexity=3.0, standard_error=0.1) for n in (64, 128)]
     plot_perplexity({r"a$\nope{$.gguf": rows, os.fsdecode(b"b\xff.gguf"): rows}, tmp_path / "p.svg")

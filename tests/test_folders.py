@@ -29,9 +29,9 @@ from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.errors import CheckpointError, UnsupportedError
 from pi_gguf.families import FAMILIES, family
 from pi_gguf.gguf.file import read_gguf
+from pi_gguf.measure.kl import kl_divergence
 from pi_gguf.scaling.own import OwnScaling
 from pi_gguf.scaling.rope import RopeScaling
-from pi_gguf.scoring import kl_divergence
 
 IDS = [7 + (i * 41) % 380 for i in range(56)]
 Tensors = dict[str, torch.Tensor]

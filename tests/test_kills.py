@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from pi_gguf.errors import OptionError
-from pi_gguf.kept import Kept
+from pi_gguf.measure.journal import Kept
 
 KEPT = """
 import resource, sys
-from pi_gguf.kept import Kept
+from pi_gguf.measure.journal import Kept
 kept = Kept(sys.argv[1])
 kept.put({"i": 1}, "x" * 100)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))

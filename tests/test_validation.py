@@ -11,7 +11,7 @@ import pi_gguf
 from pi_gguf.bundled import novels
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.evaluate import Yardstick
+from pi_gguf.measure.perplexity import Yardstick
 from pi_gguf.validation import Validation
 
 CONTEXT = 4 * WINDOW

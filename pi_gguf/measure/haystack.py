@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.scoring import LanguageModel
+from pi_gguf.measure.language_model import LanguageModel
 
 _SENTENCE_END = re.compile(r'(?:(?<=[.!?])|(?<=[.!?]["”’])) ')
 _LONGEST = 400
