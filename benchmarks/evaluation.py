@@ -28,7 +28,7 @@ from pi_gguf.gguf.file import read_gguf
 from pi_gguf.llamacpp.cache import predict_kv_cache
 from pi_gguf.llamacpp.library import llama_cpp_library
 from pi_gguf.measure.perplexity import sliding_windows
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 
 ROOT = Path(__file__).parent.parent
 STRIDE = 256
@@ -71,7 +71,7 @@ def time_windows(path: Path, window: int, windows: int, rounds: int) -> dict[str
 def memory(path: Path, window: int) -> dict[str, float]:
     """Return the peak memory in MB of a process that scores a whole window, Python and its libraries included."""
     code = (
-        "import sys\nfrom pi_gguf.runtime import Model\nfrom pi_gguf.common.provenance import peak_memory\n"
+        "import sys\nfrom pi_gguf.runtime.model import Model\nfrom pi_gguf.common.provenance import peak_memory\n"
         "model = Model(sys.argv[1], n_ctx=int(sys.argv[2]))\n"
         "model.score([i % 900 + 3 for i in range(int(sys.argv[2]))], int(sys.argv[2]) - 1)\n"
         "print(peak_memory())"

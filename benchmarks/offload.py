@@ -453,7 +453,7 @@ class Bench:
 
     def kl(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return mean and largest KL divergence from transformers in float32, by text and way to read."""
-        from pi_gguf.runtime import Model
+        from pi_gguf.runtime.model import Model
 
         self.close()
         path, window = self.file(job["file"], job["context"]), job["window"]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pi_gguf.repairing import repair as repair
     from pi_gguf.report import evaluate_all as evaluate_all
     from pi_gguf.ruler import evaluate_ruler as evaluate_ruler
-    from pi_gguf.runtime import open_model as open
+    from pi_gguf.runtime.model import open_model as open
     from pi_gguf.short_tasks import evaluate_short as evaluate_short
     from pi_gguf.summaries import evaluate_summaries as evaluate_summaries
 
@@ -54,7 +54,7 @@ _PUBLIC = {
     "evaluate_summaries": ("summaries", "evaluate_summaries"),
     "extend": ("finetune", "extend"),
     "inspect": ("inspection", "inspect"),
-    "open": ("runtime", "open_model"),
+    "open": ("runtime.model", "open_model"),
     "plan": ("planning", "plan"),
     "quantize": ("quantizing", "quantize"),
     "repair": ("repairing", "repair"),

@@ -21,7 +21,7 @@ from pi_gguf.gguf.file import read_gguf
 from pi_gguf.hf_model import HfModel
 from pi_gguf.measure.kl import kl_divergence
 from pi_gguf.measure.language_model import LanguageModel
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.rope import check_consistent
 from pi_gguf.vocabulary.keys import end_tokens
 from pi_gguf.vocabulary.token_check import TokenizedTexts, said

@@ -618,8 +618,8 @@ def run(file: str, prompt: str | None, max_tokens: int | None, chat: bool, **opt
     """
     from pi_gguf.common.files import human_bytes
     from pi_gguf.common.progress import say
-    from pi_gguf.runtime import Model
-    from pi_gguf.session import Sampling, SamplingKeywords
+    from pi_gguf.runtime.model import Model
+    from pi_gguf.runtime.session import Sampling, SamplingKeywords
 
     for name in ("grammar", "json_schema"):
         if options[name] is not None:

@@ -20,7 +20,7 @@ from pi_gguf.common.progress import Advance, progress_bar
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.hf_model import HfTokens
 from pi_gguf.measure.language_model import LanguageModel
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]

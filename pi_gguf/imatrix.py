@@ -22,7 +22,7 @@ from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError, one
 from pi_gguf.gguf.file import read_gguf, read_values, write_values
 from pi_gguf.gguf.header import is_gguf
 from pi_gguf.llamacpp.watch import ProductWatch
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 from pi_gguf.texts import read_texts
 from pi_gguf.vocabulary.keys import gguf_vocabulary
 from pi_gguf.writing import plan_file, write_file

@@ -70,7 +70,7 @@ def inspect(path: str | Path, *, against: str | None = None, seed: int = 0, devi
 
 
 def _inspect_gguf(path: Path, against: str | None) -> Inspection:
-    from pi_gguf.runtime import Model
+    from pi_gguf.runtime.model import Model
 
     info, header = read_gguf(path), read_header(path)
     expected = expect(header, info.tensors, load_checkpoint(against, weights=False)) if against is not None else None

@@ -22,7 +22,7 @@ from pi_gguf.gguf.defects import Expectation, expect, find_defects, mend
 from pi_gguf.gguf.file import TensorInfo, tensors_of
 from pi_gguf.gguf.findings import CONVERT, Finding, in_short
 from pi_gguf.gguf.header import TYPES, Entry, Header, read_header, type_of_key, write_changed
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 
 _FIXED = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 """Keys that say where the data lies."""

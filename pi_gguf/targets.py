@@ -41,7 +41,7 @@ def opened(
 
         lm = RemoteModel(model, load_checkpoint(str(_tokenizer(target)), weights=False), n_ctx)
     elif is_gguf(model):
-        from pi_gguf.runtime import Model
+        from pi_gguf.runtime.model import Model
 
         if at_most is not None:
             n_ctx = min(at_most, window_of(model))

@@ -649,9 +649,9 @@ def _without_trials() -> None:
     `run_mutants` runs the commands that die so once more in a process of their own, children and all.
     """
     import pi_gguf.quantizing
-    import pi_gguf.runtime
+    import pi_gguf.runtime.model
 
-    pi_gguf.runtime.check_opens = lambda *_: None
+    pi_gguf.runtime.model.check_opens = lambda *_: None
     pi_gguf.quantizing.check_quantizes = lambda *_: None
 
 

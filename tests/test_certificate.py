@@ -106,7 +106,7 @@ def test_a_window_that_does_not_fit_in_memory_is_measured_as_far_as_it_goes(copy
         if n_ctx == CONTEXT:
             raise ResourceError("too little memory")
 
-    monkeypatch.setattr("pi_gguf.runtime._check_memory", check_memory)
+    monkeypatch.setattr("pi_gguf.runtime.model._check_memory", check_memory)
     monkeypatch.setattr("pi_gguf.gguf.certificate._PROBE", 16)
     assert pi_gguf.certify(copy).certificate.window == CONTEXT // 2
     assert "not at 256 tokens, too little memory" in capfd.readouterr().err

@@ -25,7 +25,7 @@ from pi_gguf.measure.passkey import PasskeyPrompts, k_max
 from pi_gguf.measure.perplexity import sampled_windows, sliding_windows
 from pi_gguf.measure.plots import plot_passkeys
 from pi_gguf.measure.results import PasskeyCell, PasskeyReport
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 from pi_gguf.targets import choose_windows
 
 

@@ -24,7 +24,7 @@ from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.imatrix import ImportanceMatrix, SquareSums, compute_imatrix, read_imatrix, text_windows, write_imatrix
 from pi_gguf.llamacpp import library as ggml
 from pi_gguf.llamacpp.watch import ProductWatch
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

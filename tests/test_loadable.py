@@ -24,7 +24,7 @@ from pi_gguf.gguf.header import TYPES, Entry, is_gguf, read_header
 from pi_gguf.gguf.loadable import check_adapter, check_loadable, find_fatal
 from pi_gguf.llamacpp.library import ggml_base
 from pi_gguf.llamacpp.quantizer import check_quantization, quantizations, spelled
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 
 pytestmark = pytest.mark.usefixtures("never_a_hang")
 

@@ -18,7 +18,7 @@ from pi_gguf.hf_model import HfModel
 from pi_gguf.measure.haystack import fit, score
 from pi_gguf.measure.results import RulerRow
 from pi_gguf.ruler import TASKS, draw_item, effective_length, evaluate_ruler, mean_scores
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 
 WINDOW = 4096
 

@@ -13,7 +13,7 @@ from pi_gguf.llamacpp import library as ggml
 from pi_gguf.llamacpp.cache import kv_cache_bytes, predict_kv_cache
 from pi_gguf.llamacpp.library import compute
 from pi_gguf.llamacpp.quantizer import quantizations
-from pi_gguf.runtime import _scores_batch
+from pi_gguf.runtime.model import _scores_batch
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_other_cache_types_give_close_scores(path, types):
 
 def test_flash_attention_is_for_quantized_caches_and_gpus(path, monkeypatch):
     asked = {}
-    monkeypatch.setattr("pi_gguf.runtime._use_gpu", lambda device: device == "cuda")
-    monkeypatch.setattr("pi_gguf.runtime.open_llama", lambda *_, **options: asked.update(options) or 1 / 0)
+    monkeypatch.setattr("pi_gguf.runtime.model._use_gpu", lambda device: device == "cuda")
+    monkeypatch.setattr("pi_gguf.runtime.model.open_llama", lambda *_, **options: asked.update(options) or 1 / 0)
     for options, flash, at_once in (
         ({}, False, 64), ({"type_k": "q8_0"}, False, 64), ({"type_v": "q8_0"}, True, 512),
         ({"device": "cuda"}, True, 512), ({"flash_attn": True}, True, 512),
@@ -108,8 +108,8 @@ def test_flash_attention_is_for_quantized_caches_and_gpus(path, monkeypatch):
 
 def test_layers_on_the_gpu_are_counted_as_llama_cpp_does(path, monkeypatch):
     asked = {}
-    monkeypatch.setattr("pi_gguf.runtime._use_gpu", lambda device: device != "cpu")
-    monkeypatch.setattr("pi_gguf.runtime.open_llama", lambda *_, **options: asked.update(options) or 1 / 0)
+    monkeypatch.setattr("pi_gguf.runtime.model._use_gpu", lambda device: device != "cpu")
+    monkeypatch.setattr("pi_gguf.runtime.model.open_llama", lambda *_, **options: asked.update(options) or 1 / 0)
     for options, layers, flash in (  # two blocks and the output matrix
         ({}, -1, True), ({"gpu_layers": 3}, -1, True), ({"gpu_layers": 2}, 2, False), ({"gpu_layers": 0}, 0, False),
         ({"device": "cpu"}, 0, False), ({"gpu_layers": 1, "flash_attn": True}, 1, True),
@@ -141,7 +141,7 @@ def test_small_batches_of_tokens_give_the_same_scores(path, monkeypatch):
     ids = [0, *range(2, 250)]
     with pi_gguf.open(path, type_k="f32", type_v="f32") as model:
         expected = model.score(ids, 200)[0]
-    monkeypatch.setattr("pi_gguf.runtime._scores_batch", lambda *_: 32)
+    monkeypatch.setattr("pi_gguf.runtime.model._scores_batch", lambda *_: 32)
     with pi_gguf.open(path, type_k="f32", type_v="f32") as model:
         np.testing.assert_allclose(model.score(ids, 200)[0], expected, atol=1e-5)
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.llamacpp.library import llama_cpp_library
-from pi_gguf.runtime import Model
-from pi_gguf.session import Sampling, SamplingKeywords, Session, StopText
+from pi_gguf.runtime.model import Model
+from pi_gguf.runtime.session import Sampling, SamplingKeywords, Session, StopText
 
 PROMPTS = ("Once upon a time", "The captain looked at the sea and", "a", "1, 2, 3, 4,")
 

@@ -14,7 +14,7 @@ from pi_gguf.errors import GgufError
 from pi_gguf.gguf.header import Entry, read_header, write_changed
 from pi_gguf.llamacpp import trial
 from pi_gguf.llamacpp.trial import check_opens, check_quantizes, fast_buffers_work, trust
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_where_the_child_dies_files_open_with_plain_buffers_and_say_the_same(
         assert not model._llama.model_params.use_extra_bufts
         plain = np.concatenate(list(model.logits_chunks(range(2, 42), 40)))
     assert "plain buffers" in capfd.readouterr().err
-    monkeypatch.setattr("pi_gguf.runtime.fast_buffers_work", lambda: True)
+    monkeypatch.setattr("pi_gguf.runtime.model.fast_buffers_work", lambda: True)
     with Model(quantized, device="cpu") as model:
         assert model._llama.model_params.use_extra_bufts
         fast = np.concatenate(list(model.logits_chunks(range(2, 42), 40)))

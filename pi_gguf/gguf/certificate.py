@@ -26,7 +26,7 @@ from pi_gguf.gguf.header import MEASURED, Entry, Header, read_header, write_chan
 from pi_gguf.hf_model import HfModel
 from pi_gguf.measure.passkey import k_max, passkey_cells
 from pi_gguf.measure.perplexity import Yardstick
-from pi_gguf.runtime import Model
+from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.rope import RopeScaling
 
 VERSION = 2

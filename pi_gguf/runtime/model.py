@@ -23,7 +23,7 @@ from pi_gguf.llamacpp.quantizer import UNQUANTIZED
 from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work
 from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.measure.language_model import LanguageModel
-from pi_gguf.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
+from pi_gguf.runtime.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
 from pi_gguf.vocabulary.templates import render_chat
 
 if TYPE_CHECKING:
