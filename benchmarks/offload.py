@@ -221,7 +221,7 @@ def write_random(path: Path, shape: Shape, kind: str, pattern: Path, window: int
 
 def convert_plainly(model: str, path: Path, context: int | None, kind: str) -> None:
     """Convert a model, extended to a window without training, and measure nothing."""
-    from pi_gguf.conversion import convert
+    from pi_gguf.pipeline.convert import convert
 
     convert(model, path, context=context, steps=0, quant=kind, check="none", certify=False, overwrite=True)
 

@@ -285,7 +285,7 @@ def plan(folder: str | Path, train: str, context: int, steps: int, device: str) 
     """Return the extended checkpoint and the plan of a run on one whole sequence a step."""
     from pi_gguf.checkpoint.checkpoint import load_checkpoint
     from pi_gguf.common.options import TuneOptions
-    from pi_gguf.planning import plan_training
+    from pi_gguf.pipeline.plan import plan_training
 
     checkpoint = load_checkpoint(str(folder)).extended(context)
     tune = TuneOptions(steps=steps, train_window=context, learning_rate=1e-6, batch_tokens=context, train=train)
@@ -299,7 +299,7 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
 
     from pi_gguf import training as module
     from pi_gguf.common.machine import free_memory
-    from pi_gguf.planning import Activations, estimate_training_memory, fit_activations
+    from pi_gguf.pipeline.plan import Activations, estimate_training_memory, fit_activations
     from pi_gguf.processes import Spread
 
     checkpoint, training = plan(job["folder"], job["train"], job["context"], len(job["rows"]), device)
@@ -530,7 +530,7 @@ def measured_layers(case: Case, shape: Shape, folder: Any, device: str) -> list[
         folder: makes one with the config of so many layers.
     """
     from pi_gguf.common.machine import free_memory
-    from pi_gguf.planning import Activations, estimate_training_memory
+    from pi_gguf.pipeline.plan import Activations, estimate_training_memory
 
     whole = shape.num_hidden_layers
     if case.least:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pi_gguf.bounds import evaluate_bounds as evaluate_bounds
     from pi_gguf.comparison import compare as compare
-    from pi_gguf.conversion import convert as convert
     from pi_gguf.divergence import evaluate_kl as evaluate_kl
     from pi_gguf.evaluate import evaluate_passkey as evaluate_passkey
     from pi_gguf.evaluate import evaluate_perplexity as evaluate_perplexity
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from pi_gguf.matrix import evaluate_matrix as evaluate_matrix
     from pi_gguf.model_card import card as card
     from pi_gguf.needle import evaluate_needle as evaluate_needle
-    from pi_gguf.planning import plan as plan
+    from pi_gguf.pipeline.convert import convert as convert
+    from pi_gguf.pipeline.plan import plan as plan
     from pi_gguf.quantizing import quantize as quantize
     from pi_gguf.repairing import repair as repair
     from pi_gguf.report import evaluate_all as evaluate_all
@@ -41,7 +41,7 @@ _PUBLIC = {
     "certify": ("gguf.certificate", "certify"),
     "compare": ("comparison", "compare"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
-    "convert": ("conversion", "convert"),
+    "convert": ("pipeline.convert", "convert"),
     "evaluate_all": ("report", "evaluate_all"),
     "evaluate_bounds": ("bounds", "evaluate_bounds"),
     "evaluate_kl": ("divergence", "evaluate_kl"),
@@ -55,7 +55,7 @@ _PUBLIC = {
     "extend": ("finetune", "extend"),
     "inspect": ("inspection", "inspect"),
     "open": ("runtime.model", "open_model"),
-    "plan": ("planning", "plan"),
+    "plan": ("pipeline.plan", "plan"),
     "quantize": ("quantizing", "quantize"),
     "repair": ("repairing", "repair"),
 }

@@ -16,7 +16,7 @@ from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.corpus import Corpus
 from pi_gguf.data import Row, describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import TextError
-from pi_gguf.planning import TrainingPlan
+from pi_gguf.pipeline.plan import TrainingPlan
 from pi_gguf.scaling.rope import RopeScaling
 
 if TYPE_CHECKING:

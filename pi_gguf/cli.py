@@ -23,10 +23,11 @@ from typing import Any
 import click
 
 from pi_gguf.common.endings import Signals, check_address_space, prepare_streams, print_all, signals, translated
-from pi_gguf.common.options import GROUPS, Options, flag
+from pi_gguf.common.options import Options, flag
 from pi_gguf.common.progress import KINDS, named_frame, output, process_rank
 from pi_gguf.common.tables import text_table
 from pi_gguf.errors import Interrupted
+from pi_gguf.pipeline.options import GROUPS
 
 _WINDOWS = {"windows"}
 _REPEATABLE = {
@@ -39,7 +40,7 @@ _REPEATABLE = {
 _MANY = 20
 """A command with more parameters explains the most needed only, unless it is asked for all."""
 
-_WITH_TORCH = {"conversion", "finetune", "demo", "report", "comparison", "bounds"}
+_WITH_TORCH = {"pipeline.convert", "finetune", "pipeline.demo", "report", "comparison", "bounds"}
 """Modules of commands that open Hugging Face models."""
 
 _PROMPT_BYTES = 2**26
@@ -306,7 +307,7 @@ def _show_extend(path: Path) -> str:
 
 def _show_convert(result: Any) -> str:
     from pi_gguf.common.files import human_bytes
-    from pi_gguf.conversion import DryRun
+    from pi_gguf.pipeline.convert import DryRun
 
     if isinstance(result, DryRun):
         rows = [(name, "x".join(map(str, shape)), kind, f"{n:,}") for name, shape, kind, n in result.tensors]
@@ -704,14 +705,14 @@ _EVALUATIONS = {
 }
 
 _COMMANDS = {
-    "plan": ("Say what a conversion would do and cost.", lambda: command("planning:plan", _show_plan)),
+    "plan": ("Say what a conversion would do and cost.", lambda: command("pipeline.plan:plan", _show_plan)),
     "extend": (
         "Fine-tune with Position Interpolation; write a Hugging Face folder.",
         lambda: command("finetune:extend", _show_extend, reports=False),
     ),
     "convert": (
         "The whole path: extend, write GGUF, quantize, check.",
-        lambda: command("conversion:convert", _show_convert),
+        lambda: command("pipeline.convert:convert", _show_convert),
     ),
     "quantize": (
         "Quantize a GGUF file with llama.cpp.",
@@ -745,7 +746,7 @@ _COMMANDS = {
     "run": ("Continue a prompt with a GGUF file.", lambda: run),
     "demo": (
         "The main job on the bundled model, with table and plots.",
-        lambda: command("demo:demo", str, reports=True),
+        lambda: command("pipeline.demo:demo", str, reports=True),
     ),
 }
 

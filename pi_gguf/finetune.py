@@ -27,7 +27,7 @@ from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.corpus import CACHE_PREFIX, load_corpus
 from pi_gguf.data import Row
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
-from pi_gguf.planning import TrainingPlan, plan_training, training_disk_bytes
+from pi_gguf.pipeline.plan import TrainingPlan, plan_training, training_disk_bytes
 from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts

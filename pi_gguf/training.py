@@ -28,7 +28,7 @@ from pi_gguf.data import Row
 from pi_gguf.errors import Interrupted, OptionError, ResourceError
 from pi_gguf.lora import add_adapters, save_adapter
 from pi_gguf.losses import chunked_loss
-from pi_gguf.planning import Activations, TrainingPlan, fit_activations
+from pi_gguf.pipeline.plan import Activations, TrainingPlan, fit_activations
 from pi_gguf.processes import Spread, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.tiles import TILE, tiled_mlps
 from pi_gguf.validation import Validation

@@ -22,7 +22,7 @@ def _run(arguments: list[str], environment: dict[str, str], exact: bool, streams
     os.environ.update(environment)
     import torch
 
-    import pi_gguf.planning
+    import pi_gguf.pipeline.plan
     import pi_gguf.training
     from pi_gguf.cli import entry_point
 

@@ -109,7 +109,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def f32_gguf(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound F32 file of the model, interpolated to 256 tokens. Not to be changed by a test."""
-    from pi_gguf.conversion import convert
+    from pi_gguf.pipeline.convert import convert
 
     path = tmp_path_factory.mktemp("gguf") / "sound.gguf"
     convert(str(llama), path, context=256, steps=0, quant="F32", check="none")

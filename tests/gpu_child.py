@@ -1,7 +1,7 @@
 """One fine-tune in a process of its own: activations treated in a given way, memory measured, or killed in the middle.
 
 In: JSON as the only argument. `extend` are the arguments of `pi_gguf.extend`; `way` is the name of one of
-`pi_gguf.planning._ACTIVATIONS`, whatever the free memory; `bf16` tells whether to compute so, whatever the device;
+`pi_gguf.pipeline.plan._ACTIVATIONS`, whatever the free memory; `bf16` tells whether to compute so, whatever the device;
 `kill_at` is the step in which the process kills itself; `measure_only` leaves out what comes beside the steps:
 checkpoints and the price. Out: pi_gguf.json on standard output.
 """
@@ -29,7 +29,7 @@ def child(given: dict[str, Any], seconds: float = 120) -> subprocess.CompletedPr
 
 def forced(way: str) -> Any:
     """Return a stand-in for `fit_activations` that always takes one way, and predicts what that needs."""
-    from pi_gguf.planning import _ACTIVATIONS, estimate_training_memory
+    from pi_gguf.pipeline.plan import _ACTIVATIONS, estimate_training_memory
 
     (chosen,) = [one for one in _ACTIVATIONS if one.name == way]
 
@@ -57,7 +57,7 @@ def main() -> None:
     import transformers.trainer
 
     import pi_gguf
-    import pi_gguf.planning
+    import pi_gguf.pipeline.plan
     import pi_gguf.training
     import pi_gguf.validation
 

@@ -26,7 +26,7 @@ from pi_gguf.corpus import load_corpus
 from pi_gguf.data import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
-from pi_gguf.planning import Stage, estimate_training_memory, plan_training
+from pi_gguf.pipeline.plan import Stage, estimate_training_memory, plan_training
 from pi_gguf.texts import HUB_DOCUMENTS, LONGEST, hub_documents, open_texts, read_texts
 
 DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", "The captain went on board. " * 9]

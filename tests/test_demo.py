@@ -11,7 +11,7 @@ import pytest
 
 import pi_gguf
 from pi_gguf.common.tables import markdown_table
-from pi_gguf.demo import BASE, ROWS, _Table, demo, table_cells
+from pi_gguf.pipeline.demo import BASE, ROWS, _Table, demo, table_cells
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_time_left_follows_what_the_parts_so_far_took(monkeypatch):
     settings = {
         "context": 4096, "samples": 1, "documents": 1, "distances": 4, "other_distances": 1, "keys": 2, "device": "cpu"
     }  # fmt: skip
-    monkeypatch.setattr("pi_gguf.demo.reading_seconds", lambda model, tokens, device: tokens[2048] / 2048)
+    monkeypatch.setattr("pi_gguf.pipeline.demo.reading_seconds", lambda model, tokens, device: tokens[2048] / 2048)
     table = _Table([], settings, training_seconds=30)
     assert table._left() == "54 s"  # 5 rows of 3 prompts a window, one of 9
     table._taken[BASE] = 6.0

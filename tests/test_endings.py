@@ -26,7 +26,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture(scope="module")
 def gguf(llama, tmp_path_factory) -> Path:
-    from pi_gguf.conversion import convert
+    from pi_gguf.pipeline.convert import convert
 
     path = tmp_path_factory.mktemp("gguf") / "sound.gguf"
     convert(str(llama), path, context=256, steps=0, quant="F16", check="none")

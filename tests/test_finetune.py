@@ -19,7 +19,7 @@ from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.options import TuneOptions
 from pi_gguf.data import pack, pose_positions
 from pi_gguf.losses import chunked_loss
-from pi_gguf.planning import Stage, plan_training
+from pi_gguf.pipeline.plan import Stage, plan_training
 from pi_gguf.training import rate_share
 
 

@@ -30,7 +30,7 @@ from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.options import TuneOptions
 from pi_gguf.lora import parts
 from pi_gguf.losses import chunked_loss
-from pi_gguf.planning import _ACTIVATIONS, plan_training
+from pi_gguf.pipeline.plan import _ACTIVATIONS, plan_training
 
 pytestmark = pytest.mark.gpu
 

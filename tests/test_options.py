@@ -14,7 +14,6 @@ import pi_gguf
 from pi_gguf import cli as command_line
 from pi_gguf.common import options
 from pi_gguf.common.options import (
-    ConvertKeywords,
     ExtendKeywords,
     ProofOptions,
     ServerOptions,
@@ -31,6 +30,7 @@ from pi_gguf.common.options import (
     take,
 )
 from pi_gguf.errors import OptionError
+from pi_gguf.pipeline.options import ConvertKeywords
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import write_options

@@ -29,8 +29,8 @@ def test_help_and_import_load_nothing_heavy():
 
 
 def test_public_names_stay_functions_whatever_was_imported():
-    import pi_gguf.conversion
-    import pi_gguf.demo
+    import pi_gguf.pipeline.convert
+    import pi_gguf.pipeline.demo
 
     for name in pi_gguf.__all__:
         assert callable(getattr(pi_gguf, name)), name

@@ -164,9 +164,9 @@ def test_no_report_on_the_command_line_tells_where_things_are(cli, llama, tmp_pa
 def test_a_card_holds_whatever_a_file_states_as_one_value(tmp_path):
     import yaml
 
-    from pi_gguf.conversion import convert
     from pi_gguf.gguf.header import Entry, read_header, write_changed
     from pi_gguf.model_card import card
+    from pi_gguf.pipeline.convert import convert
 
     model = make_llama(tmp_path / "model")
     convert(str(model), tmp_path / "plain.gguf", quant="F32", check="none")

@@ -28,7 +28,7 @@ from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
 from pi_gguf.lora import add_adapters, parts
 from pi_gguf.losses import chunked_loss
-from pi_gguf.planning import (
+from pi_gguf.pipeline.plan import (
     _ACTIVATIONS,
     _memory,
     _weights,

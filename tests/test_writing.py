@@ -133,7 +133,7 @@ DRIVER = """
 import os, random, resource, signal, sys, time
 import torch, llama_cpp, transformers
 from transformers import AutoTokenizer, LlamaForCausalLM  # once, and not in every attempt
-from pi_gguf.conversion import convert
+from pi_gguf.pipeline.convert import convert
 
 def attempt(model, out, quant, prepare):
     child = os.fork()
@@ -291,7 +291,7 @@ def test_a_weight_that_is_not_a_number_leaves_nothing(llama_copy, tmp_path):
 
 LIMITED = """
 import json, resource, signal, sys
-from pi_gguf.conversion import convert
+from pi_gguf.pipeline.convert import convert
 
 model, out, nbytes, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from pi_gguf.common.options import GROUPS, flag, hints
+from pi_gguf.common.options import flag, hints
+from pi_gguf.pipeline.options import GROUPS
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 TAKEN = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.common.tables import markdown_table
-from pi_gguf.demo import table_cells
+from pi_gguf.pipeline.demo import table_cells
 
 ROOT = Path(__file__).parent.parent
 

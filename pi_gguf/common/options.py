@@ -278,11 +278,6 @@ class SuiteOptions(Options):
     seed: int = option("of what is drawn: keys, needles, items, pairs.", default=0)
 
 
-GROUPS: tuple[type[Options], ...] = (
-    TuneOptions, SpreadOptions, WriteOptions, ProofOptions, ServerOptions, SuiteOptions,
-)  # fmt: skip
-
-
 # The flat keywords, for editors and mypy; a test holds them against the fields
 
 
@@ -313,19 +308,6 @@ class ExtendKeywords(TuneKeywords, total=False):
     cp_size: int
     sp_size: int
     deepspeed: str | None
-
-
-class ConvertKeywords(TuneKeywords, total=False):
-    quant: str
-    tensor_type: Sequence[str]
-    imatrix: str | None
-    split_max_size: str | None
-    lora: Sequence[str]
-    adapter_only: bool
-    check: str
-    strict_tokenizer: bool
-    certify: bool | None
-    require: str | None
 
 
 class DeviceKeywords(TypedDict, total=False):

@@ -20,13 +20,13 @@ from pi_gguf.common.machine import torch_device
 from pi_gguf.common.progress import duration, say
 from pi_gguf.common.provenance import provenance, without_folders
 from pi_gguf.common.tables import markdown_table
-from pi_gguf.conversion import convert
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
 from pi_gguf.finetune import extend
 from pi_gguf.measure.plots import plot_passkeys, plot_perplexity
 from pi_gguf.measure.results import PasskeyCell, PasskeyReport, PerplexityRow
-from pi_gguf.planning import plan, reading_seconds
+from pi_gguf.pipeline.convert import convert
+from pi_gguf.pipeline.plan import plan, reading_seconds
 from pi_gguf.targets import doublings
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")

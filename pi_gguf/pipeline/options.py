@@ -1,0 +1,33 @@
+"""The options of all concerns together, and the keywords of `convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pi_gguf.common.options import (
+    Options,
+    ProofOptions,
+    ServerOptions,
+    SpreadOptions,
+    SuiteOptions,
+    TuneKeywords,
+    TuneOptions,
+    WriteOptions,
+)
+
+GROUPS: tuple[type[Options], ...] = (
+    TuneOptions, SpreadOptions, WriteOptions, ProofOptions, ServerOptions, SuiteOptions,
+)  # fmt: skip
+
+
+class ConvertKeywords(TuneKeywords, total=False):
+    quant: str
+    tensor_type: Sequence[str]
+    imatrix: str | None
+    split_max_size: str | None
+    lora: Sequence[str]
+    adapter_only: bool
+    check: str
+    strict_tokenizer: bool
+    certify: bool | None
+    require: str | None
