@@ -23,7 +23,7 @@ from typing import Any
 
 from pi_gguf import bundled
 from pi_gguf.common.provenance import provenance
-from pi_gguf.evaluate import evaluate_passkey
+from pi_gguf.evaluate.passkey import evaluate_passkey
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.llamacpp.cache import predict_kv_cache
 from pi_gguf.llamacpp.library import llama_cpp_library

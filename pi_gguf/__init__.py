@@ -14,44 +14,44 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pi_gguf.bounds import evaluate_bounds as evaluate_bounds
-    from pi_gguf.comparison import compare as compare
-    from pi_gguf.divergence import evaluate_kl as evaluate_kl
-    from pi_gguf.evaluate import evaluate_passkey as evaluate_passkey
-    from pi_gguf.evaluate import evaluate_perplexity as evaluate_perplexity
+    from pi_gguf.evaluate.bounds import evaluate_bounds as evaluate_bounds
+    from pi_gguf.evaluate.compare import compare as compare
+    from pi_gguf.evaluate.kl import evaluate_kl as evaluate_kl
+    from pi_gguf.evaluate.matrix import evaluate_matrix as evaluate_matrix
+    from pi_gguf.evaluate.needle import evaluate_needle as evaluate_needle
+    from pi_gguf.evaluate.passkey import evaluate_passkey as evaluate_passkey
+    from pi_gguf.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
+    from pi_gguf.evaluate.report import evaluate_all as evaluate_all
+    from pi_gguf.evaluate.ruler import evaluate_ruler as evaluate_ruler
+    from pi_gguf.evaluate.short import evaluate_short as evaluate_short
+    from pi_gguf.evaluate.summarize import evaluate_summaries as evaluate_summaries
     from pi_gguf.finetune import extend as extend
     from pi_gguf.gguf.certificate import certify as certify
     from pi_gguf.imatrix import compute_imatrix as compute_imatrix
     from pi_gguf.inspection import inspect as inspect
-    from pi_gguf.matrix import evaluate_matrix as evaluate_matrix
     from pi_gguf.model_card import card as card
-    from pi_gguf.needle import evaluate_needle as evaluate_needle
     from pi_gguf.pipeline.convert import convert as convert
     from pi_gguf.pipeline.plan import plan as plan
     from pi_gguf.quantizing import quantize as quantize
     from pi_gguf.repairing import repair as repair
-    from pi_gguf.report import evaluate_all as evaluate_all
-    from pi_gguf.ruler import evaluate_ruler as evaluate_ruler
     from pi_gguf.runtime.model import open_model as open
-    from pi_gguf.short_tasks import evaluate_short as evaluate_short
-    from pi_gguf.summaries import evaluate_summaries as evaluate_summaries
 
 _PUBLIC = {
     "card": ("model_card", "card"),
     "certify": ("gguf.certificate", "certify"),
-    "compare": ("comparison", "compare"),
+    "compare": ("evaluate.compare", "compare"),
     "compute_imatrix": ("imatrix", "compute_imatrix"),
     "convert": ("pipeline.convert", "convert"),
-    "evaluate_all": ("report", "evaluate_all"),
-    "evaluate_bounds": ("bounds", "evaluate_bounds"),
-    "evaluate_kl": ("divergence", "evaluate_kl"),
-    "evaluate_matrix": ("matrix", "evaluate_matrix"),
-    "evaluate_needle": ("needle", "evaluate_needle"),
-    "evaluate_passkey": ("evaluate", "evaluate_passkey"),
-    "evaluate_perplexity": ("evaluate", "evaluate_perplexity"),
-    "evaluate_ruler": ("ruler", "evaluate_ruler"),
-    "evaluate_short": ("short_tasks", "evaluate_short"),
-    "evaluate_summaries": ("summaries", "evaluate_summaries"),
+    "evaluate_all": ("evaluate.report", "evaluate_all"),
+    "evaluate_bounds": ("evaluate.bounds", "evaluate_bounds"),
+    "evaluate_kl": ("evaluate.kl", "evaluate_kl"),
+    "evaluate_matrix": ("evaluate.matrix", "evaluate_matrix"),
+    "evaluate_needle": ("evaluate.needle", "evaluate_needle"),
+    "evaluate_passkey": ("evaluate.passkey", "evaluate_passkey"),
+    "evaluate_perplexity": ("evaluate.perplexity", "evaluate_perplexity"),
+    "evaluate_ruler": ("evaluate.ruler", "evaluate_ruler"),
+    "evaluate_short": ("evaluate.short", "evaluate_short"),
+    "evaluate_summaries": ("evaluate.summarize", "evaluate_summaries"),
     "extend": ("finetune", "extend"),
     "inspect": ("inspection", "inspect"),
     "open": ("runtime.model", "open_model"),

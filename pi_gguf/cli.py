@@ -40,7 +40,14 @@ _REPEATABLE = {
 _MANY = 20
 """A command with more parameters explains the most needed only, unless it is asked for all."""
 
-_WITH_TORCH = {"pipeline.convert", "finetune", "pipeline.demo", "report", "comparison", "bounds"}
+_WITH_TORCH = {
+    "pipeline.convert",
+    "finetune",
+    "pipeline.demo",
+    "evaluate.report",
+    "evaluate.compare",
+    "evaluate.bounds",
+}
 """Modules of commands that open Hugging Face models."""
 
 _PROMPT_BYTES = 2**26
@@ -422,7 +429,7 @@ def _show_needle(report: Any) -> str:
 
 
 def _show_ruler(report: Any) -> str:
-    from pi_gguf.ruler import mean_scores
+    from pi_gguf.evaluate.ruler import mean_scores
 
     means = {model: mean_scores([row for row in report.rows if row.model == model]) for model in report.models}
     title = f"score in percent; effective length: mean of at least {report.threshold:g}"
@@ -660,47 +667,47 @@ def models(as_json: bool) -> None:
 _EVALUATIONS = {
     "perplexity": (
         "Sliding-window perplexity at several windows.",
-        lambda: command("evaluate:evaluate_perplexity", _show_perplexity, name="perplexity"),
+        lambda: command("evaluate.perplexity:evaluate_perplexity", _show_perplexity, name="perplexity"),
     ),
     "passkey": (
         "Passkey retrieval by distance, and k_max.",
-        lambda: command("evaluate:evaluate_passkey", _show_passkey, name="passkey"),
+        lambda: command("evaluate.passkey:evaluate_passkey", _show_passkey, name="passkey"),
     ),
     "needle": (
         "A needle in a haystack of prose, by window and depth.",
-        lambda: command("needle:evaluate_needle", _show_needle, name="needle"),
+        lambda: command("evaluate.needle:evaluate_needle", _show_needle, name="needle"),
     ),
     "ruler": (
         "Needles, variables and counts of words; the effective length.",
-        lambda: command("ruler:evaluate_ruler", _show_ruler, name="ruler"),
+        lambda: command("evaluate.ruler:evaluate_ruler", _show_ruler, name="ruler"),
     ),
     "short": (
         "Short benchmarks by lm-evaluation-harness, before and after.",
-        lambda: command("short_tasks:evaluate_short", _show_short, name="short"),
+        lambda: command("evaluate.short:evaluate_short", _show_short, name="short"),
     ),
     "summarize": (
         "Summaries of long documents, by ROUGE.",
-        lambda: command("summaries:evaluate_summaries", _show_summaries, name="summarize"),
+        lambda: command("evaluate.summarize:evaluate_summaries", _show_summaries, name="summarize"),
     ),
     "compare": (
         "Ways to reach a longer window without training, side by side.",
-        lambda: command("comparison:compare", _show_compare),
+        lambda: command("evaluate.compare:compare", _show_compare),
     ),
     "matrix": (
         "What quantizations and quantized KV caches cost at depth.",
-        lambda: command("matrix:evaluate_matrix", _show_matrix, name="matrix"),
+        lambda: command("evaluate.matrix:evaluate_matrix", _show_matrix, name="matrix"),
     ),
     "report": (
         "The paper's tables and figure 2 on one page, beside your numbers.",
-        lambda: command("report:evaluate_all", _show_report, name="report"),
+        lambda: command("evaluate.report:evaluate_all", _show_report, name="report"),
     ),
     "bounds": (
         "The paper's bounds and attention curves on a model's own weights.",
-        lambda: command("bounds:evaluate_bounds", _show_bounds, name="bounds"),
+        lambda: command("evaluate.bounds:evaluate_bounds", _show_bounds, name="bounds"),
     ),
     "kl": (
         "KL divergence from a reference, by position.",
-        lambda: command("divergence:evaluate_kl", _show_kl, name="kl"),
+        lambda: command("evaluate.kl:evaluate_kl", _show_kl, name="kl"),
     ),
 }
 

@@ -18,11 +18,7 @@ from urllib.parse import quote
 from pi_gguf.common.files import check_writable, human_bytes, open_plain, write_text, writes
 from pi_gguf.common.tables import markdown_table
 from pi_gguf.errors import OptionError
-from pi_gguf.gguf.certificate import Certificate
-from pi_gguf.gguf.file import read_gguf
-from pi_gguf.gguf.header import read_header, tensors_sha256
-from pi_gguf.measure.results import PageReport
-from pi_gguf.report import (
+from pi_gguf.evaluate.report import (
     divergence_table,
     draw_divergences,
     draw_passkeys,
@@ -31,6 +27,10 @@ from pi_gguf.report import (
     perplexity_table,
     short_table,
 )
+from pi_gguf.gguf.certificate import Certificate
+from pi_gguf.gguf.file import read_gguf
+from pi_gguf.gguf.header import read_header, tensors_sha256
+from pi_gguf.measure.results import PageReport
 from pi_gguf.scaling.rope import RopeScaling
 
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")

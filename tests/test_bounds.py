@@ -12,9 +12,9 @@ from test_families import make_model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import pi_gguf
-from pi_gguf.bounds import _draw_products, _partial_sums
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, UnsupportedError
+from pi_gguf.evaluate.bounds import _draw_products, _partial_sums
 
 
 def rotated_scores(q, k, distances, theta):
@@ -31,7 +31,7 @@ def test_scores_are_those_of_rotated_queries_and_keys(llama, monkeypatch):
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=32), rng.normal(size=32)
     product = (q[:16] + 1j * q[16:]) * (k[:16] - 1j * k[16:])
-    monkeypatch.setattr("pi_gguf.bounds._draw_products", lambda *_: (product[None], 32))
+    monkeypatch.setattr("pi_gguf.evaluate.bounds._draw_products", lambda *_: (product[None], 32))
     report = pi_gguf.evaluate_bounds(str(llama), context=256)
     theta = 10000.0 ** (-np.arange(16) / 16)
     scores = rotated_scores(q, k, np.arange(256), theta)

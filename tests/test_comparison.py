@@ -56,7 +56,7 @@ def test_a_comparison_goes_on(model, text, tmp_path, monkeypatch, cli):
     command += ("--keys", "1", "--keep", tmp_path / "kept.jsonl", "--plot", tmp_path / "compare.png")
     code, first, _ = cli(*command)
     assert code == 0 and "SuperHOT" in first and (tmp_path / "compare.png").exists()
-    monkeypatch.setattr("pi_gguf.comparison.evaluate_perplexity", None)  # nothing is measured again
+    monkeypatch.setattr("pi_gguf.evaluate.compare.evaluate_perplexity", None)  # nothing is measured again
     code, again, _ = cli(*command, "--overwrite")
     assert code == 0 and again == first
 

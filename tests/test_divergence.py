@@ -153,12 +153,12 @@ def test_a_matrix_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
         measured.append((model, more["type_k"]))
         return evaluate(model, **more)
 
-    monkeypatch.setattr("pi_gguf.matrix.evaluate_kl", lambda *a, **k: watched(*a, stop=3, **k))
+    monkeypatch.setattr("pi_gguf.evaluate.matrix.evaluate_kl", lambda *a, **k: watched(*a, stop=3, **k))
     with pytest.raises(KeyboardInterrupt):
         pi_gguf.evaluate_matrix(*names, **options)
     with keep.open("ab") as file:
         file.write(b'{"item": {"mod')  # as a kill leaves it
-    monkeypatch.setattr("pi_gguf.matrix.evaluate_kl", watched)
+    monkeypatch.setattr("pi_gguf.evaluate.matrix.evaluate_kl", watched)
     report = pi_gguf.evaluate_matrix(*names, **options)
     assert measured == [(name, kind) for name in names for kind in ("f16", "q8_0")], "each once"
     assert len(keep.read_text().splitlines()) == 4

@@ -18,7 +18,6 @@ from pi_gguf.common.options import (
     ProofOptions,
     ServerOptions,
     SpreadOptions,
-    SuiteOptions,
     TargetKeywords,
     TargetOptions,
     TuneKeywords,
@@ -30,6 +29,7 @@ from pi_gguf.common.options import (
     take,
 )
 from pi_gguf.errors import OptionError
+from pi_gguf.evaluate.options import SuiteOptions
 from pi_gguf.pipeline.options import ConvertKeywords
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))

@@ -13,9 +13,9 @@ from conftest import make_llama
 
 import pi_gguf
 from pi_gguf.bundled import novels
+from pi_gguf.evaluate.report import passkey_table
 from pi_gguf.gguf.header import Entry, read_header, tensors_sha256, write_changed
 from pi_gguf.measure.results import PageReport, PasskeyCell, ShortReport
-from pi_gguf.report import passkey_table
 
 BASE, CONTEXT = 512, 1024
 

@@ -13,9 +13,9 @@ import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
+from pi_gguf.evaluate.short import RACE_MIDDLE, evaluate_short, harness_model
 from pi_gguf.hf_model import HfModel
 from pi_gguf.runtime.model import Model
-from pi_gguf.short_tasks import RACE_MIDDLE, evaluate_short, harness_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness")
 

@@ -11,9 +11,9 @@ import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
+from pi_gguf.evaluate.summarize import CUE, HEAD, rouge
 from pi_gguf.hf_model import HfModel
 from pi_gguf.runtime.model import Model
-from pi_gguf.summaries import CUE, HEAD, rouge
 from pi_gguf.texts import read_pairs
 
 WINDOW = 512
@@ -86,7 +86,7 @@ def test_a_file_is_opened_for_what_is_read_and_written(gguf_path, data, monkeypa
 def test_a_finished_summary_is_kept(gguf_path, data, tmp_path, monkeypatch):
     options = {"data": str(data), "max_tokens": 5, "keep": str(tmp_path / "kept.jsonl")}
     first = pi_gguf.evaluate_summaries(str(gguf_path), **options)
-    monkeypatch.setattr("pi_gguf.summaries.summarize", None)  # nothing is written again
+    monkeypatch.setattr("pi_gguf.evaluate.summarize.summarize", None)  # nothing is written again
     assert pi_gguf.evaluate_summaries(str(gguf_path), **options).rows == first.rows
     with pytest.raises(TypeError):
         pi_gguf.evaluate_summaries(str(gguf_path), **{**options, "max_tokens": 6})

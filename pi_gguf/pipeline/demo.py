@@ -21,7 +21,8 @@ from pi_gguf.common.progress import duration, say
 from pi_gguf.common.provenance import provenance, without_folders
 from pi_gguf.common.tables import markdown_table
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
+from pi_gguf.evaluate.passkey import evaluate_passkey
+from pi_gguf.evaluate.perplexity import evaluate_perplexity
 from pi_gguf.finetune import extend
 from pi_gguf.measure.plots import plot_passkeys, plot_perplexity
 from pi_gguf.measure.results import PasskeyCell, PasskeyReport, PerplexityRow

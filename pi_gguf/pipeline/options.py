@@ -9,11 +9,11 @@ from pi_gguf.common.options import (
     ProofOptions,
     ServerOptions,
     SpreadOptions,
-    SuiteOptions,
     TuneKeywords,
     TuneOptions,
     WriteOptions,
 )
+from pi_gguf.evaluate.options import SuiteOptions
 
 GROUPS: tuple[type[Options], ...] = (
     TuneOptions, SpreadOptions, WriteOptions, ProofOptions, ServerOptions, SuiteOptions,

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import MatrixKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.options import TargetOptions, flat, take
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import sha256
-from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError
+from pi_gguf.evaluate.kl import evaluate_kl
+from pi_gguf.evaluate.options import MatrixKeywords, SuiteOptions
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.llamacpp.cache import CACHE_TYPES
 from pi_gguf.measure.journal import Kept

@@ -22,16 +22,17 @@ from typing import Unpack
 from pi_gguf import bundled
 from pi_gguf.bundled.passkey import EVALUATION_FILLER
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import RetrievalKeywords, ServerOptions, SuiteOptions, flat, take
+from pi_gguf.common.options import ServerOptions, flat, take
 from pi_gguf.common.progress import Advance
 from pi_gguf.errors import OptionError
+from pi_gguf.evaluate.needle import needle_item
+from pi_gguf.evaluate.options import RetrievalKeywords, SuiteOptions
+from pi_gguf.evaluate.suite import Suite, check_counts
 from pi_gguf.measure.haystack import Item, ask, fit, hide, sentences
 from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.plots import plot_ruler
 from pi_gguf.measure.results import RulerReport, RulerRow
-from pi_gguf.needle import needle_item
-from pi_gguf.suite import Suite, check_counts
 
 THRESHOLD = 85.6
 """Percent: what Llama-2-7B-chat has at 4096 tokens over the paper's tasks."""

@@ -11,11 +11,13 @@ from typing import Any, Unpack
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import ComparisonKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.options import TargetOptions, flat, take
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import library_versions, provenance, sha256
 from pi_gguf.errors import OptionError
-from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
+from pi_gguf.evaluate.options import ComparisonKeywords, SuiteOptions
+from pi_gguf.evaluate.passkey import evaluate_passkey
+from pi_gguf.evaluate.perplexity import evaluate_perplexity
 from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.plots import check_plot, plot_perplexity
 from pi_gguf.measure.results import ComparisonReport, ComparisonRow, PerplexityRow

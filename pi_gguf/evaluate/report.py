@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pi_gguf import bundled
-from pi_gguf.bounds import evaluate_bounds
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import open_folder, write_json, write_text, writes
-from pi_gguf.common.options import PageKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.options import TargetOptions, flat, take
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import provenance, without_folders
-from pi_gguf.divergence import evaluate_kl
 from pi_gguf.errors import OptionError, PiGgufError
-from pi_gguf.evaluate import evaluate_passkey, evaluate_perplexity
+from pi_gguf.evaluate.bounds import evaluate_bounds
+from pi_gguf.evaluate.kl import evaluate_kl
+from pi_gguf.evaluate.options import PageKeywords, SuiteOptions
+from pi_gguf.evaluate.passkey import evaluate_passkey
+from pi_gguf.evaluate.perplexity import evaluate_perplexity
+from pi_gguf.evaluate.short import evaluate_short
 from pi_gguf.gguf.header import is_gguf, tensors_sha256
 from pi_gguf.measure.passkey import k_max
 from pi_gguf.measure.plots import plot_bounds, plot_matrix, plot_passkeys, plot_perplexity
@@ -38,7 +41,6 @@ from pi_gguf.measure.results import (
     PerplexityRow,
     ShortReport,
 )
-from pi_gguf.short_tasks import evaluate_short
 from pi_gguf.targets import check_targets, doublings, is_url, window_of
 
 PAPER_PERPLEXITY = {

@@ -19,13 +19,14 @@ from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.common.files import open_plain, writes
-from pi_gguf.common.options import ShortKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.options import TargetOptions, flat, take
 from pi_gguf.common.provenance import library_versions, package_version, sha256
 from pi_gguf.errors import OptionError, TextError, one_line
+from pi_gguf.evaluate.options import ShortKeywords, SuiteOptions
+from pi_gguf.evaluate.suite import Suite, check_counts
 from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.results import ShortReport, TaskRow
-from pi_gguf.suite import Suite, check_counts
 from pi_gguf.targets import identity
 from pi_gguf.texts import as_dataset
 
@@ -285,6 +286,6 @@ def harness_model(lm: LanguageModel, task: str, max_length: int | None = None) -
         task: for messages.
         max_length: most tokens that it is asked at once; its window when None, or when that is less.
     """
-    from pi_gguf.harness import HarnessModel
+    from pi_gguf.evaluate.harness import HarnessModel
 
     return HarnessModel(lm, task, min(lm.window, max_length or lm.window))

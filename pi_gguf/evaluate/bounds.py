@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import BoundsKeywords, SuiteOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.provenance import provenance
 from pi_gguf.errors import OptionError, UnsupportedError
+from pi_gguf.evaluate.options import BoundsKeywords, SuiteOptions
+from pi_gguf.evaluate.suite import check_counts
 from pi_gguf.measure.plots import check_plot, plot_bounds
 from pi_gguf.measure.results import BoundsReport
-from pi_gguf.suite import check_counts
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import DivergenceKeywords, SuiteOptions, TargetOptions, flat, take
+from pi_gguf.common.options import TargetOptions, flat, take
 from pi_gguf.common.progress import progress_bar
 from pi_gguf.common.provenance import provenance, sha256
 from pi_gguf.errors import OptionError, TextError
+from pi_gguf.evaluate.options import DivergenceKeywords, SuiteOptions
+from pi_gguf.evaluate.suite import check_counts
 from pi_gguf.measure.kl import in_step, kl_divergence, position_ranges
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.plots import check_plot, plot_divergence
 from pi_gguf.measure.results import DivergenceReport, DivergenceRow
-from pi_gguf.suite import check_counts
 from pi_gguf.targets import check_targets, opened
 from pi_gguf.texts import read_texts
 
