@@ -28,7 +28,7 @@ from convert import measure  # noqa: E402
 from pi_gguf.checkpoint.checkpoint import load_checkpoint  # noqa: E402
 from pi_gguf.common.files import write_json  # noqa: E402
 from pi_gguf.common.provenance import provenance  # noqa: E402
-from pi_gguf.targets import doublings  # noqa: E402
+from pi_gguf.models.targets import doublings  # noqa: E402
 
 PI_GGUF = [sys.executable, "-m", "pi_gguf"]
 

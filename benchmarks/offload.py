@@ -506,7 +506,7 @@ class Bench:
         import torch
 
         from pi_gguf.checkpoint.checkpoint import load_checkpoint
-        from pi_gguf.hf_model import HfModel
+        from pi_gguf.models.hf import HfModel
 
         key = (hash(tuple(ids)), context)
         if key not in self._references or len(self._references[key]) < count:

@@ -18,9 +18,9 @@ from pi_gguf.common.files import human_bytes
 from pi_gguf.common.progress import say, stage
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, one_line
 from pi_gguf.gguf.file import read_gguf
-from pi_gguf.hf_model import HfModel
 from pi_gguf.measure.kl import kl_divergence
 from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.models.hf import HfModel
 from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.rope import check_consistent
 from pi_gguf.vocabulary.keys import end_tokens

@@ -18,9 +18,9 @@ from pi_gguf.common.machine import free_memory
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.hf_model import HfModel, HfTokens, tokenize_with
 from pi_gguf.measure.passkey import PasskeyPrompts, k_max, passkey_cells
 from pi_gguf.measure.perplexity import Yardstick
+from pi_gguf.models.hf import HfModel, HfTokens, tokenize_with
 from pi_gguf.processes import agree
 
 if TYPE_CHECKING:

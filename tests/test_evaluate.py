@@ -17,16 +17,16 @@ import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.bundled.passkey import EVALUATION_FILLER, INTRODUCTION, draw_key, is_evaluation_key
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.common.options import ServerOptions, TargetOptions
 from pi_gguf.errors import OptionError
-from pi_gguf.hf_model import HfModel
 from pi_gguf.measure.language_model import common_prefix
 from pi_gguf.measure.passkey import PasskeyPrompts, k_max
 from pi_gguf.measure.perplexity import sampled_windows, sliding_windows
 from pi_gguf.measure.plots import plot_passkeys
 from pi_gguf.measure.results import PasskeyCell, PasskeyReport
+from pi_gguf.models.hf import HfModel
+from pi_gguf.models.options import ServerOptions, TargetOptions
+from pi_gguf.models.targets import choose_windows
 from pi_gguf.runtime.model import Model
-from pi_gguf.targets import choose_windows
 
 
 @pytest.fixture(scope="module")

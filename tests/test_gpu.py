@@ -398,8 +398,8 @@ def last_logits(lm, ids):
 
 
 def test_logits_of_llama_cpp_are_those_of_transformers(files, llama_device):
-    from pi_gguf.hf_model import HfModel
     from pi_gguf.measure.kl import kl_divergence
+    from pi_gguf.models.hf import HfModel
 
     folder, window = files
     lm = HfModel(load_checkpoint("bundled:tiny").extended(window), device="cpu")
@@ -421,8 +421,8 @@ def test_logits_of_llama_cpp_are_those_of_transformers(files, llama_device):
 
 def test_a_certificate_is_measured(llama, llama_device, tmp_path):
     """On a card the bundled model at its own window: passkeys are all found. On the CPU a random one, for the time."""
-    from pi_gguf.hf_model import HfModel
     from pi_gguf.measure.perplexity import Yardstick
+    from pi_gguf.models.hf import HfModel
 
     model, require = ("bundled:tiny", "k_max>=2048,ppl_ratio<=1.02")
     if llama_device == "cpu":

@@ -12,7 +12,7 @@ from test_rope import BASE, angles, rotary
 import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, UnsupportedError
-from pi_gguf.hf_model import HfModel
+from pi_gguf.models.hf import HfModel
 from pi_gguf.scaling.methods import METHODS, find_method
 from pi_gguf.scaling.rope import RopeScaling, check_consistent
 

@@ -13,8 +13,8 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.evaluate.needle import INTRODUCTION, evaluate_needle, needle_item
-from pi_gguf.hf_model import HfModel, HfTokens
 from pi_gguf.measure.haystack import Item, fit, hide, sentences
+from pi_gguf.models.hf import HfModel, HfTokens
 from pi_gguf.runtime.model import Model
 
 NEEDLE = re.compile(r"The secret number of the (\w+) is (\d{7})\.")

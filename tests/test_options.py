@@ -16,10 +16,7 @@ from pi_gguf.common import options
 from pi_gguf.common.options import (
     ExtendKeywords,
     ProofOptions,
-    ServerOptions,
     SpreadOptions,
-    TargetKeywords,
-    TargetOptions,
     TuneKeywords,
     TuneOptions,
     WriteOptions,
@@ -30,6 +27,7 @@ from pi_gguf.common.options import (
 )
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate.options import SuiteOptions
+from pi_gguf.models.options import ServerOptions, TargetKeywords, TargetOptions
 from pi_gguf.pipeline.options import ConvertKeywords
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))

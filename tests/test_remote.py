@@ -13,7 +13,7 @@ import pi_gguf
 from pi_gguf.bundled import TINY
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
-from pi_gguf.remote import RemoteModel
+from pi_gguf.models.server import RemoteModel
 
 
 @contextmanager

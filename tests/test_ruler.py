@@ -15,9 +15,9 @@ import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate.ruler import TASKS, draw_item, effective_length, evaluate_ruler, mean_scores
-from pi_gguf.hf_model import HfModel
 from pi_gguf.measure.haystack import fit, score
 from pi_gguf.measure.results import RulerRow
+from pi_gguf.models.hf import HfModel
 from pi_gguf.runtime.model import Model
 
 WINDOW = 4096

@@ -14,7 +14,7 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.evaluate.short import RACE_MIDDLE, evaluate_short, harness_model
-from pi_gguf.hf_model import HfModel
+from pi_gguf.models.hf import HfModel
 from pi_gguf.runtime.model import Model
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness")

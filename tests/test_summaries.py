@@ -12,7 +12,7 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.evaluate.summarize import CUE, HEAD, rouge
-from pi_gguf.hf_model import HfModel
+from pi_gguf.models.hf import HfModel
 from pi_gguf.runtime.model import Model
 from pi_gguf.texts import read_pairs
 

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import TargetOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import library_versions, provenance, sha256
 from pi_gguf.errors import OptionError
@@ -21,7 +21,8 @@ from pi_gguf.evaluate.perplexity import evaluate_perplexity
 from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.plots import check_plot, plot_perplexity
 from pi_gguf.measure.results import ComparisonReport, ComparisonRow, PerplexityRow
-from pi_gguf.targets import doublings
+from pi_gguf.models.options import TargetOptions
+from pi_gguf.models.targets import doublings
 from pi_gguf.texts import read_texts
 
 SUPERHOT_FACTOR = 4

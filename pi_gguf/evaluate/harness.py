@@ -18,8 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pi_gguf.common.progress import Advance, progress_bar
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.hf_model import HfTokens
 from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.models.hf import HfTokens
 from pi_gguf.runtime.model import Model
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import TargetOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import progress_bar
 from pi_gguf.common.provenance import provenance, sha256
 from pi_gguf.errors import OptionError, TextError
@@ -21,7 +21,8 @@ from pi_gguf.measure.kl import in_step, kl_divergence, position_ranges
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.plots import check_plot, plot_divergence
 from pi_gguf.measure.results import DivergenceReport, DivergenceRow
-from pi_gguf.targets import check_targets, opened
+from pi_gguf.models.options import TargetOptions
+from pi_gguf.models.targets import check_targets, opened
 from pi_gguf.texts import read_texts
 
 if TYPE_CHECKING:

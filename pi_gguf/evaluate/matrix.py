@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import TargetOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError
@@ -23,7 +23,8 @@ from pi_gguf.llamacpp.cache import CACHE_TYPES
 from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.plots import check_plot, plot_matrix
 from pi_gguf.measure.results import DivergenceReport, MatrixReport
-from pi_gguf.targets import identity
+from pi_gguf.models.options import TargetOptions
+from pi_gguf.models.targets import identity
 from pi_gguf.texts import read_texts
 
 

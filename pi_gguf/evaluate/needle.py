@@ -15,7 +15,7 @@ from typing import Unpack
 
 from pi_gguf import bundled
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import ServerOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import Advance
 from pi_gguf.common.provenance import sha256
 from pi_gguf.evaluate.options import NeedleKeywords, SuiteOptions
@@ -25,6 +25,7 @@ from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.plots import plot_needle
 from pi_gguf.measure.results import NeedleCell, NeedleReport
+from pi_gguf.models.options import ServerOptions
 from pi_gguf.texts import read_texts
 
 INTRODUCTION = "The pages below tell secret numbers of things. Keep them in mind: one is asked for at the end.\n\n"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from pi_gguf.common.options import DeviceKeywords, Options, TargetKeywords, option
+from pi_gguf.common.options import Options, option
+from pi_gguf.models.options import DeviceKeywords, TargetKeywords
 
 
 @dataclass(frozen=True, kw_only=True)

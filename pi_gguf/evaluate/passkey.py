@@ -9,13 +9,14 @@ import itertools
 from typing import Any, Unpack
 
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import ServerOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.evaluate.options import RetrievalKeywords, SuiteOptions
 from pi_gguf.evaluate.suite import Suite, check_counts
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.passkey import k_max, passkey_cells
 from pi_gguf.measure.plots import plot_passkeys
 from pi_gguf.measure.results import PasskeyReport
+from pi_gguf.models.options import ServerOptions
 
 
 @writes("keep", "plot")

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import TargetOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError
@@ -24,6 +24,7 @@ from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.perplexity import measure_documents, position_rows, rows_by_window
 from pi_gguf.measure.plots import plot_perplexity
 from pi_gguf.measure.results import PerplexityReport
+from pi_gguf.models.options import TargetOptions
 from pi_gguf.texts import read_texts
 
 

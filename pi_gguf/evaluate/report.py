@@ -18,7 +18,7 @@ from typing import Any, Unpack
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import open_folder, write_json, write_text, writes
-from pi_gguf.common.options import TargetOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import provenance, without_folders
 from pi_gguf.errors import OptionError, PiGgufError
@@ -41,7 +41,8 @@ from pi_gguf.measure.results import (
     PerplexityRow,
     ShortReport,
 )
-from pi_gguf.targets import check_targets, doublings, is_url, window_of
+from pi_gguf.models.options import TargetOptions
+from pi_gguf.models.targets import check_targets, doublings, is_url, window_of
 
 PAPER_PERPLEXITY = {
     "LLaMA 7B, no scaling": ("7.20", "> 1000", "> 1000", "> 1000", "> 1000"),

@@ -22,7 +22,7 @@ from typing import Unpack
 from pi_gguf import bundled
 from pi_gguf.bundled.passkey import EVALUATION_FILLER
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import ServerOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import Advance
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate.needle import needle_item
@@ -33,6 +33,7 @@ from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.plots import plot_ruler
 from pi_gguf.measure.results import RulerReport, RulerRow
+from pi_gguf.models.options import ServerOptions
 
 THRESHOLD = 85.6
 """Percent: what Llama-2-7B-chat has at 4096 tokens over the paper's tasks."""

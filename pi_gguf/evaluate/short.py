@@ -19,7 +19,7 @@ from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.common.files import open_plain, writes
-from pi_gguf.common.options import TargetOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.provenance import library_versions, package_version, sha256
 from pi_gguf.errors import OptionError, TextError, one_line
 from pi_gguf.evaluate.options import ShortKeywords, SuiteOptions
@@ -27,7 +27,8 @@ from pi_gguf.evaluate.suite import Suite, check_counts
 from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.results import ShortReport, TaskRow
-from pi_gguf.targets import identity
+from pi_gguf.models.options import TargetOptions
+from pi_gguf.models.targets import identity
 from pi_gguf.texts import as_dataset
 
 _FOLDERS = ("super_glue/boolq", "piqa", "race", "winogrande")

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from pi_gguf.common.options import TargetOptions, flag
+from pi_gguf.common.options import flag
 from pi_gguf.common.provenance import provenance
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate.options import SuiteOptions
 from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.plots import check_plot
-from pi_gguf.targets import check_targets, choose_windows, identity, opened
+from pi_gguf.models.options import TargetOptions
+from pi_gguf.models.targets import check_targets, choose_windows, identity, opened
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from typing import Unpack
 
 from pi_gguf import bundled
 from pi_gguf.common.files import writes
-from pi_gguf.common.options import ServerOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import Advance, say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError
@@ -23,6 +23,7 @@ from pi_gguf.evaluate.suite import Suite, check_counts
 from pi_gguf.measure.journal import Kept
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.results import SummariesReport, SummaryRow
+from pi_gguf.models.options import ServerOptions
 from pi_gguf.texts import read_pairs
 
 HEAD = "Read the following article and then summarize it.\n\n"

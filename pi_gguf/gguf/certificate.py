@@ -23,9 +23,9 @@ from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CertificateError, CheckError, GgufError, OptionError, ResourceError, TextError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import MEASURED, Entry, Header, read_header, write_changed
-from pi_gguf.hf_model import HfModel
 from pi_gguf.measure.passkey import k_max, passkey_cells
 from pi_gguf.measure.perplexity import Yardstick
+from pi_gguf.models.hf import HfModel
 from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.rope import RopeScaling
 

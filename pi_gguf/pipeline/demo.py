@@ -26,9 +26,9 @@ from pi_gguf.evaluate.perplexity import evaluate_perplexity
 from pi_gguf.finetune import extend
 from pi_gguf.measure.plots import plot_passkeys, plot_perplexity
 from pi_gguf.measure.results import PasskeyCell, PasskeyReport, PerplexityRow
+from pi_gguf.models.targets import doublings
 from pi_gguf.pipeline.convert import convert
 from pi_gguf.pipeline.plan import plan, reading_seconds
-from pi_gguf.targets import doublings
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
 BASE, BEFORE, AFTER = (

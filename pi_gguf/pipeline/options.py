@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pi_gguf.common.options import (
-    Options,
-    ProofOptions,
-    ServerOptions,
-    SpreadOptions,
-    TuneKeywords,
-    TuneOptions,
-    WriteOptions,
-)
+from pi_gguf.common.options import Options, ProofOptions, SpreadOptions, TuneKeywords, TuneOptions, WriteOptions
 from pi_gguf.evaluate.options import SuiteOptions
+from pi_gguf.models.options import ServerOptions
 
 GROUPS: tuple[type[Options], ...] = (
     TuneOptions, SpreadOptions, WriteOptions, ProofOptions, ServerOptions, SuiteOptions,

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
-from pi_gguf.hf_model import HfTokens
+from pi_gguf.models.hf import HfTokens
 
 if TYPE_CHECKING:
     import numpy as np

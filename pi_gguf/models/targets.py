@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.common.options import ServerOptions, TargetOptions
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import library_versions
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import is_gguf
 from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.models.options import ServerOptions, TargetOptions
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def opened(
         return
     lm: LanguageModel
     if is_url(model):
-        from pi_gguf.remote import RemoteModel
+        from pi_gguf.models.server import RemoteModel
 
         lm = RemoteModel(model, load_checkpoint(str(_tokenizer(target)), weights=False), n_ctx)
     elif is_gguf(model):
@@ -47,7 +47,7 @@ def opened(
             n_ctx = min(at_most, window_of(model))
         lm = Model(model, n_ctx=n_ctx, device=target.device, type_k=target.type_k, type_v=target.type_v)
     else:
-        from pi_gguf.hf_model import HfModel
+        from pi_gguf.models.hf import HfModel
 
         checkpoint = load_checkpoint(model)
         if target.context is not None:
