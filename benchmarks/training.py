@@ -284,8 +284,8 @@ class Clock:
 def plan(folder: str | Path, train: str, context: int, steps: int, device: str) -> tuple[Any, Any]:
     """Return the extended checkpoint and the plan of a run on one whole sequence a step."""
     from pi_gguf.checkpoint.checkpoint import load_checkpoint
-    from pi_gguf.common.options import TuneOptions
-    from pi_gguf.pipeline.plan import plan_training
+    from pi_gguf.tune.choose import plan_training
+    from pi_gguf.tune.options import TuneOptions
 
     checkpoint = load_checkpoint(str(folder)).extended(context)
     tune = TuneOptions(steps=steps, train_window=context, learning_rate=1e-6, batch_tokens=context, train=train)
@@ -297,10 +297,10 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     import numpy as np
     import torch
 
-    from pi_gguf import training as module
     from pi_gguf.common.machine import free_memory
-    from pi_gguf.pipeline.plan import Activations, estimate_training_memory, fit_activations
-    from pi_gguf.processes import Spread
+    from pi_gguf.tune import trainer as module
+    from pi_gguf.tune.memory import Activations, estimate_training_memory, fit_activations
+    from pi_gguf.tune.processes import Spread
 
     checkpoint, training = plan(job["folder"], job["train"], job["context"], len(job["rows"]), device)
     whole = plan(job["whole"], job["train"], job["context"], len(job["rows"]), device)[0]
@@ -432,7 +432,7 @@ def work(who: str, device: str, pipe: Any) -> None:
     import torch
     import transformers
 
-    import pi_gguf.training  # noqa: F401
+    import pi_gguf.tune.trainer  # noqa: F401
 
     transformers.utils.logging.disable_progress_bar()
     pipe.send("ready")
@@ -530,7 +530,7 @@ def measured_layers(case: Case, shape: Shape, folder: Any, device: str) -> list[
         folder: makes one with the config of so many layers.
     """
     from pi_gguf.common.machine import free_memory
-    from pi_gguf.pipeline.plan import Activations, estimate_training_memory
+    from pi_gguf.tune.memory import Activations, estimate_training_memory
 
     whole = shape.num_hidden_layers
     if case.least:
@@ -649,7 +649,7 @@ def bench(args: argparse.Namespace, cases: list[Case], contenders: list[str], pl
 
     from pi_gguf.common.files import write_json
     from pi_gguf.common.provenance import package_version, provenance
-    from pi_gguf.lora import no_4_bits
+    from pi_gguf.tune.lora import no_4_bits
 
     device, cuda = args.device, args.device == "cuda"
     record: dict[str, Any] = {"scale": args.scale, "card": card() if cuda else None}

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pi_gguf.evaluate.ruler import evaluate_ruler as evaluate_ruler
     from pi_gguf.evaluate.short import evaluate_short as evaluate_short
     from pi_gguf.evaluate.summarize import evaluate_summaries as evaluate_summaries
-    from pi_gguf.finetune import extend as extend
     from pi_gguf.gguf.certificate import certify as certify
     from pi_gguf.imatrix import compute_imatrix as compute_imatrix
     from pi_gguf.inspection import inspect as inspect
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from pi_gguf.quantizing import quantize as quantize
     from pi_gguf.repairing import repair as repair
     from pi_gguf.runtime.model import open_model as open
+    from pi_gguf.tune.extend import extend as extend
 
 _PUBLIC = {
     "card": ("model_card", "card"),
@@ -52,7 +52,7 @@ _PUBLIC = {
     "evaluate_ruler": ("evaluate.ruler", "evaluate_ruler"),
     "evaluate_short": ("evaluate.short", "evaluate_short"),
     "evaluate_summaries": ("evaluate.summarize", "evaluate_summaries"),
-    "extend": ("finetune", "extend"),
+    "extend": ("tune.extend", "extend"),
     "inspect": ("inspection", "inspect"),
     "open": ("runtime.model", "open_model"),
     "plan": ("pipeline.plan", "plan"),

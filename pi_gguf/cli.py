@@ -42,7 +42,7 @@ _MANY = 20
 
 _WITH_TORCH = {
     "pipeline.convert",
-    "finetune",
+    "tune.extend",
     "pipeline.demo",
     "evaluate.report",
     "evaluate.compare",
@@ -715,7 +715,7 @@ _COMMANDS = {
     "plan": ("Say what a conversion would do and cost.", lambda: command("pipeline.plan:plan", _show_plan)),
     "extend": (
         "Fine-tune with Position Interpolation; write a Hugging Face folder.",
-        lambda: command("finetune:extend", _show_extend, reports=False),
+        lambda: command("tune.extend:extend", _show_extend, reports=False),
     ),
     "convert": (
         "The whole path: extend, write GGUF, quantize, check.",

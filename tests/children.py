@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 _server = multiprocessing.get_context("forkserver")  # a clean process that imports once, and forks
-_server.set_forkserver_preload(["transformers.trainer", "peft", "datasets", "pi_gguf.finetune", "pi_gguf.training"])
+_server.set_forkserver_preload(
+    ["transformers.trainer", "peft", "datasets", "pi_gguf.tune.extend", "pi_gguf.tune.trainer"]
+)
 
 
 def _run(arguments: list[str], environment: dict[str, str], exact: bool, streams: tuple[str, str]) -> None:
@@ -23,12 +25,12 @@ def _run(arguments: list[str], environment: dict[str, str], exact: bool, streams
     import torch
 
     import pi_gguf.pipeline.plan
-    import pi_gguf.training
+    import pi_gguf.tune.trainer
     from pi_gguf.cli import entry_point
 
     torch.set_num_threads(1)
     if exact:
-        pi_gguf.common.machine.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: False
+        pi_gguf.common.machine.fast_bf16 = pi_gguf.tune.trainer.fast_bf16 = lambda device: False
     sys.argv = ["pi-gguf", *arguments]
     entry_point()
 

@@ -1,7 +1,7 @@
 """One fine-tune in a process of its own: activations treated in a given way, memory measured, or killed in the middle.
 
 In: JSON as the only argument. `extend` are the arguments of `pi_gguf.extend`; `way` is the name of one of
-`pi_gguf.pipeline.plan._ACTIVATIONS`, whatever the free memory; `bf16` tells whether to compute so, whatever the device;
+`pi_gguf.tune.memory._ACTIVATIONS`, whatever the free memory; `bf16` tells whether to compute so, whatever the device;
 `kill_at` is the step in which the process kills itself; `measure_only` leaves out what comes beside the steps:
 checkpoints and the price. Out: pi_gguf.json on standard output.
 """
@@ -29,9 +29,9 @@ def child(given: dict[str, Any], seconds: float = 120) -> subprocess.CompletedPr
 
 def forced(way: str) -> Any:
     """Return a stand-in for `fit_activations` that always takes one way, and predicts what that needs."""
-    from pi_gguf.pipeline.plan import _ACTIVATIONS, estimate_training_memory
+    from pi_gguf.tune.memory import ACTIVATIONS, estimate_training_memory
 
-    (chosen,) = [one for one in _ACTIVATIONS if one.name == way]
+    (chosen,) = [one for one in ACTIVATIONS if one.name == way]
 
     def fit(checkpoint, training, device, *, shards=1):
         return chosen, estimate_training_memory(checkpoint, training, device, chosen, shards=shards)
@@ -58,13 +58,13 @@ def main() -> None:
 
     import pi_gguf
     import pi_gguf.pipeline.plan
-    import pi_gguf.training
-    import pi_gguf.validation
+    import pi_gguf.tune.trainer
+    import pi_gguf.tune.validation
 
     if given.get("way"):
-        pi_gguf.training.fit_activations = forced(given["way"])
+        pi_gguf.tune.trainer.fit_activations = forced(given["way"])
     if "bf16" in given:
-        pi_gguf.common.machine.fast_bf16 = pi_gguf.training.fast_bf16 = lambda device: given["bf16"]
+        pi_gguf.common.machine.fast_bf16 = pi_gguf.tune.trainer.fast_bf16 = lambda device: given["bf16"]
     if given.get("kill_at"):
         transformers.trainer.DEFAULT_CALLBACKS.append(_die_in(given["kill_at"]))
     if given.get("measure_only"):

@@ -346,7 +346,6 @@ def can_mount() -> bool:
 def run(folder: Path, *, kills: int, pairs: int, limits: int, fulls: int, seed: int, seconds: float) -> Summary:
     """Run trials of each kind in turn; stop after so many seconds."""
     import pi_gguf.evaluate.perplexity
-    import pi_gguf.finetune
     import pi_gguf.gguf.certificate
     import pi_gguf.imatrix
     import pi_gguf.model_card

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.tiles import tiled_mlps
+from pi_gguf.tune.tiles import tiled_mlps
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "training.py"
 _SPEC = importlib.util.spec_from_file_location("training_benchmark", SCRIPT)

@@ -15,19 +15,21 @@ from test_families import SHAPES, make_model
 from test_families import WINDOW as FAMILY_WINDOW
 
 import pi_gguf
-from pi_gguf import batches as batches_module
-from pi_gguf import corpus as corpus_module
 from pi_gguf import texts as texts_module
-from pi_gguf.batches import batch_positions, padded, takes_block_mask, training_batches
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import replace_when_complete
-from pi_gguf.common.options import TuneOptions
-from pi_gguf.corpus import load_corpus
-from pi_gguf.data import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
-from pi_gguf.pipeline.plan import Stage, estimate_training_memory, plan_training
 from pi_gguf.texts import HUB_DOCUMENTS, LONGEST, hub_documents, open_texts, read_texts
+from pi_gguf.tune import batches as batches_module
+from pi_gguf.tune import tokens as corpus_module
+from pi_gguf.tune.batches import batch_positions, padded, takes_block_mask, training_batches
+from pi_gguf.tune.choose import plan_training
+from pi_gguf.tune.memory import estimate_training_memory
+from pi_gguf.tune.options import TuneOptions
+from pi_gguf.tune.packing import describe_lengths, pack, pack_alone, pose_positions
+from pi_gguf.tune.plan import Stage
+from pi_gguf.tune.tokens import load_corpus
 
 DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", "The captain went on board. " * 9]
 
@@ -253,7 +255,7 @@ def test_a_torn_cache_is_made_again(llama, sources, tmp_path, tokenized, damage)
 
 
 def test_a_run_that_goes_on_does_not_tokenize_again(llama, tmp_path, tokenized, monkeypatch):
-    from pi_gguf import finetune
+    from pi_gguf.tune import extend as finetune
 
     text = tmp_path / "text.txt"
     text.write_text(DOCUMENTS[2] * 20)

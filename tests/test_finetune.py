@@ -14,13 +14,14 @@ from conftest import WINDOW, corpus_of
 from safetensors.torch import load_file
 
 import pi_gguf
-from pi_gguf.batches import TOKEN, batch_positions, padded, training_batches
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.common.options import TuneOptions
-from pi_gguf.data import pack, pose_positions
-from pi_gguf.losses import chunked_loss
-from pi_gguf.pipeline.plan import Stage, plan_training
-from pi_gguf.training import rate_share
+from pi_gguf.tune.batches import TOKEN, batch_positions, padded, training_batches
+from pi_gguf.tune.choose import plan_training
+from pi_gguf.tune.losses import chunked_loss
+from pi_gguf.tune.options import TuneOptions
+from pi_gguf.tune.packing import pack, pose_positions
+from pi_gguf.tune.plan import Stage
+from pi_gguf.tune.trainer import rate_share
 
 
 def test_documents_that_fit_are_never_cut_and_no_token_is_lost():

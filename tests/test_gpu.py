@@ -25,16 +25,17 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pi_gguf
-from pi_gguf.batches import batch_positions, padded, training_batches
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.common.options import TuneOptions
-from pi_gguf.lora import parts
-from pi_gguf.losses import chunked_loss
-from pi_gguf.pipeline.plan import _ACTIVATIONS, plan_training
+from pi_gguf.tune.batches import batch_positions, padded, training_batches
+from pi_gguf.tune.choose import plan_training
+from pi_gguf.tune.lora import parts
+from pi_gguf.tune.losses import chunked_loss
+from pi_gguf.tune.memory import ACTIVATIONS
+from pi_gguf.tune.options import TuneOptions
 
 pytestmark = pytest.mark.gpu
 
-KEPT, RECOMPUTED, TILED, OFFLOADED = (way.name for way in _ACTIVATIONS)
+KEPT, RECOMPUTED, TILED, OFFLOADED = (way.name for way in ACTIVATIONS)
 CONTEXT = 4 * WINDOW
 
 
@@ -74,7 +75,7 @@ def computing(*, bf16, way=None):
         for module in ("planning", "training"):
             patch.setattr(f"pi_gguf.{module}.fast_bf16", lambda device: bf16)
         if way:
-            patch.setattr("pi_gguf.training.fit_activations", forced(way))
+            patch.setattr("pi_gguf.tune.trainer.fit_activations", forced(way))
         yield
 
 

@@ -12,7 +12,7 @@ import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.checkpoint.record import RECORD_FILE, Record
 from pi_gguf.errors import CheckpointError, OptionError
-from pi_gguf.pipeline.plan import TrainingPlan
+from pi_gguf.tune.plan import TrainingPlan
 
 TOLD = {
     "source", "reason", "train_reason", "loss", "steps_done", "seconds", "device", "peak_memory_bytes",

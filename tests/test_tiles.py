@@ -8,7 +8,7 @@ from test_families import SHAPES, make_model
 from test_training import a_batch, largest_allocation, loss_and_gradients
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.tiles import tiled_mlps
+from pi_gguf.tune.tiles import tiled_mlps
 
 WITHOUT = {"bloom", "mixtral", "mpt", "olmoe", "qwen3_moe"}
 """Families whose only MLPs are experts, or take more than hidden states."""

@@ -23,26 +23,19 @@ from pi_gguf.adapters.adapted import with_adapters
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.common.machine import fast_bf16
-from pi_gguf.common.options import SpreadOptions, TuneOptions
 from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
-from pi_gguf.lora import add_adapters, parts
-from pi_gguf.losses import chunked_loss
-from pi_gguf.pipeline.plan import (
-    _ACTIVATIONS,
-    _memory,
-    _weights,
-    default_recipe,
-    estimate_training_memory,
-    fit_activations,
-    plan_training,
-)
-from pi_gguf.processes import check_spread
-from pi_gguf.tiles import tiled_mlps
-from pi_gguf.training import _as_known, check_reports
+from pi_gguf.tune.choose import default_recipe, plan_training
+from pi_gguf.tune.lora import add_adapters, parts
+from pi_gguf.tune.losses import chunked_loss
+from pi_gguf.tune.memory import ACTIVATIONS, _weights, estimate_training_memory, fit_activations, memory_of_windows
+from pi_gguf.tune.options import SpreadOptions, TuneOptions
+from pi_gguf.tune.processes import check_spread
+from pi_gguf.tune.tiles import tiled_mlps
+from pi_gguf.tune.trainer import _as_known, check_reports
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
-KEPT, RECOMPUTED, TILED, OFFLOADED = _ACTIVATIONS
+KEPT, RECOMPUTED, TILED, OFFLOADED = ACTIVATIONS
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +237,7 @@ def test_every_family_has_parts_here():
 def test_qlora_says_what_it_needs(llama, tmp_path, monkeypatch, cli):
     code, _, err = cli("extend", llama, tmp_path / "out", "--context", "256", "--train", "qlora", "--device", "cpu")
     assert code == 2 and "train qlora needs a CUDA GPU, got device cpu" in err and "hint: --train lora" in err
-    monkeypatch.setattr("pi_gguf.lora.find_spec", lambda name: None)
+    monkeypatch.setattr("pi_gguf.tune.lora.find_spec", lambda name: None)
     with pytest.raises(OptionError, match="needs bitsandbytes, which is not installed"):
         training_plan(llama, train="qlora", device="cuda", train_window=64)
 
@@ -282,7 +275,7 @@ def test_auto_takes_the_first_way_that_fits(llama, monkeypatch, cli):
 def test_auto_on_a_gpu_ends_with_4_bits(llama, monkeypatch):
     monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1)
     monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: True)
-    monkeypatch.setattr("pi_gguf.lora.find_spec", lambda name: object())
+    monkeypatch.setattr("pi_gguf.tune.lora.find_spec", lambda name: object())
     plan = training_plan(llama, train="auto", device="cuda")
     assert plan.train == "qlora" and "qlora takes about" in plan.train_reason
 
@@ -374,7 +367,7 @@ def test_the_predicted_memory_is_what_a_card_took(case, tmp_path, monkeypatch):
     checkpoint = load_checkpoint(str(tmp_path), config_only=True)
     train, activations, tokens = case
     monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: True)
-    found = _memory(checkpoint, tokens, activations=activations, train=train, rank=16, device="cuda")
+    found = memory_of_windows(checkpoint, tokens, activations=activations, train=train, rank=16, device="cuda")
     assert found / 1e9 == pytest.approx(CARD[case], rel=0.1)
 
 
@@ -386,7 +379,9 @@ def test_tiles_are_left_out_where_they_save_nothing(llama, monkeypatch):
 
 def test_a_run_in_tiles_has_the_same_losses(llama, tmp_path, text, monkeypatch):
     losses, used = [], []
-    monkeypatch.setattr("pi_gguf.training.tiled_mlps", lambda model, tile: used.append(tile) or tiled_mlps(model, tile))
+    monkeypatch.setattr(
+        "pi_gguf.tune.trainer.tiled_mlps", lambda model, tile: used.append(tile) or tiled_mlps(model, tile)
+    )
     for tile in (2048, 50):
         monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1)
         for module in ("planning", "training"):
@@ -564,7 +559,7 @@ def test_a_spread_that_cannot_work_is_refused_early(llama, tmp_path, monkeypatch
         code, _, err = cli(*command, *options)
         assert code == 2 and said in err, options
     (tmp_path / "zero.json").write_text("{}")
-    monkeypatch.setattr("pi_gguf.processes.find_spec", lambda name: None)
+    monkeypatch.setattr("pi_gguf.tune.processes.find_spec", lambda name: None)
     code, _, err = cli(*command, "--deepspeed", tmp_path / "zero.json")
     assert code == 2 and "deepspeed is not installed" in err
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -590,7 +585,7 @@ def test_a_spread_that_cannot_work_is_refused_early(llama, tmp_path, monkeypatch
 
 
 def test_a_deepspeed_config_is_passed_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("pi_gguf.processes.find_spec", lambda name: object())
+    monkeypatch.setattr("pi_gguf.tune.processes.find_spec", lambda name: object())
     path = tmp_path / "zero.json"
     path.write_text("{}")
     spread = check_spread("cuda", "full", SpreadOptions(deepspeed=str(path)))

@@ -23,12 +23,12 @@ from pi_gguf.common.tables import markdown_table
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate.passkey import evaluate_passkey
 from pi_gguf.evaluate.perplexity import evaluate_perplexity
-from pi_gguf.finetune import extend
 from pi_gguf.measure.plots import plot_passkeys, plot_perplexity
 from pi_gguf.measure.results import PasskeyCell, PasskeyReport, PerplexityRow
 from pi_gguf.models.targets import doublings
 from pi_gguf.pipeline.convert import convert
 from pi_gguf.pipeline.plan import plan, reading_seconds
+from pi_gguf.tune.extend import extend
 
 QUANTIZATIONS = ("F16", "Q8_0", "Q4_K_M")
 BASE, BEFORE, AFTER = (

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.progress import progress_bar, say
-from pi_gguf.corpus import Corpus
-from pi_gguf.data import Row, describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.errors import TextError
-from pi_gguf.pipeline.plan import TrainingPlan
 from pi_gguf.scaling.rope import RopeScaling
+from pi_gguf.tune.packing import Row, describe_lengths, pack, pack_alone, pose_positions
+from pi_gguf.tune.plan import TrainingPlan
+from pi_gguf.tune.tokens import Corpus
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from pi_gguf.common.progress import say
 from pi_gguf.errors import PiGgufError
-from pi_gguf.validation import Validation
+from pi_gguf.tune.validation import Validation
 
 
 class PaperTrainer(Trainer):  # type: ignore[misc]

@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pi_gguf.common.options import SpreadOptions
 from pi_gguf.common.private import shared_state
 from pi_gguf.common.progress import process_count, process_rank
 from pi_gguf.errors import OptionError
+from pi_gguf.tune.options import SpreadOptions
 
 _PATIENCE = timedelta(hours=12)
 """How long the others wait for the first one to tokenize or to write."""

@@ -6,41 +6,33 @@ What it reads is made in `batches`, the run itself is in `training`. A run that 
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from pi_gguf import bundled
-from pi_gguf.adapters.adapted import with_adapters
-from pi_gguf.batches import training_batches
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.config import read_json
 from pi_gguf.checkpoint.hub import public_source
 from pi_gguf.checkpoint.record import RECORD_FILE, Record
-from pi_gguf.common.files import check_free_disk, check_writable, remove, replace_when_complete, writes
-from pi_gguf.common.options import ExtendKeywords, SpreadOptions, TuneOptions, flat, take
+from pi_gguf.common.files import check_free_disk, check_writable, remove, writes
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import process_count, say
-from pi_gguf.common.provenance import library_versions, package_version
-from pi_gguf.corpus import CACHE_PREFIX, load_corpus
-from pi_gguf.data import Row
-from pi_gguf.errors import CheckpointError, OptionError, PiGgufError, ResourceError
-from pi_gguf.pipeline.plan import TrainingPlan, plan_training, training_disk_bytes
-from pi_gguf.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
+from pi_gguf.errors import CheckpointError, OptionError, PiGgufError
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_texts
-from pi_gguf.training import Run, Trained, check_reports, run_training
-from pi_gguf.validation import Validation
-
-LOSSES_FILE = "losses.json"
-"""Beside the weights: the loss of each step in nats a token, in order."""
-
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+from pi_gguf.tune.batches import training_batches
+from pi_gguf.tune.choose import plan_training
+from pi_gguf.tune.folder import write_adapter, write_folder
+from pi_gguf.tune.memory import training_disk_bytes
+from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneOptions
+from pi_gguf.tune.packing import Row
+from pi_gguf.tune.plan import TrainingPlan
+from pi_gguf.tune.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
+from pi_gguf.tune.tokens import CACHE_PREFIX, load_corpus
+from pi_gguf.tune.trainer import Run, Trained, check_reports, run_training
+from pi_gguf.tune.validation import Validation
 
 
 @writes("out_dir")
@@ -156,7 +148,7 @@ def _write_untrained(checkpoint: Checkpoint, out_dir: Path, record: Record, over
     if process_count() > 1:
         raise OptionError("steps 0 is for one process, there is nothing to share", "start it without torchrun")
     check_writable(out_dir, overwrite, folder=True)
-    _write_folder(checkpoint, out_dir, record, None)
+    write_folder(checkpoint, out_dir, record, None)
     return out_dir
 
 
@@ -234,58 +226,10 @@ def _write_trained(run: Run, trained: Trained, record: Record, out_dir: Path) ->
     record = replace(record, validations=trained.validations, **trained.measured)
     if record.adapter_only:
         assert trained.adapter_dir is not None
-        _write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
+        write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
     else:
-        _write_folder(run.checkpoint, out_dir, record, trained, lambda after: run.validation.price(after, run.device))
+        write_folder(run.checkpoint, out_dir, record, trained, lambda after: run.validation.price(after, run.device))
     _clear(run.work_dir)
-
-
-def _write_folder(
-    checkpoint: Checkpoint,
-    out_dir: Path,
-    record: Record,
-    trained: Trained | None,
-    price: Callable[[Checkpoint], dict[str, Any] | None] | None = None,
-) -> None:
-    """Write weights in their original dtype, the config with the scaling, the tokenizer's files and the record.
-
-    Adapters are merged into the checkpoint's own weights, whatever these were held in during training.
-
-    Args:
-        price: measured on the folder before it gets its name.
-    """
-    import torch
-    from safetensors import SafetensorError
-
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]
-    if trained is None:
-        model = checkpoint.load_model(dtype=stored)
-    elif trained.adapter_dir is not None:
-        model = with_adapters(checkpoint, [str(trained.adapter_dir)]).load_model(dtype=stored)
-    else:
-        assert trained.model is not None
-        model = trained.model
-    check_free_disk(out_dir.parent, stored.itemsize * checkpoint.n_parameters())
-    with replace_when_complete(out_dir) as partial:
-        try:
-            model.to(stored).save_pretrained(partial)
-        except SafetensorError as error:  # its only way to say that the disk is full
-            raise ResourceError(f"{out_dir}: the weights were not written ({error})", "free some disk space") from error
-        config = {**checkpoint.config, "tie_word_embeddings": checkpoint.tied}
-        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        for name in _TOKENIZER_FILES:
-            if (checkpoint.path / name).exists():
-                shutil.copyfile(checkpoint.path / name, partial / name)
-        settings_path = partial / "tokenizer_config.json"
-        if settings_path.exists():
-            settings = json.loads(settings_path.read_text())
-            settings["model_max_length"] = checkpoint.rope.max_position_embeddings
-            settings_path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        del model
-        if price:
-            record = replace(record, price=price(load_checkpoint(str(partial))))
-        _write_record(partial, record, trained.losses if trained else [])
 
 
 def _check_adapter_only(train: str, method: str, before: RopeScaling) -> None:
@@ -297,16 +241,3 @@ def _check_adapter_only(train: str, method: str, before: RopeScaling) -> None:
             f"{before.own.rope_type if before.own else before.rope_type}",
             "leave --adapter-only out: the merged folder states any scaling",
         )
-
-
-def _write_adapter(adapter_dir: Path, out_dir: Path, record: Record, losses: list[float]) -> None:
-    """Write an adapter as peft does, with the record, which states the scaling it was trained with."""
-    with replace_when_complete(out_dir) as partial:
-        shutil.copytree(adapter_dir, partial)
-        _write_record(partial, record, losses)
-
-
-def _write_record(folder: Path, record: Record, losses: list[float]) -> None:
-    if losses:
-        (folder / LOSSES_FILE).write_text(json.dumps(losses) + "\n")
-    replace(record, pi_gguf=package_version(), libraries=library_versions()).write(folder / RECORD_FILE)

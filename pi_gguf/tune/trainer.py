@@ -17,21 +17,22 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_gguf.batches import BatchDataset
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.endings import handled_signals
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import fast_bf16, free_memory, peak_memory
 from pi_gguf.common.private import use_one_device
 from pi_gguf.common.progress import progress_bar, say
-from pi_gguf.data import Row
 from pi_gguf.errors import Interrupted, OptionError, ResourceError
-from pi_gguf.lora import add_adapters, save_adapter
-from pi_gguf.losses import chunked_loss
-from pi_gguf.pipeline.plan import Activations, TrainingPlan, fit_activations
-from pi_gguf.processes import Spread, is_first_process, set_precision, shard_on_cpu
-from pi_gguf.tiles import TILE, tiled_mlps
-from pi_gguf.validation import Validation
+from pi_gguf.tune.batches import BatchDataset
+from pi_gguf.tune.lora import add_adapters, save_adapter
+from pi_gguf.tune.losses import chunked_loss
+from pi_gguf.tune.memory import Activations, fit_activations
+from pi_gguf.tune.packing import Row
+from pi_gguf.tune.plan import TrainingPlan
+from pi_gguf.tune.processes import Spread, is_first_process, set_precision, shard_on_cpu
+from pi_gguf.tune.tiles import TILE, tiled_mlps
+from pi_gguf.tune.validation import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,7 @@ def run_training(run: Run) -> Trained:
         PiGgufError: a loss or gradient is not a number.
         ResourceError: it would not fit in memory.
     """
-    from pi_gguf.callbacks import Progress
+    from pi_gguf.tune.callbacks import Progress
 
     training, spread, device = run.training, run.spread, run.device
     activations, need = _affordable_activations(run)
@@ -180,7 +181,7 @@ def _arguments(run: Run, activations: Activations) -> Any:
 
 def _trainer(run: Run, model: Any, arguments: Any) -> Any:
     """Return a Trainer over the run's batches that prints nothing of its own."""
-    from pi_gguf.callbacks import PaperTrainer
+    from pi_gguf.tune.callbacks import PaperTrainer
 
     with _tensorboard_dir(run.work_dir.with_suffix(".runs")):
         trainer = PaperTrainer(

@@ -21,7 +21,7 @@ from pi_gguf.errors import OptionError, TextError
 from pi_gguf.measure.passkey import PasskeyPrompts, k_max, passkey_cells
 from pi_gguf.measure.perplexity import Yardstick
 from pi_gguf.models.hf import HfModel, HfTokens, tokenize_with
-from pi_gguf.processes import agree
+from pi_gguf.tune.processes import agree
 
 if TYPE_CHECKING:
     import numpy as np

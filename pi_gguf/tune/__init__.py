@@ -1,0 +1,19 @@
+"""The fine-tune: texts and a checkpoint to a Hugging Face folder with a longer window.
+
+options: what a user may choose
+choose: what was left open, chosen
+plan: `TrainingPlan`, the steps before they run
+memory: what a plan takes: memory, disk, operations
+tokens: texts as token ids on disk
+packing: documents to rows of one window, and their positions
+batches: rows to micro-batches
+lora: which weights are adapted, which trained whole
+losses: the loss without logits
+tiles: MLPs a tile of tokens at a time
+processes: the processes of torchrun and accelerate launch
+callbacks: what is shown, kept and measured while it runs
+trainer: the run itself
+validation: what it is worth while it runs and at its end
+folder: the Hugging Face folder that it writes
+extend: the command
+"""

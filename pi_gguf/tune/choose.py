@@ -1,0 +1,233 @@
+"""Choose what the user left open: the recipe by the model's size, the way to train by the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.common.files import human_bytes
+from pi_gguf.common.machine import free_memory
+from pi_gguf.errors import OptionError
+from pi_gguf.scaling.rope import RopeScaling
+from pi_gguf.tune.lora import WAYS, check_way, no_4_bits
+from pi_gguf.tune.memory import least_activations, memory_of_windows
+from pi_gguf.tune.options import TuneOptions
+from pi_gguf.tune.plan import Stage, TrainingPlan, parse_windows
+
+_MICRO_BATCH_TOKENS = 8192
+
+
+DEFAULT_MIX = 0.25
+"""Share of the tokens in whole windows, where these fit a GPU: in `benchmarks/methods.json` such a mix finds most
+passkeys of all ways to interpolate, whole windows alone none at as many tokens."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a fine-tune for a model's size: peak learning rate and tokens of one optimizer step."""
+
+    learning_rate: float
+    batch_tokens: int
+
+
+def default_recipe(n_parameters: int, train: str = "full") -> Recipe:
+    """Return the paper's rates for 7B and 13B, 33B and 65B; for tiny models what `docs/log.md` records.
+
+    The paper's batch is 64 sequences of the new window; 64 sequences of 2048 tokens are the most a desktop bears.
+    Adapters begin at zero and take ten times the rate (LongLoRA's released code trains 7B at 2e-4); a tiny model's rate
+    is high as it is, and doubles.
+    """
+    adapters = train != "full"
+    if n_parameters < 100_000_000:
+        return Recipe(2e-3 if adapters else 1e-3, 8192)
+    rate = 2e-5 if n_parameters < 20_000_000_000 else 1e-5
+    return Recipe(10 * rate if adapters else rate, 131072)
+
+
+def plan_training(checkpoint: Checkpoint, tune: TuneOptions, *, device: str, readers: int = 1) -> TrainingPlan:
+    """Choose what the user left open, and check what the user chose.
+
+    Args:
+        checkpoint: extended to the new window.
+        readers: processes that read micro-batches of their own; each gets as many of a step.
+
+    Raises:
+        OptionError: a value that cannot work.
+    """
+    if tune.steps < 1:
+        raise OptionError(f"steps must be at least 1 to train, got {tune.steps}")
+    way = _choose_way(checkpoint, tune, device)
+    lengths = _choose_lengths(checkpoint, tune, way, device)
+    _check_lengths(lengths, checkpoint.rope, tune)
+    training = _divided(checkpoint, tune, way, lengths, readers)
+    if training.full_micro_batches or not lengths.mix:
+        return training
+    if tune.mix is None:  # a few steps, too few for one
+        sequences, reason = _described(lengths, mixed=False)
+        return replace(training, mix=0.0, full_window=0, full_micro_batch=0, sequences=sequences, reason=reason)
+    raise OptionError(
+        f"mix {lengths.mix:g} of the run's {training.tokens:,} tokens is not one micro-batch of "
+        f"{training.full_window} tokens",
+        "give more --steps or a larger --mix, or leave it out",
+    )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What is trained, why, and the rank and alpha of adapters, 0 without."""
+
+    train: str
+    reason: str
+    rank: int
+    alpha: int
+
+
+def _choose_way(checkpoint: Checkpoint, tune: TuneOptions, device: str) -> _Way:
+    """Choose what is trained: as given, or with `auto` what fits the free memory."""
+    rank, alpha = tune.lora_rank, 2 * tune.lora_rank if tune.lora_alpha is None else tune.lora_alpha
+    check_way(tune.train, device, rank, alpha)
+    train, reason = tune.train, "as given by --train"
+    if train == "auto":
+        rope = checkpoint.rope
+        windows = parse_windows(tune.train_window or rope.original_max_position_embeddings, tune.steps)
+        longest = max(rope.max_position_embeddings if tune.mix else 0, *(window for window, _ in windows))
+        tokens = max(longest, min(_MICRO_BATCH_TOKENS, tune.batch_tokens or _MICRO_BATCH_TOKENS))
+        train, reason = _way_that_fits(checkpoint, tokens, rank, device)
+    return _Way(train, reason, 0, 0) if train == "full" else _Way(train, reason, rank, alpha)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """How long training sequences are.
+
+    Args:
+        windows: pairs of tokens and steps, one after the other.
+        mix: share of the tokens in sequences of the whole new window among them.
+        context: the whole new window, in tokens.
+        reason: why these.
+    """
+
+    windows: list[tuple[int, int]]
+    mix: float
+    context: int
+    reason: str
+
+    @property
+    def longest(self) -> int:
+        return max(self.context if self.mix else 0, *(window for window, _ in self.windows))
+
+
+def _choose_lengths(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, device: str) -> _Lengths:
+    """Choose the lengths: as given, or what the memory of a GPU allows; elsewhere the original window."""
+    context, original = checkpoint.rope.max_position_embeddings, checkpoint.rope.original_max_position_embeddings
+    mix = tune.mix
+    if tune.train_window is not None:
+        return _Lengths(parse_windows(tune.train_window, tune.steps), mix or 0.0, context, "as given by --train-window")
+    whole = memory_of_windows(
+        checkpoint, context, activations=least_activations(device), train=way.train, rank=tune.lora_rank, device=device
+    )
+    if mix:
+        reason = f"the shorter sequences of --mix stay at the original {original} tokens"
+    elif device != "cuda":
+        reason = f"without a GPU sequences stay at the original {original} tokens"
+    elif whole < 0.8 * free_memory(device):
+        reason = "sequences of the whole new window fit the GPU"
+        if mix is None and not tune.factor_warmup and context > original:
+            mix = DEFAULT_MIX
+    else:
+        reason = f"{human_bytes(whole)} for whole windows do not fit the GPU"
+    return _Lengths(parse_windows(original, tune.steps), mix or 0.0, context, reason)
+
+
+def _check_lengths(lengths: _Lengths, rope: RopeScaling, tune: TuneOptions) -> None:
+    """Check that the lengths go with the window, and with a factor that grows."""
+    original, factor_warmup = rope.original_max_position_embeddings, tune.factor_warmup
+    for window, _ in lengths.windows:
+        if not 2 <= window <= lengths.context:
+            raise OptionError(f"train-window must be from 2 to the context of {lengths.context}, got {window}")
+    if not 0 <= factor_warmup <= tune.steps:
+        raise OptionError(f"factor-warmup must be from 0 to the {tune.steps} steps, got {factor_warmup}")
+    if factor_warmup and rope.rope_type != "linear":
+        raise OptionError("factor-warmup is for method linear: the others have no factor that grows", "leave it out")
+    begun = 0
+    for window, count in lengths.windows:
+        if begun < factor_warmup and window > original:
+            raise OptionError(
+                f"factor-warmup needs sequences that fit the original window of {original} tokens, got {window}",
+                f"begin with --train-window {original}x{factor_warmup}, or leave --factor-warmup out",
+            )
+        begun += count
+    if lengths.mix:
+        _check_mix(lengths.windows, lengths.context, factor_warmup)
+
+
+def _divided(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Lengths, readers: int) -> TrainingPlan:
+    """Divide each step's tokens into micro-batches; the rates are as given or by the model's size."""
+    recipe = default_recipe(checkpoint.n_parameters(), way.train)
+    batch_tokens, context = tune.batch_tokens or recipe.batch_tokens, lengths.context
+    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, lengths.longest))
+    accumulation = -(-accumulation // readers) * readers
+    tokens = batch_tokens // accumulation
+    sequences, reason = _described(lengths, mixed=lengths.mix > 0)
+    training = TrainingPlan(
+        steps=tune.steps,
+        stages=[Stage(window, count, max(1, tokens // window)) for window, count in lengths.windows],
+        sequences=sequences,
+        reason=reason,
+        accumulation=accumulation,
+        learning_rate=tune.learning_rate or recipe.learning_rate,
+        warmup_steps=min(20, tune.steps),
+        schedule=tune.schedule,
+        factor_warmup_steps=tune.factor_warmup,
+        mix=lengths.mix,
+        full_window=context if lengths.mix else 0,
+        full_micro_batch=max(1, tokens // context) if lengths.mix else 0,
+        train=way.train,
+        train_reason=way.reason,
+        lora_rank=way.rank,
+        lora_alpha=way.alpha,
+    )
+    return replace(training, full_micro_batches=sum(training.full_length))
+
+
+def _described(lengths: _Lengths, *, mixed: bool) -> tuple[str, str]:
+    """Return what a plan has as `sequences` and `reason`."""
+    sequences, reason = "full length", lengths.reason
+    if any(window < lengths.context for window, _ in lengths.windows):
+        sequences = "PoSE"
+        reason += f"; positions skip so that distances up to {lengths.context} are seen"
+    if mixed:
+        sequences += " and full length"
+        reason += f"; {lengths.mix:.1%} of the tokens in sequences of {lengths.context}"
+    return sequences, reason
+
+
+def _check_mix(windows: list[tuple[int, int]], context: int, factor_warmup: int) -> None:
+    if any(window >= context for window, _ in windows):
+        raise OptionError(
+            f"mix needs training sequences shorter than the context of {context}, got a train-window of {context}",
+            "give a shorter --train-window, or leave --mix out",
+        )
+    if factor_warmup:
+        raise OptionError(
+            f"mix and factor-warmup exclude each other: {context} tokens do not fit the window while the factor grows",
+            "leave one of them out",
+        )
+
+
+def _way_that_fits(checkpoint: Checkpoint, tokens: int, rank: int, device: str) -> tuple[str, str]:
+    """Return the first of the ways whose memory is free, and why; the smallest where none is.
+
+    Args:
+        tokens: of a micro-batch.
+    """
+    free, said = free_memory(device), []
+    ways = [way for way in WAYS if way != "qlora" or not no_4_bits(device)]
+    for way in ways:
+        need = memory_of_windows(
+            checkpoint, tokens, activations=least_activations(device), train=way, rank=rank, device=device
+        )
+        said.append(f"{way} takes about {human_bytes(need)}")
+        if need <= free:
+            break
+    return way, f"{', '.join(said)}, {human_bytes(free)} are free"

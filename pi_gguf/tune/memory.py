@@ -1,0 +1,154 @@
+"""What a fine-tune takes: memory, disk, operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.common.machine import fast_bf16, free_memory
+from pi_gguf.tune.lora import parts
+from pi_gguf.tune.losses import loss_is_chunked
+from pi_gguf.tune.plan import TrainingPlan
+from pi_gguf.tune.tiles import TILE
+
+
+def training_disk_bytes(checkpoint: Checkpoint, training: TrainingPlan) -> int:
+    """Return the disk a fine-tune needs: three checkpoints with Adam's moments (12 bytes a trained parameter;
+    the oldest goes when the newest is complete), and the result."""
+    n = checkpoint.n_parameters()
+    trained = n if training.train == "full" else parts(checkpoint.skeleton).trained(training.lora_rank)
+    return 3 * 12 * trained + 4 * n
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What becomes of a layer's activations until they are needed again, from the most memory to the least.
+
+    Args:
+        name: for people.
+        recompute: they are computed again, layer by layer, from each layer's input.
+        tiled: those of a layer's MLP, a tile of tokens at a time.
+        offload: these inputs wait in the host's memory.
+    """
+
+    name: str
+    recompute: bool = False
+    tiled: bool = False
+    offload: bool = False
+
+
+ACTIVATIONS = (
+    Activations("kept"),
+    Activations("recomputed", recompute=True),
+    Activations("recomputed, MLPs in tiles", recompute=True, tiled=True),
+    Activations(
+        "recomputed, MLPs in tiles, inputs of layers in the host's memory", recompute=True, tiled=True, offload=True
+    ),
+)
+
+
+def fit_activations(
+    checkpoint: Checkpoint, training: TrainingPlan, device: str, *, shards: int = 1
+) -> tuple[Activations, int]:
+    """Return what must become of the activations for a run to fit the free memory, and what it needs then, in bytes.
+
+    The first way that leaves some of the memory free; the last where none does. Only a GPU has another memory beside.
+
+    Args:
+        shards: processes that share weights, gradients and moments; what it needs is one process's.
+    """
+    free = free_memory(device)
+    ways = ACTIVATIONS if device == "cuda" else ACTIVATIONS[:-1]
+    found: tuple[Activations, int] | None = None
+    for way, share in zip(ways, (0.75, 0.85, 0.92, 1.0), strict=False):
+        need = estimate_training_memory(checkpoint, training, device, way, shards=shards)
+        if found and need >= found[1]:
+            continue  # it takes time and saves nothing, as tiles do where there is one
+        found = way, need
+        if need <= share * free:
+            break
+    assert found
+    return found
+
+
+def least_activations(device: str) -> Activations:
+    """Return what takes the least memory on a device."""
+    return ACTIVATIONS[-1 if device == "cuda" else -2]
+
+
+def estimate_training_memory(
+    checkpoint: Checkpoint,
+    training: TrainingPlan,
+    device: str,
+    activations: Activations = ACTIVATIONS[0],
+    *,
+    shards: int = 1,
+) -> int:
+    """Return bytes for weights, gradients, two Adam moments, activations and logits."""
+    return memory_of_windows(
+        checkpoint, training.micro_batch_tokens, activations=activations, train=training.train,
+        rank=training.lora_rank, device=device, shards=shards,
+    )  # fmt: skip
+
+
+def memory_of_windows(
+    checkpoint: Checkpoint,
+    tokens: int,
+    *,
+    activations: Activations,
+    train: str,
+    rank: int,
+    device: str,
+    shards: int = 1,
+) -> int:
+    """Return the bytes of training on `tokens` at once, within 15 % of what a GPU takes (tests/test_gpu.py).
+
+    A layer keeps for its gradient, with flash attention and products in 16 bits: per token 26 bytes a hidden unit and 4
+    of each of K and V's, and in the MLP 4 a hidden unit and 8 an inner one (counted; arXiv 2205.05198, section 4.1,
+    counts another layer). Adapters read their inputs in 32 bits. What goes from layer to layer is in 32 bits, with
+    adapters in the base's. Gradients come as what is kept for them goes, so the larger of both counts.
+    """
+    hidden = tokens * checkpoint.hidden_size
+    inner = checkpoint.hf_config.intermediate_size
+    tile = min(tokens, TILE if activations.tiled else tokens)
+    kv = checkpoint.n_kv_heads / checkpoint.n_heads
+    layer = (26 + 4 * kv) * hidden + tile * (4 * checkpoint.hidden_size + 8 * inner)
+    kept = 0.0 if activations.recompute else layer * checkpoint.n_layers
+    if activations.recompute and not activations.offload:
+        kept = hidden * checkpoint.n_layers * (4 if train == "full" else _frozen_bytes(device))
+    at_once = (layer if activations.recompute else 0) + (0 if train == "full" else 4 * (hidden + tile * inner))
+    # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
+    logits = 12 * (hidden if loss_is_chunked(checkpoint.hf_config) else tokens * checkpoint.vocab_size)
+    trained, frozen = _weights(checkpoint, train, rank, device)
+    copies = 2 * trained if train == "full" and fast_bf16(device) else 0  # of weights, for products in 16 bits
+    return int((12 * trained + frozen) / shards + max(4 * trained / shards, kept + copies) + at_once + logits)
+
+
+_NF4_BYTES = 0.55
+"""Of a parameter in 4 bits: with its share of the scales, about (QLoRA, arXiv 2305.14314, section 3: 4.127 bits) and of
+the buffer that one layer is unpacked into."""
+
+
+def _frozen_bytes(device: str) -> int:
+    """Return the bytes of a parameter that is not trained: 16 bits, or 32 where 16 are slow."""
+    return 2 if fast_bf16(device) else 4
+
+
+def _weights(checkpoint: Checkpoint, train: str, rank: int, device: str) -> tuple[int, float]:
+    """Return how many parameters are trained, in 32 bits with a gradient and two Adam moments, and the bytes of the
+    frozen base under adapters: in 16 bits (32 where 16 are slow) or, its linear layers, in 4."""
+    n = checkpoint.n_parameters()
+    if train == "full":
+        return n, 0.0
+    found = parts(checkpoint.skeleton)
+    frozen: float = n * _frozen_bytes(device)
+    if train == "qlora":
+        frozen = 2 * n - (2 - _NF4_BYTES) * found.linear_parameters
+    return found.trained(rank), frozen
+
+
+def train_operations(checkpoint: Checkpoint, length: int) -> float:
+    """Return floating-point operations a token: 6 a parameter, and causal attention over half the length."""
+    attention = 12 * checkpoint.n_layers * checkpoint.n_heads * checkpoint.head_dim * length / 2
+    tied = checkpoint.vocab_size * checkpoint.hidden_size
+    return 6 * (checkpoint.n_parameters() - (0 if checkpoint.tied else tied)) + attention
