@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from pi_gguf.evaluate.short import evaluate_short as evaluate_short
     from pi_gguf.evaluate.summarize import evaluate_summaries as evaluate_summaries
     from pi_gguf.gguf.certificate import certify as certify
-    from pi_gguf.imatrix import compute_imatrix as compute_imatrix
     from pi_gguf.inspection import inspect as inspect
     from pi_gguf.model_card import card as card
     from pi_gguf.pipeline.convert import convert as convert
     from pi_gguf.pipeline.plan import plan as plan
-    from pi_gguf.quantizing import quantize as quantize
     from pi_gguf.repairing import repair as repair
     from pi_gguf.runtime.model import open_model as open
     from pi_gguf.tune.extend import extend as extend
+    from pi_gguf.write.imatrix import compute_imatrix as compute_imatrix
+    from pi_gguf.write.quantize import quantize as quantize
 
 _PUBLIC = {
     "card": ("model_card", "card"),
     "certify": ("gguf.certificate", "certify"),
     "compare": ("evaluate.compare", "compare"),
-    "compute_imatrix": ("imatrix", "compute_imatrix"),
+    "compute_imatrix": ("write.imatrix", "compute_imatrix"),
     "convert": ("pipeline.convert", "convert"),
     "evaluate_all": ("evaluate.report", "evaluate_all"),
     "evaluate_bounds": ("evaluate.bounds", "evaluate_bounds"),
@@ -56,7 +56,7 @@ _PUBLIC = {
     "inspect": ("inspection", "inspect"),
     "open": ("runtime.model", "open_model"),
     "plan": ("pipeline.plan", "plan"),
-    "quantize": ("quantizing", "quantize"),
+    "quantize": ("write.quantize", "quantize"),
     "repair": ("repairing", "repair"),
 }
 __all__ = [

@@ -723,11 +723,11 @@ _COMMANDS = {
     ),
     "quantize": (
         "Quantize a GGUF file with llama.cpp.",
-        lambda: command("quantizing:quantize", _show_quantize, reports=False),
+        lambda: command("write.quantize:quantize", _show_quantize, reports=False),
     ),
     "imatrix": (
         "Compute an importance matrix over long texts.",
-        lambda: command("imatrix:compute_imatrix", _show_imatrix, name="imatrix"),
+        lambda: command("write.imatrix:compute_imatrix", _show_imatrix, name="imatrix"),
     ),
     "inspect": (
         "Show what a file states, what llama.cpp reads, and what is wrong.",

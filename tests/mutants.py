@@ -537,7 +537,7 @@ def _with_pieces(source: Path, target: Path) -> Path:
 
 
 def _older_form(source: Path, target: Path) -> Path:
-    from pi_gguf.imatrix import read_imatrix
+    from pi_gguf.write.imatrix import read_imatrix
 
     matrix = read_imatrix(source)
     parts = [struct.pack("<i", len(matrix.importance))]
@@ -648,11 +648,11 @@ def _without_trials() -> None:
 
     `run_mutants` runs the commands that die so once more in a process of their own, children and all.
     """
-    import pi_gguf.quantizing
     import pi_gguf.runtime.model
+    import pi_gguf.write.quantize
 
     pi_gguf.runtime.model.check_opens = lambda *_: None
-    pi_gguf.quantizing.check_quantizes = lambda *_: None
+    pi_gguf.write.quantize.check_quantizes = lambda *_: None
 
 
 class Worker:

@@ -369,7 +369,7 @@ def test_adapters_of_two_scalings_exclude_each_other(models, adapter_copy, tmp_p
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Let a conversion stop after some tensors."""
-    from pi_gguf import writing
+    from pi_gguf.write import layout as writing
 
     encode, left = writing._encode, [count]
 

@@ -19,7 +19,8 @@ from pi_gguf.errors import CheckError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.vocabulary.keys import gguf_vocabulary
-from pi_gguf.writing import plan_file, write_file
+from pi_gguf.write.layout import plan_file
+from pi_gguf.write.writer import write_file
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -21,10 +21,17 @@ from test_families import make_model
 import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.imatrix import ImportanceMatrix, SquareSums, compute_imatrix, read_imatrix, text_windows, write_imatrix
 from pi_gguf.llamacpp import library as ggml
 from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.runtime.model import Model
+from pi_gguf.write.imatrix import (
+    ImportanceMatrix,
+    SquareSums,
+    compute_imatrix,
+    read_imatrix,
+    text_windows,
+    write_imatrix,
+)
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -313,7 +320,7 @@ def test_a_dry_run_with_a_matrix_is_exact(prepared, tmp_path):
 
 
 def test_another_matrix_does_not_go_on(llama, matrix, tmp_path, monkeypatch):
-    from pi_gguf import writing
+    from pi_gguf.write import layout as writing
 
     encode, left = writing._encode, [12]
 

@@ -190,7 +190,7 @@ def test_twenty_kills_end_in_the_same_file(wide, tmp_path, quant):
 @pytest.fixture
 def stopped(llama_copy, tmp_path, monkeypatch):
     """A conversion that was stopped after some tensors, and the file it should have become."""
-    from pi_gguf import writing
+    from pi_gguf.write import layout as writing
 
     pi_gguf.convert(str(llama_copy), tmp_path / "whole.gguf", quant="Q8_0", check="none")
     encode, left = writing._encode, [12]
@@ -253,7 +253,7 @@ def test_a_source_that_changed_is_an_error_and_not_a_mixture(stopped):
 
 
 def test_a_source_that_is_replaced_while_it_is_read_leaves_nothing(llama_copy, tmp_path, monkeypatch):
-    from pi_gguf import writing
+    from pi_gguf.write import layout as writing
 
     weights, encode = llama_copy / "model.safetensors", writing._encode
 

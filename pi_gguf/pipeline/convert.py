@@ -15,7 +15,7 @@ from pi_gguf.checkpoint.hub import model_name, public_source
 from pi_gguf.checkpoint.record import Record
 from pi_gguf.common.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
 from pi_gguf.common.machine import torch_device
-from pi_gguf.common.options import ProofOptions, WriteOptions, flat, take
+from pi_gguf.common.options import ProofOptions, flat, take
 from pi_gguf.common.progress import process_count, say
 from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
@@ -31,7 +31,6 @@ from pi_gguf.gguf.certificate import (  # fmt: skip
     store,
 )
 from pi_gguf.gguf.file import tensor_types
-from pi_gguf.imatrix import ImportanceMatrix, read_imatrix
 from pi_gguf.llamacpp.quantizer import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.pipeline.options import ConvertKeywords
 from pi_gguf.tune.choose import plan_training
@@ -39,7 +38,11 @@ from pi_gguf.tune.extend import extend_checkpoint
 from pi_gguf.tune.memory import training_disk_bytes
 from pi_gguf.tune.options import TuneOptions
 from pi_gguf.vocabulary.keys import file_name, gguf_vocabulary
-from pi_gguf.writing import FilePlan, plan_adapter_file, plan_file, split_paths, state_path, write_file
+from pi_gguf.write.adapter import plan_adapter_file
+from pi_gguf.write.imatrix import ImportanceMatrix, read_imatrix
+from pi_gguf.write.layout import FilePlan, plan_file, split_paths
+from pi_gguf.write.options import WriteOptions
+from pi_gguf.write.writer import state_path, write_file
 
 
 @dataclass(frozen=True)

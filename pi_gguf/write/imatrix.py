@@ -25,7 +25,8 @@ from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.runtime.model import Model
 from pi_gguf.texts import read_texts
 from pi_gguf.vocabulary.keys import gguf_vocabulary
-from pi_gguf.writing import plan_file, write_file
+from pi_gguf.write.layout import plan_file
+from pi_gguf.write.writer import write_file
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,9 +9,9 @@ from pi_gguf.common.progress import say, stage
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.loadable import check_loadable
-from pi_gguf.imatrix import read_imatrix
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED, check_quantization, mixture, quantize_file
 from pi_gguf.llamacpp.trial import check_quantizes
+from pi_gguf.write.imatrix import read_imatrix
 
 
 @writes("target")
