@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from pi_gguf.evaluate.ruler import evaluate_ruler as evaluate_ruler
     from pi_gguf.evaluate.short import evaluate_short as evaluate_short
     from pi_gguf.evaluate.summarize import evaluate_summaries as evaluate_summaries
-    from pi_gguf.gguf.certificate import certify as certify
-    from pi_gguf.inspection import inspect as inspect
-    from pi_gguf.model_card import card as card
     from pi_gguf.pipeline.convert import convert as convert
     from pi_gguf.pipeline.plan import plan as plan
-    from pi_gguf.repairing import repair as repair
+    from pi_gguf.prove.card import card as card
+    from pi_gguf.prove.certify import certify as certify
+    from pi_gguf.prove.inspect import inspect as inspect
+    from pi_gguf.prove.repair import repair as repair
     from pi_gguf.runtime.model import open_model as open
     from pi_gguf.tune.extend import extend as extend
     from pi_gguf.write.imatrix import compute_imatrix as compute_imatrix
     from pi_gguf.write.quantize import quantize as quantize
 
 _PUBLIC = {
-    "card": ("model_card", "card"),
-    "certify": ("gguf.certificate", "certify"),
+    "card": ("prove.card", "card"),
+    "certify": ("prove.certify", "certify"),
     "compare": ("evaluate.compare", "compare"),
     "compute_imatrix": ("write.imatrix", "compute_imatrix"),
     "convert": ("pipeline.convert", "convert"),
@@ -53,11 +53,11 @@ _PUBLIC = {
     "evaluate_short": ("evaluate.short", "evaluate_short"),
     "evaluate_summaries": ("evaluate.summarize", "evaluate_summaries"),
     "extend": ("tune.extend", "extend"),
-    "inspect": ("inspection", "inspect"),
+    "inspect": ("prove.inspect", "inspect"),
     "open": ("runtime.model", "open_model"),
     "plan": ("pipeline.plan", "plan"),
     "quantize": ("write.quantize", "quantize"),
-    "repair": ("repairing", "repair"),
+    "repair": ("prove.repair", "repair"),
 }
 __all__ = [
     "card",

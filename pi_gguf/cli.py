@@ -731,19 +731,19 @@ _COMMANDS = {
     ),
     "inspect": (
         "Show what a file states, what llama.cpp reads, and what is wrong.",
-        lambda: command("inspection:inspect", _show_inspect),
+        lambda: command("prove.inspect:inspect", _show_inspect),
     ),
     "repair": (
         "Correct the metadata of a GGUF file; tensors stay as they are.",
-        lambda: command("repairing:repair", _show_repair),
+        lambda: command("prove.repair:repair", _show_repair),
     ),
     "certify": (
         "Measure a GGUF file at its window and write the figures into it.",
-        lambda: command("gguf.certificate:certify", _show_certify),
+        lambda: command("prove.certify:certify", _show_certify),
     ),
     "card": (
         "Write a model card for a GGUF file.",
-        lambda: command("model_card:card", _show_card),
+        lambda: command("prove.card:card", _show_card),
     ),
     "eval": (
         "Measure a file or a model at length: the paper's suites and more.",

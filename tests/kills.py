@@ -347,9 +347,9 @@ def run(folder: Path, *, kills: int, pairs: int, limits: int, fulls: int, seed: 
     """Run trials of each kind in turn; stop after so many seconds."""
     import pi_gguf.evaluate.perplexity
     import pi_gguf.gguf.certificate
-    import pi_gguf.model_card
     import pi_gguf.pipeline.convert
-    import pi_gguf.repairing  # noqa: F401
+    import pi_gguf.prove.card
+    import pi_gguf.prove.repair  # noqa: F401
     from pi_gguf.llamacpp.library import llama_cpp_library
 
     llama_cpp_library()

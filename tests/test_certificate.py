@@ -11,10 +11,11 @@ from conftest import WINDOW, make_llama, tensors
 import pi_gguf
 from pi_gguf.bundled import novels
 from pi_gguf.errors import CertificateError, CheckError, OptionError, ResourceError
-from pi_gguf.gguf.certificate import Certificate, read_requirements, store
+from pi_gguf.gguf.certificate import Certificate, store
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import MEASURED, Entry, read_header, write_changed
 from pi_gguf.measure.perplexity import Yardstick
+from pi_gguf.prove.requirements import read_requirements
 
 CONTEXT = 4 * WINDOW
 
@@ -87,7 +88,7 @@ def test_a_text_of_ones_own(copy, tmp_path):
 
 
 def test_a_window_that_takes_too_long_is_measured_as_far_as_it_goes(copy, monkeypatch, capfd):
-    monkeypatch.setattr("pi_gguf.gguf.certificate.SECONDS", 1e-9)
+    monkeypatch.setattr("pi_gguf.prove.certify.SECONDS", 1e-9)
     found = pi_gguf.certify(copy).certificate
     assert (found.window, list(found.perplexity), found.ppl_ratio) == (WINDOW, [WINDOW], 1.0)
     err = capfd.readouterr().err
@@ -95,8 +96,8 @@ def test_a_window_that_takes_too_long_is_measured_as_far_as_it_goes(copy, monkey
 
 
 def test_a_model_whose_own_window_takes_too_long_is_measured_below_it(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("pi_gguf.gguf.certificate.SECONDS", 1e-9)
-    monkeypatch.setattr("pi_gguf.gguf.certificate._PROBE", 16)
+    monkeypatch.setattr("pi_gguf.prove.certify.SECONDS", 1e-9)
+    monkeypatch.setattr("pi_gguf.prove.certify._PROBE", 16)
     found = pi_gguf.convert(str(llama), tmp_path / "own.gguf", quant="F16").certificate
     assert (found.window, list(found.perplexity), found.reference) == (16, [16], "itself")
 
@@ -107,7 +108,7 @@ def test_a_window_that_does_not_fit_in_memory_is_measured_as_far_as_it_goes(copy
             raise ResourceError("too little memory")
 
     monkeypatch.setattr("pi_gguf.runtime.model._check_memory", check_memory)
-    monkeypatch.setattr("pi_gguf.gguf.certificate._PROBE", 16)
+    monkeypatch.setattr("pi_gguf.prove.certify._PROBE", 16)
     assert pi_gguf.certify(copy).certificate.window == CONTEXT // 2
     assert "not at 256 tokens, too little memory" in capfd.readouterr().err
 
@@ -181,7 +182,7 @@ def test_each_key_is_asked_for_after_each_quarter_of_the_window(copy, monkeypatc
         return len(ids) != lengths[1]
 
     options = {"windows": (1024,), "distances": 4, "keys": 4, "growing": True}
-    monkeypatch.setattr("pi_gguf.gguf.certificate._window_that_fits", lambda *_: (1024, 0.0))
+    monkeypatch.setattr("pi_gguf.prove.certify._window_that_fits", lambda *_: (1024, 0.0))
     monkeypatch.setattr("pi_gguf.runtime.Model.predicts", reads)
     lengths = [0, 0]
     pi_gguf.evaluate_passkey(str(copy), **options)
@@ -279,7 +280,7 @@ def test_values_that_cannot_work_are_refused(copy, llama):
 
 def test_a_ratio_of_a_part_of_the_window_is_not_enough(copy, monkeypatch):
     pi_gguf.certify(copy, require="ppl_ratio<=2")
-    monkeypatch.setattr("pi_gguf.gguf.certificate.SECONDS", 1e-9)
+    monkeypatch.setattr("pi_gguf.prove.certify.SECONDS", 1e-9)
     with pytest.raises(CertificateError, match="ppl_ratio is measured to 64 of 256 tokens only"):
         pi_gguf.certify(copy, require="ppl_ratio<=2")
 

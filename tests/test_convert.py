@@ -11,12 +11,12 @@ import torch
 from conftest import SHARED_MODELS, WINDOW, make_llama
 
 import pi_gguf
-from pi_gguf import check
-from pi_gguf.check import Reference, check_gguf
 from pi_gguf.checkpoint import checkpoint as checkpoint_module
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import CheckError
 from pi_gguf.gguf.file import read_gguf
+from pi_gguf.prove import check
+from pi_gguf.prove.check import Reference, check_gguf
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.vocabulary.keys import gguf_vocabulary
 from pi_gguf.write.layout import plan_file

@@ -620,8 +620,8 @@ def test_a_published_file_holds_no_place_of_this_machine(llama, tmp_path):
 
 
 def test_what_is_unusual_about_a_folder_is_said_where_its_check_fails(llama_copy, monkeypatch):
-    from pi_gguf import check
     from pi_gguf.errors import CheckError
+    from pi_gguf.prove import check
 
     edit(llama_copy, quantization_config={"quant_method": "gptq"})
     monkeypatch.setattr(check, "MAX_KL_DIVERGENCE", {"F32": -1.0})

@@ -13,11 +13,12 @@ import pytest
 import pi_gguf
 from pi_gguf import cli as command_line
 from pi_gguf.common import options
-from pi_gguf.common.options import ProofOptions, flat, hints, option, take
+from pi_gguf.common.options import flat, hints, option, take
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate.options import SuiteOptions
 from pi_gguf.models.options import ServerOptions, TargetKeywords, TargetOptions
 from pi_gguf.pipeline.options import ConvertKeywords
+from pi_gguf.prove.options import ProofOptions
 from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneKeywords, TuneOptions
 from pi_gguf.write.options import WriteOptions
 

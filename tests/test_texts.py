@@ -165,8 +165,8 @@ def test_a_card_holds_whatever_a_file_states_as_one_value(tmp_path):
     import yaml
 
     from pi_gguf.gguf.header import Entry, read_header, write_changed
-    from pi_gguf.model_card import card
     from pi_gguf.pipeline.convert import convert
+    from pi_gguf.prove.card import card
 
     model = make_llama(tmp_path / "model")
     convert(str(model), tmp_path / "plain.gguf", quant="F32", check="none")

@@ -9,30 +9,23 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pi_gguf.adapters.adapted import AdaptedCheckpoint, with_adapters
-from pi_gguf.check import CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.hub import model_name, public_source
 from pi_gguf.checkpoint.record import Record
 from pi_gguf.common.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
 from pi_gguf.common.machine import torch_device
-from pi_gguf.common.options import ProofOptions, flat, take
+from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import process_count, say
 from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
-from pi_gguf.gguf.certificate import (  # fmt: skip
-    ROOM,
-    Base,
-    Certificate,
-    Requirement,
-    check_requirements,
-    find_missed,
-    measure,
-    read_requirements,
-    store,
-)
+from pi_gguf.gguf.certificate import ROOM, Certificate, store  # fmt: skip
 from pi_gguf.gguf.file import tensor_types
 from pi_gguf.llamacpp.quantizer import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.pipeline.options import ConvertKeywords
+from pi_gguf.prove.certify import Base, measure  # fmt: skip
+from pi_gguf.prove.check import CheckReport, Reference, check_gguf
+from pi_gguf.prove.options import ProofOptions
+from pi_gguf.prove.requirements import Requirement, check_requirements, find_missed, read_requirements  # fmt: skip
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.extend import extend_checkpoint
 from pi_gguf.tune.memory import training_disk_bytes

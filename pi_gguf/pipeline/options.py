@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pi_gguf.common.options import Options, ProofOptions
+from pi_gguf.common.options import Options
 from pi_gguf.evaluate.options import SuiteOptions
 from pi_gguf.models.options import ServerOptions
+from pi_gguf.prove.options import ProofOptions
 from pi_gguf.tune.options import SpreadOptions, TuneKeywords, TuneOptions
 from pi_gguf.write.options import WriteOptions
 

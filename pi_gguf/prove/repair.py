@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pi_gguf.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import check_writable, replace_when_complete, writes
 from pi_gguf.common.progress import say
@@ -22,6 +21,7 @@ from pi_gguf.gguf.defects import Expectation, expect, find_defects, mend
 from pi_gguf.gguf.file import TensorInfo, tensors_of
 from pi_gguf.gguf.findings import CONVERT, Finding, in_short
 from pi_gguf.gguf.header import TYPES, Entry, Header, read_header, type_of_key, write_changed
+from pi_gguf.prove.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.runtime.model import Model
 
 _FIXED = ("general.alignment", "split.no", "split.count", "split.tensors.count")
