@@ -1,5 +1,5 @@
 """`python -m pi_gguf` is `pi-gguf`."""
 
-from pi_gguf.cli import entry_point
+from pi_gguf.cli.app import entry_point
 
 entry_point()

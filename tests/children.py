@@ -26,7 +26,7 @@ def _run(arguments: list[str], environment: dict[str, str], exact: bool, streams
 
     import pi_gguf.pipeline.plan
     import pi_gguf.tune.trainer
-    from pi_gguf.cli import entry_point
+    from pi_gguf.cli.app import entry_point
 
     torch.set_num_threads(1)
     if exact:

@@ -161,7 +161,7 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
     """Run the command line in this process; return exit code, standard output and standard error."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        from pi_gguf.cli import entry_point
+        from pi_gguf.cli.app import entry_point
 
         monkeypatch.setattr("sys.argv", ["pi-gguf", *map(str, arguments)])
         code = 0

@@ -116,7 +116,7 @@ def _fork(arguments: list[object], limit: int | None = None) -> int:
             os.dup2(where, number)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        from pi_gguf.cli import entry_point
+        from pi_gguf.cli.app import entry_point
 
         sys.argv = ["pi-gguf", *map(str, arguments)]
         entry_point()

@@ -595,7 +595,7 @@ def make_mutant(kind: Kind, name: str, seed: int, folder: Path) -> list[str]:
 
 def run_here(command: Sequence[str], log: Path) -> tuple[int, str]:
     """Run a command line in this process; return its exit code and what it wrote to standard error."""
-    from pi_gguf.cli import entry_point
+    from pi_gguf.cli.app import entry_point
 
     sys.argv = ["pi-gguf", *command]
     with log.open("w", buffering=1, errors="replace") as file:

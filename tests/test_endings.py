@@ -111,7 +111,7 @@ def test_a_signal_that_is_met_in_a_callback_of_native_code_is_not_lost():
 
 MADE_OF_IT = """
 import os, signal, sys
-from pi_gguf import cli
+from pi_gguf.cli import app as cli
 
 def main(**_):
     try:
@@ -178,7 +178,7 @@ def test_handlers_are_put_back():
 
 CRASH = """
 import ctypes, os, sys
-from pi_gguf import cli
+from pi_gguf.cli import app as cli
 from pi_gguf.common.progress import stage
 
 how = sys.argv[1]
@@ -362,7 +362,7 @@ def test_a_closed_pipe_of_a_library_is_standard_output():
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]) * 2**20,) * 2)
-from pi_gguf.cli import entry_point
+from pi_gguf.cli.app import entry_point
 sys.argv = ["pi-gguf", *sys.argv[2:]]
 entry_point()
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pi_gguf
-from pi_gguf import cli as command_line
+from pi_gguf.cli import app as command_line
 from pi_gguf.common import options
 from pi_gguf.common.options import flat, hints, option, take
 from pi_gguf.errors import OptionError

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 import pi_gguf
-from pi_gguf.cli import main
+from pi_gguf.cli.app import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,8 +19,8 @@ README = (ROOT / "README.md").read_text()
 
 def test_help_and_import_load_nothing_heavy():
     code = (
-        "import sys, pi_gguf, pi_gguf.cli\n"
-        "try: pi_gguf.cli.main(['--help'], standalone_mode=False)\n"
+        "import sys, pi_gguf, pi_gguf.cli.app\n"
+        "try: pi_gguf.cli.app.main(['--help'], standalone_mode=False)\n"
         "finally: print([m for m in ('torch', 'transformers', 'llama_cpp', 'gguf', 'numpy', 'datasets', 'pyarrow')"
         " if m in sys.modules])"
     )

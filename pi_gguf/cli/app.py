@@ -1,0 +1,148 @@
+"""The command line: click commands made from the public functions, tables, and the one place where errors end.
+
+A command's options are its function's keyword parameters: default and type stand in the signature, help in the
+docstring, each once; those that several functions share stand in `options`. Data goes to standard output, progress and
+messages to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+
+import click
+
+from pi_gguf.cli.building import Lazy, command
+from pi_gguf.cli.evaluate import EVALUATIONS
+from pi_gguf.cli.make import show_convert, show_extend, show_imatrix, show_plan, show_quantize
+from pi_gguf.cli.prove import show_card, show_certify, show_inspect, show_repair
+from pi_gguf.cli.run import models, run
+from pi_gguf.common.endings import Signals, prepare_streams, print_all, signals, translated
+from pi_gguf.common.progress import named_frame
+from pi_gguf.errors import Interrupted
+
+# What each command prints for people
+
+
+_COMMANDS = {
+    "plan": ("Say what a conversion would do and cost.", lambda: command("pipeline.plan:plan", show_plan)),
+    "extend": (
+        "Fine-tune with Position Interpolation; write a Hugging Face folder.",
+        lambda: command("tune.extend:extend", show_extend, reports=False),
+    ),
+    "convert": (
+        "The whole path: extend, write GGUF, quantize, check.",
+        lambda: command("pipeline.convert:convert", show_convert),
+    ),
+    "quantize": (
+        "Quantize a GGUF file with llama.cpp.",
+        lambda: command("write.quantize:quantize", show_quantize, reports=False),
+    ),
+    "imatrix": (
+        "Compute an importance matrix over long texts.",
+        lambda: command("write.imatrix:compute_imatrix", show_imatrix, name="imatrix"),
+    ),
+    "inspect": (
+        "Show what a file states, what llama.cpp reads, and what is wrong.",
+        lambda: command("prove.inspect:inspect", show_inspect),
+    ),
+    "repair": (
+        "Correct the metadata of a GGUF file; tensors stay as they are.",
+        lambda: command("prove.repair:repair", show_repair),
+    ),
+    "certify": (
+        "Measure a GGUF file at its window and write the figures into it.",
+        lambda: command("prove.certify:certify", show_certify),
+    ),
+    "card": (
+        "Write a model card for a GGUF file.",
+        lambda: command("prove.card:card", show_card),
+    ),
+    "eval": (
+        "Measure a file or a model at length: the paper's suites and more.",
+        lambda: Lazy("eval", EVALUATIONS, help="Measure a file or a model at length."),
+    ),
+    "models": ("List the families of models that are converted.", lambda: models),
+    "run": ("Continue a prompt with a GGUF file.", lambda: run),
+    "demo": (
+        "The main job on the bundled model, with table and plots.",
+        lambda: command("pipeline.demo:demo", str, reports=True),
+    ),
+}
+
+main = Lazy(
+    "pi-gguf",
+    _COMMANDS,
+    help="Turn a RoPE checkpoint with a short window into a quantized GGUF that works at 32k tokens, and prove it.\n\n"
+    "MODEL is a Hugging Face folder, a Hub id or bundled:tiny. Start with: pi-gguf demo",
+    params=[
+        click.Option(["--debug"], is_flag=True, help="show the traceback of an error"),
+        click.Option(["--version"], is_flag=True, help="show the version", is_eager=True, expose_value=False,
+                     callback=lambda ctx, _, value: _print_version(ctx) if value else None),
+    ],
+)  # fmt: skip
+
+
+def _print_version(ctx: click.Context) -> None:
+    from pi_gguf.common.provenance import package_version
+
+    print_all(package_version())
+    ctx.exit()
+
+
+def entry_point() -> None:
+    """Run the command line; every error but a bug ends here, as two lines and its exit code."""
+    prepare_streams()  # before anything opens a file
+    try:
+        with signals() as state:
+            code = _run_main(state)
+    except KeyboardInterrupt as stop:  # met before anything had begun, or when all was done
+        code = _interrupted(stop)
+    sys.exit(code)
+
+
+def _run_main(state: Signals) -> int:
+    try:
+        named_frame(f"pi-gguf {' '.join(sys.argv[1:])}", main, standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "pi-gguf"
+        return _refuse(" ".join(error.format_message().split()), f"{path} --help shows how it is used", error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        return _interrupted(stop)
+    except Exception as error:
+        if state.met:
+            return _interrupted(state.met)
+        known = translated(error)
+        if known is None or "--debug" in sys.argv:
+            raise
+        return _refuse(str(known), known.hint, known.exit_code)
+    return 0
+
+
+def _refuse(message: str, hint: str, code: int) -> int:
+    _print_error(f"error: {_as_line(message)}\nhint: {_as_line(hint)}")
+    return code
+
+
+def _as_line(text: str) -> str:
+    """Return a text that a terminal shows on one line, as it is: names of files may hold breaks and control codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print_error(text: str) -> None:
+    with contextlib.suppress(OSError):  # a full standard error is no reason for another one
+        print(text, file=sys.stderr, flush=True)
+
+
+def _interrupted(stop: BaseException) -> int:
+    _print_error("interrupted")
+    cause = stop.__cause__ if isinstance(stop, click.Abort) else stop  # click makes one of the other
+    return 128 + (cause.number if isinstance(cause, Interrupted) else signal.SIGINT)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,106 @@
+"""What plan, extend, convert, quantize and imatrix print for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pi_gguf.common.tables import text_table
+
+
+def show_plan(plan: Any) -> str:
+    from pi_gguf.common.files import human_bytes
+
+    rows = [
+        ("model", f"{plan.model}, {plan.parameters / 1e6:,.1f} M parameters"),
+        ("window", f"{plan.original_window} -> {plan.context} tokens, method {plan.method}, factor {plan.factor:g}"),
+    ]
+    if plan.training:
+        t = plan.training
+        rows += [
+            *(
+                ("fine-tune", f"{steps} steps in sequences of {window} tokens")
+                for window, steps in t.steps_by_window().items()
+            ),
+            *([("full length", _mix_text(t))] if t.full_window else []),
+            ("sequences", f"{t.sequences}: {t.reason}"),
+            ("weights", f"{_way(t)} ({t.train_reason})"),
+            ("tokens", f"{t.tokens / 1e6:,.1f} M"),
+            ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
+            *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),
+            ("time, about", human_seconds(plan.training_seconds)),
+            ("memory, about", f"{human_bytes(plan.training_memory_bytes)}; activations are {plan.activations}"),
+        ]
+    rows += [
+        (f"output, {plan.quant}, about", human_bytes(plan.output_bytes)),
+        ("disk needed, about", human_bytes(plan.disk_bytes)),
+        *((f"KV cache at {plan.context}, {name}", human_bytes(n)) for name, n in plan.kv_cache_bytes.items()),
+    ]
+    return text_table("", (), rows, numbers=False)
+
+
+def _mix_text(training: Any) -> str:
+    share = training.tokens_by_window()[training.full_window] / training.tokens
+    return (
+        f"{training.full_micro_batches} of {training.steps * training.accumulation} micro-batches are "
+        f"{training.full_micro_batch} x {training.full_window} tokens, {share:.1%} of all"
+    )
+
+
+def _way(training: Any) -> str:
+    if training.train == "full":
+        return "full: every one is trained"
+    return f"{training.train}: adapters of rank {training.lora_rank}, alpha {training.lora_alpha}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Write a duration for people."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def show_extend(path: Path) -> str:
+    if (path / "adapter_config.json").exists():
+        return f"wrote {path}\nnext: pi-gguf convert MODEL {path}.gguf --lora {path} --quant Q8_0"
+    return f"wrote {path}\nnext: pi-gguf convert {path} {path}.gguf --quant Q8_0"
+
+
+def show_convert(result: Any) -> str:
+    from pi_gguf.common.files import human_bytes
+    from pi_gguf.pipeline.convert import DryRun
+
+    if isinstance(result, DryRun):
+        rows = [(name, "x".join(map(str, shape)), kind, f"{n:,}") for name, shape, kind, n in result.tensors]
+        title = f"{result.files[0][0]}, {result.quantization}"
+        table = text_table(title, ("tensor", "shape", "type", "bytes"), rows, numbers=False)
+        files = "".join(f"{path}: {nbytes:,} bytes\n" for path, nbytes in result.files)
+        return (
+            f"{table}\n{files}all: {result.nbytes:,} bytes, {result.header_bytes:,} of them before the first tensor\n"
+            f"memory: about {human_bytes(result.memory_bytes)} beside Python and its libraries; disk: "
+            f"{human_bytes(result.disk_bytes)}\nnothing was written"
+        )
+    wrote = f"wrote {result.path} ({result.quantization}, {human_bytes(result.nbytes)})\n"
+    if result.certificate:
+        wrote += "".join(f"  {name}: {value}\n" for name, value in result.certificate.rows())
+    if result.adapter_only:
+        return f'{wrote}next: pi-gguf run BASE.gguf --lora {result.path} --prompt "..."'
+    return f'{wrote}next: pi-gguf run {result.path} --prompt "..."\n      pi-gguf eval passkey {result.path} --growing'
+
+
+def show_quantize(path: Path) -> str:
+    from pi_gguf.common.files import human_bytes
+
+    return f"wrote {path} ({human_bytes(path.stat().st_size)})\nnext: pi-gguf inspect {path}"
+
+
+def show_imatrix(report: Any) -> str:
+    from pi_gguf.gguf.header import is_gguf
+
+    text = (
+        f"wrote {report.path} ({report.tensors} tensors, {report.tokens:,} tokens in {report.windows} windows of "
+        f"{report.context})\nnext: pi-gguf "
+    )
+    verb = "quantize" if is_gguf(report.model) else "convert"
+    return f"{text}{verb} {report.model} OUT.gguf --quant IQ3_XXS --imatrix {report.path}"
