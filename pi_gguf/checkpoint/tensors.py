@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from pi_gguf.checkpoint.config import note, read_json
 from pi_gguf.checkpoint.weights import WeightFile
 from pi_gguf.common.files import is_file
@@ -251,8 +253,6 @@ def read_tensors(path: Path) -> dict[str, TensorSource]:
     Raises:
         CheckpointError: it is truncated or no safetensors.
     """
-    from safetensors import SafetensorError, safe_open
-
     _checked_file(path)
     try:
         with safe_open(path, framework="pt") as file:

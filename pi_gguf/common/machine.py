@@ -7,6 +7,8 @@ import time
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 from pi_gguf.errors import OptionError
 
 _CPU_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.35
@@ -21,8 +23,6 @@ def free_memory(device: str) -> int:
         free, total = torch.cuda.mem_get_info()
         left = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
         return int(min(free, left))
-    import psutil
-
     return int(psutil.virtual_memory().available)
 
 

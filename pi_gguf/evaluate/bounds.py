@@ -13,7 +13,9 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
+
+import numpy as np
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
@@ -25,9 +27,6 @@ from pi_gguf.evaluate.options import BoundsKeywords, SuiteOptions
 from pi_gguf.evaluate.suite import check_counts
 from pi_gguf.measure.plots import check_plot, plot_bounds
 from pi_gguf.measure.results import BoundsReport
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _TOKENS = 1024
 """Of a held-out novel, whose queries and keys are taken."""
@@ -50,8 +49,6 @@ def evaluate_bounds(
     Example:
         pi-gguf eval bounds bundled:tiny --plot bounds.png
     """
-    import numpy as np
-
     common = take(SuiteOptions, options)
     check_plot(common.plot, common.overwrite)
     checkpoint = load_checkpoint(model)
@@ -92,8 +89,6 @@ def _bound_exact(theta: np.ndarray) -> float:
 
 def _follow(h: np.ndarray, theta: np.ndarray, window: int, context: int) -> dict[str, Any]:
     """Return what a report says of the pairs' scores inside the window, beyond it and between positions."""
-    import numpy as np
-
     whole, middle = _scores(h, theta, np.arange(window)), _scores(h, theta, np.arange(window - 1) + 0.5)
     inside, beyond = abs(whole).max(0), abs(_scores(h, theta, np.arange(window, context))).max(0)
     divided = abs(_scores(h, theta, np.arange(context) / (context / window))).max(0)
@@ -110,16 +105,12 @@ def _follow(h: np.ndarray, theta: np.ndarray, window: int, context: int) -> dict
 
 def _scores(h: np.ndarray, theta: np.ndarray, distances: np.ndarray) -> np.ndarray:
     """Return a(s) of each pair, (S, P)."""
-    import numpy as np
-
     parts = np.array_split(distances, len(distances) // 4096 + 1)
     return np.concatenate([(np.exp(1j * np.outer(part, theta)) @ h.T).real for part in parts])
 
 
 def _partial_sums(distances: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """Return sum over k of |A_k+1(s)|, A_k = sum of the first k terms of exp(i s theta_j), for each distance."""
-    import numpy as np
-
     parts = np.array_split(distances, len(distances) // 4096 + 1)
     return np.concatenate([abs(np.exp(1j * np.outer(part, theta)).cumsum(1)).sum(1) for part in parts])
 
@@ -130,7 +121,6 @@ def _draw_products(checkpoint: Any, pairs: int, seed: int) -> tuple[np.ndarray, 
     Raises:
         UnsupportedError: the model rotates in another way than by pairs of its own queries and keys.
     """
-    import numpy as np
     import torch
 
     model: Any = checkpoint.load_model(dtype=torch.float32)
@@ -190,8 +180,6 @@ def _recorded(model: Any, name: str) -> Iterator[list[tuple[Any, Any, Any, Any]]
 
 def _figure(score: Any, window: int, context: int) -> dict[str, list[list[float]]]:
     """Return curves of one pair, thinned out to what a plot shows."""
-    import numpy as np
-
     factor = context / window
     beyond = np.unique(
         np.concatenate([np.arange(0, window, max(1, window // 512)), np.linspace(window, context - 1, 2048)])

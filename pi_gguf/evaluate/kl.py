@@ -7,7 +7,9 @@ the same tokens side by side, a chunk at a time, so that [tokens, vocabulary] ne
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
+
+import numpy as np
 
 from pi_gguf import bundled
 from pi_gguf.common.files import writes
@@ -24,9 +26,6 @@ from pi_gguf.measure.results import DivergenceReport, DivergenceRow
 from pi_gguf.models.options import TargetOptions
 from pi_gguf.models.targets import check_targets, opened
 from pi_gguf.texts import read_texts
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @writes("plot")
@@ -76,8 +75,6 @@ def evaluate_kl(
 
 def _compared(lm: LanguageModel, reference: LanguageModel, texts: dict[str, str], window: int) -> list[DivergenceRow]:
     """Read texts with two open models side by side, and return a row a range of positions."""
-    import numpy as np
-
     divergences, agreements = [], []
     with progress_bar("kl", len(texts) * window, "tokens") as advance:
         for name, body in texts.items():
@@ -117,8 +114,6 @@ def _tokenized(lm: LanguageModel, reference: LanguageModel, name: str, body: str
 
 
 def _row(begin: int, end: int, kl: np.ndarray, same: np.ndarray) -> DivergenceRow:
-    import numpy as np
-
     median, p90, p99 = (float(value) for value in np.percentile(kl, (50, 90, 99)))
     return DivergenceRow(
         begin, end, float(kl.mean()), median, p90, p99, float(kl.max()), float(same.mean()), int(kl.size)

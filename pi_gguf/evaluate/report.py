@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -213,8 +214,6 @@ def _labels(base: str, models: Sequence[str]) -> dict[str, str]:
 @contextmanager
 def _texts(given: Sequence[str], split: str, option: str) -> Iterator[Sequence[str]]:
     """Yield the texts of a table; where none are given, the longest novel of a split of the sample as a file."""
-    import tempfile
-
     if given:
         yield given
         return

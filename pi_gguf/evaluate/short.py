@@ -17,6 +17,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Unpack
 
+import yaml  # type: ignore[import-untyped]
+from jinja2 import TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
 from pi_gguf import bundled
 from pi_gguf.common.files import open_plain, writes
 from pi_gguf.common.options import flat, take
@@ -131,8 +135,6 @@ def _import_harness() -> None:
         import lm_eval.utils
     except ModuleNotFoundError as error:
         raise OptionError("lm-evaluation-harness is not installed", "pip install lm-eval") from error
-    from jinja2.sandbox import SandboxedEnvironment
-
     plain = lm_eval.utils.env
     sandbox = SandboxedEnvironment(undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
     sandbox.filters.update(plain.filters)
@@ -156,7 +158,6 @@ def _check_task_files(folder: str) -> None:
         OptionError: one would, or is no YAML, or there is none.
     """
     import lm_eval.api.metrics  # fills the registry
-    import yaml  # type: ignore[import-untyped]
 
     paths = [path.resolve() for path in sorted(Path(folder).glob("**/*.yaml"))]
     if not paths:
@@ -260,7 +261,6 @@ def _measure(lm: LanguageModel, name: str, task: Any, limit: int | None, max_len
         TextError: a document does not fit the task.
     """
     import lm_eval
-    from jinja2 import TemplateError
 
     model = harness_model(lm, name, max_length)
     try:

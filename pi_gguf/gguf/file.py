@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
 
 from pi_gguf.errors import GgufError
 from pi_gguf.gguf.header import ALIGNMENT, Header, read_header
 from pi_gguf.scaling.rope import RopeScaling
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _AGAIN = "copy or convert the file again"
 
@@ -53,8 +53,6 @@ class GgufInfo:
 
     @property
     def quantization(self) -> str:
-        import gguf
-
         try:
             return str(gguf.LlamaFileType(self.metadata["general.file_type"]).name.split("_", 1)[1])
         except (KeyError, ValueError, IndexError):
@@ -125,8 +123,6 @@ def tensors_of(header: Header) -> list[TensorInfo]:
 
 def read_values(header: Header) -> dict[str, np.ndarray]:
     """Read the values of all F32 tensors of a file, by name, in the shapes that torch has."""
-    import numpy as np
-
     values = {}
     with header.path.open("rb") as file:
         for t, place in zip(tensors_of(header), header.tensors, strict=True):
@@ -148,9 +144,6 @@ def write_header(path: Path, arch: str, metadata: Mapping[str, Any], tensors: Se
         metadata: keys and values; whole numbers are stored as 32-bit unsigned ones, but for numpy's own types.
         tensors: in the order of their data.
     """
-    import gguf
-    import numpy as np
-
     writer = gguf.GGUFWriter(path, arch)
     add = {
         bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
@@ -190,8 +183,6 @@ class _Layout(NamedTuple):
 
 @cache
 def _layouts() -> dict[str, _Layout]:
-    import gguf
-
     found = {kind.name: _Layout(int(kind), *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
     return {**found, "Q8_1": _Layout(9, 32, 36), "Q2_0": _Layout(42, 64, 18)}  # where gguf is not as llama.cpp
 
@@ -210,15 +201,11 @@ def tensor_nbytes(kind: str, shape: Sequence[int]) -> int:
 
 def quantization_version() -> int:
     """Return the version of the formats of quantized blocks, which every file states."""
-    import gguf
-
     return int(gguf.GGML_QUANT_VERSION)
 
 
 def tensor_namer(arch: str, n_layers: int) -> Callable[[str], str | None]:
     """Return the function from Hugging Face's name of a tensor to GGUF's, None where it has none."""
-    import gguf
-
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
     table = gguf.get_tensor_name_map(number, n_layers)
     return lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))

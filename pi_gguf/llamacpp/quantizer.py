@@ -13,17 +13,15 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pi_gguf.common.machine import cores
 from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf.file import tensor_types
 from pi_gguf.llamacpp.library import ggml_base, last_error, llama_cpp_library, log
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 UNQUANTIZED = ("F32", "F16", "BF16")
 
@@ -165,8 +163,6 @@ def quantize_rows(
         out: uint8 of the quantized rows' size, written to.
         importance: weight of each column, float32; none when None.
     """
-    import numpy as np
-
     library = ggml_base()
     count, columns = rows.shape
     if dtype != "F32":

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Container
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf.file import tensor_types
 from pi_gguf.llamacpp.library import ggml_base, llama_cpp_library
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class _Tensor(ctypes.Structure):
@@ -155,8 +154,6 @@ class ProductWatch:
         return True
 
     def _see(self, name: str, result: _Tensor, weight: _Tensor) -> None:
-        import numpy as np
-
         inputs = _values(result.src[1], np.dtype(np.float32), "F32", name)
         matrices = weight.ne[2] * weight.ne[3]
         columns = inputs.shape[-1]
@@ -173,8 +170,6 @@ class ProductWatch:
 
 def _values(address: int, dtype: np.dtype[Any], kind: str, name: str) -> np.ndarray:
     """Return a tensor's values from wherever they lie, in four dimensions, the fastest last."""
-    import numpy as np
-
     tensor, library = _Tensor.from_address(address), ggml_base()
     if tensor.type != tensor_types()[kind]:
         raise GgufError(f"{name}: llama.cpp multiplies it with values that are not {kind}", "take an F16 or F32 file")

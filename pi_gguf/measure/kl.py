@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 
 def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +18,6 @@ def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray
     Returns:
         float64 (T,) in nats; bool (T,).
     """
-    import numpy as np
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float64)

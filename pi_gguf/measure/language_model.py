@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 
 class LanguageModel(ABC):
@@ -49,8 +47,6 @@ class LanguageModel(ABC):
         Returns:
             float64 (last,) natural logarithms; bool (last,) whether the id was the most probable one.
         """
-        import numpy as np
-
         if not 0 < last < len(ids):
             raise ValueError(f"last must be between 1 and {len(ids) - 1}, got {last}")
         logprobs, first = np.empty(last), np.empty(last, bool)
@@ -104,8 +100,6 @@ class LanguageModel(ABC):
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many ids two sequences share from their start."""
-    import numpy as np
-
     n = min(len(a), len(b))
     differ = np.nonzero(np.asarray(a[:n]) != np.asarray(b[:n]))[0]
     return int(differ[0]) if len(differ) else n

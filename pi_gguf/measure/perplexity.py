@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+import numpy as np
 
 from pi_gguf import bundled
 from pi_gguf.common.progress import Advance
@@ -19,10 +21,6 @@ from pi_gguf.measure.kl import position_ranges
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.measure.results import PerplexityRow, PositionRow
 from pi_gguf.texts import read_texts
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 _LARGEST_LOSS = 709.0
 """Nats; the perplexity of more is beyond a 64-bit number."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pi_gguf.common.files import check_writable, replace_when_complete
 from pi_gguf.common.progress import say
 from pi_gguf.errors import OptionError
@@ -96,8 +98,6 @@ def plot_needle(report: Any, path: str | Path) -> None:
 
 def _heatmap(shares: Mapping[tuple[int, float], float], path: str | Path, title: str, axis: str, origin: str) -> None:
     """Draw shares by window and place, in percent; the first place lies at `origin`, lower or upper."""
-    import numpy as np
-
     windows, places = (sorted({key[i] for key in shares}) for i in (0, 1))
     grid = np.full((len(places), len(windows)), np.nan)
     for (window, place), share in shares.items():

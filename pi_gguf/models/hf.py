@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import torch_device
 from pi_gguf.measure.language_model import LanguageModel, common_prefix
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 _CHUNK = 1024

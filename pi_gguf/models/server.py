@@ -11,15 +11,14 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.errors import OptionError
 from pi_gguf.models.hf import HfTokens
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _SECONDS = 600
 """To wait for an answer."""

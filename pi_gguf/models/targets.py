@@ -18,7 +18,10 @@ from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import is_gguf
 from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.models.hf import HfModel
 from pi_gguf.models.options import ServerOptions, TargetOptions
+from pi_gguf.models.server import RemoteModel
+from pi_gguf.runtime.model import Model
 
 
 @contextmanager
@@ -37,18 +40,12 @@ def opened(
         return
     lm: LanguageModel
     if is_url(model):
-        from pi_gguf.models.server import RemoteModel
-
         lm = RemoteModel(model, load_checkpoint(str(_tokenizer(target)), weights=False), n_ctx)
     elif is_gguf(model):
-        from pi_gguf.runtime.model import Model
-
         if at_most is not None:
             n_ctx = min(at_most, window_of(model))
         lm = Model(model, n_ctx=n_ctx, device=target.device, type_k=target.type_k, type_v=target.type_v)
     else:
-        from pi_gguf.models.hf import HfModel
-
         checkpoint = load_checkpoint(model)
         if target.context is not None:
             checkpoint = checkpoint.extended(target.context, target.method)

@@ -19,7 +19,7 @@ from pi_gguf.common.files import open_folder, write_json, write_text, writes
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.progress import duration, say
 from pi_gguf.common.provenance import provenance, without_folders
-from pi_gguf.common.tables import markdown_table
+from pi_gguf.common.tables import markdown_table, text_table
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate.passkey import evaluate_passkey
 from pi_gguf.evaluate.perplexity import evaluate_perplexity
@@ -73,8 +73,6 @@ class DemoReport:
         return found
 
     def __str__(self) -> str:
-        from pi_gguf.common.tables import text_table
-
         context = self.settings["context"]
         title = f"{bundled.TINY}, window 2048 -> {context} (x{context / 2048:g})"
         table = text_table(title, *table_cells(self.to_json()))

@@ -14,6 +14,8 @@ from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.common.machine import operations_a_second, planned_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.errors import OptionError
+from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
+from pi_gguf.llamacpp.quantizer import spelled
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.memory import (
     ACTIVATIONS,
@@ -82,9 +84,6 @@ def plan(
     Example:
         pi-gguf plan bundled:tiny --context 32768 --quant Q4_K_M
     """
-    from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
-    from pi_gguf.llamacpp.quantizer import spelled
-
     tune = take(TuneOptions, options)
     checkpoint = load_checkpoint(model, config_only=True)
     known = spelled(quant, BITS_PER_WEIGHT)

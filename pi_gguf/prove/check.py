@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import psutil
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import Checkpoint
@@ -25,9 +28,6 @@ from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.rope import check_consistent
 from pi_gguf.vocabulary.keys import end_tokens
 from pi_gguf.vocabulary.token_check import TokenizedTexts, said
-
-if TYPE_CHECKING:
-    import numpy as np
 
 LEVELS = ("quick", "full", "none")
 
@@ -100,9 +100,6 @@ class Reference:
     """
 
     def __init__(self, checkpoint: Checkpoint, level: str, *, strict_tokenizer: bool = False) -> None:
-        import numpy as np
-        import psutil
-
         if level not in LEVELS:
             raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {level}")
         self.rope = rope = checkpoint.rope
@@ -148,8 +145,6 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
     Raises:
         CheckError: a difference; the message has them all.
     """
-    import numpy as np
-
     rope, info = reference.rope, read_gguf(path)
     problems = check_consistent(info.rope, str(path))
     kl = top1 = None

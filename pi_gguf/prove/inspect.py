@@ -16,6 +16,7 @@ from pi_gguf.gguf.defects import expect, find_defects
 from pi_gguf.gguf.file import GgufInfo, read_gguf
 from pi_gguf.gguf.findings import ASK, Finding
 from pi_gguf.gguf.header import is_gguf, read_header
+from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.rope import RopeScaling, check_consistent
 
 
@@ -70,8 +71,6 @@ def inspect(path: str | Path, *, against: str | None = None, seed: int = 0, devi
 
 
 def _inspect_gguf(path: Path, against: str | None) -> Inspection:
-    from pi_gguf.runtime.model import Model
-
     info, header = read_gguf(path), read_header(path)
     expected = expect(header, info.tensors, load_checkpoint(against, weights=False)) if against is not None else None
     findings = find_defects(header, info.tensors, expected)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
+
+import numpy as np
+import psutil
 
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import cores
@@ -25,10 +28,6 @@ from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.runtime.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
 from pi_gguf.vocabulary.templates import render_chat
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 _TEMPLATE_NAMES = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
@@ -347,8 +346,6 @@ def _scores_batch(info: GgufInfo, n_ctx: int) -> int:
 
 
 def _check_memory(info: GgufInfo, cache_bytes: int, n_ctx: int) -> None:
-    import psutil
-
     weights = sum(t.nbytes for t in info.tensors)
     free = psutil.virtual_memory().available
     sizes = (

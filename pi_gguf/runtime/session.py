@@ -13,16 +13,15 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
+
+import numpy as np
 
 from pi_gguf.common.options import flag
 from pi_gguf.errors import GgufError, OptionError, ResourceError, one_line
 from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library
 from pi_gguf.llamacpp.trial import check_grammar
 from pi_gguf.measure.language_model import common_prefix
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PENALIZED = 64
 """How many of the last tokens a repeat penalty looks at, those of the prompt among them."""
@@ -287,8 +286,6 @@ class Session:
 
     def _decode(self, part: Sequence[int], first: int) -> None:
         """Read a batch behind what the cache holds, with logits of the positions from `first`."""
-        import numpy as np
-
         tokens = np.asarray(part, np.int32)
         positions = np.arange(len(self.ids), len(self.ids) + len(part), dtype=np.int32)
         wanted = (positions >= first).astype(np.int8)
@@ -303,8 +300,6 @@ class Session:
 
     def _logits(self, outputs: int) -> np.ndarray:
         """Return the logits of the last batch (outputs, V), valid up to the next."""
-        import numpy as np
-
         found = self._llama_cpp.llama_get_logits(self._context)
         return np.ctypeslib.as_array(found, shape=(outputs * self.n_vocab,)).reshape(outputs, -1)
 
@@ -316,8 +311,6 @@ class _Chooser:
     """
 
     def __init__(self, vocab: Any, n_vocab: int, sampling: Sampling, prompt: Sequence[int]) -> None:
-        import numpy as np
-
         llama_cpp = self._llama_cpp = llama_cpp_library()
         self._row = np.zeros(n_vocab, np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]))
         self._ids = np.arange(n_vocab, dtype=np.int32)

@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pi_gguf.errors import CheckpointError, GgufError, OptionError, UnsupportedError
 from pi_gguf.scaling.own import OwnScaling, divisors_scaling, positive_int, positive_number
-
-if TYPE_CHECKING:
-    import numpy as np
 
 DEFAULT_ROPE_THETA = 10000.0
 """What transformers takes for Llama when a config names no base."""

@@ -10,6 +10,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.progress import progress_bar, say
@@ -20,7 +22,6 @@ from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.tokens import Corpus
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 MASKED_TOKENS = 8192
@@ -101,8 +102,6 @@ def training_batches(
 
 def _mixture(checkpoint: Checkpoint, seed: int, window: int) -> Iterator[np.ndarray]:
     """Yield documents of the bundled mixture as `TOKEN`, the answers of recall tasks weighed by the window."""
-    import numpy as np
-
     tokenizer: Any = checkpoint.load_tokenizer()
     end = [] if tokenizer.eos_token_id is None else [(tokenizer.eos_token_id, 1.0)]
     weight = max(1.0, window / bundled.TOKENS_PER_WEIGHT)
@@ -186,8 +185,6 @@ def _turns(
 
 
 def _joined(row: Row) -> Row:
-    import numpy as np
-
     return row if len(row) == 1 else [np.concatenate(row)]
 
 
@@ -197,8 +194,6 @@ def batch_positions(i: int, rows: list[Row], rope: RopeScaling, training: Traini
     Each piece of a row begins at 0 and has a skip of its own. The model keeps its final scaling all along: a smaller
     factor is made by positions that lie further apart.
     """
-    import numpy as np
-
     rng = np.random.default_rng((seed, i))
     step = i // training.accumulation
     growing = step < training.factor_warmup_steps
@@ -240,7 +235,6 @@ def padded(rows: Sequence[Row], positions: Sequence[np.ndarray]) -> dict[str, to
     (B, 1, T, T), true where a token sees another: those before it in its own piece. transformers takes that one as it
     is. It grows with the square of T, see `MASKED_TOKENS`.
     """
-    import numpy as np
     import torch
 
     shape = (len(rows), max(map(len, positions)))

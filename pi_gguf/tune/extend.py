@@ -17,6 +17,7 @@ from pi_gguf.checkpoint.config import read_json
 from pi_gguf.checkpoint.hub import public_source
 from pi_gguf.checkpoint.record import RECORD_FILE, Record
 from pi_gguf.common.files import check_free_disk, check_writable, remove, writes
+from pi_gguf.common.machine import torch_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import process_count, say
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError
@@ -83,8 +84,6 @@ def extend_checkpoint(
     overwrite: bool = False,
 ) -> Path:
     """Fine-tune an extended checkpoint as `extend` does, and return the folder written."""
-    from pi_gguf.common.machine import torch_device
-
     out_dir, device = Path(out_dir), torch_device(device)
     reports = check_reports(tune.report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pi_gguf.adapters.adapted import with_adapters
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.record import RECORD_FILE, Record
@@ -42,7 +44,6 @@ def write_folder(
         price: measured on the folder before it gets its name.
     """
     import torch
-    from safetensors import SafetensorError
 
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = dtypes[next(iter(checkpoint.tensors.values())).dtype]

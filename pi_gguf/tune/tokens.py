@@ -9,7 +9,9 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.checkpoint.hub import TOKENIZER_FILES
@@ -18,9 +20,6 @@ from pi_gguf.common.progress import progress_bar
 from pi_gguf.common.provenance import package_version
 from pi_gguf.errors import TextError
 from pi_gguf.texts import LONGEST, Texts
-
-if TYPE_CHECKING:
-    import numpy as np
 
 CACHE_PREFIX = "tokens-"
 """Begins the name of a cache, a folder."""
@@ -132,8 +131,6 @@ def _tokenizer_sha256(checkpoint: Checkpoint) -> str:
 
 def _open(path: Path, name: str) -> Corpus | None:
     """Return the cache, or None where it is missing or its parts do not fit each other."""
-    import numpy as np
-
     try:
         offsets = np.load(path / "offsets.npy", allow_pickle=False)
         size = (path / "ids.bin").stat().st_size
@@ -146,8 +143,6 @@ def _open(path: Path, name: str) -> Corpus | None:
 
 
 def _write(checkpoint: Checkpoint, texts: Texts, folder: Path, characters: int) -> None:
-    import numpy as np
-
     encode, offsets = encoder(checkpoint), [0]
     with progress_bar("tokenize", texts.count, "documents") as advance, (folder / "ids.bin").open("wb") as file:
         for batch in _batches(texts.read(characters)):

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.files import human_bytes
@@ -22,9 +24,6 @@ from pi_gguf.measure.passkey import PasskeyPrompts, k_max, passkey_cells
 from pi_gguf.measure.perplexity import Yardstick
 from pi_gguf.models.hf import HfModel, HfTokens, tokenize_with
 from pi_gguf.tune.processes import agree
-
-if TYPE_CHECKING:
-    import numpy as np
 
 DISTANCES, KEYS = 2, 2
 """Of the passkeys: places in the new window, and keys at each."""

@@ -16,6 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
+from sentencepiece import sentencepiece_model_pb2 as proto
+
 from pi_gguf.errors import CheckpointError, UnsupportedError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -40,8 +43,6 @@ def open_sentencepiece(path: str) -> Any:
     Raises:
         CheckpointError: the file is no SentencePiece model.
     """
-    from sentencepiece import SentencePieceProcessor
-
     try:
         return SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError, ValueError) as error:
@@ -55,8 +56,6 @@ def keys_of_model(path: str) -> dict[str, Any]:
         CheckpointError: the file is no SentencePiece model.
         UnsupportedError: it does something to texts that llama.cpp does not; the message shows it.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
     open_sentencepiece(path)
     model = proto.ModelProto()
     try:

@@ -11,13 +11,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pi_gguf.common.children import run_child
 from pi_gguf.errors import CheckpointError, GgufError, one_line
-
-if TYPE_CHECKING:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SOURCE = 2**19
 """Characters of a template; the longest known has 60,000."""
@@ -51,8 +53,6 @@ def check_template(source: Any, name: str) -> None:
         raise CheckpointError(f"{name} has half a surrogate in it ({error})", "correct or remove it") from error
     if len(source) > MAX_SOURCE:
         raise CheckpointError(f"{name} has {len(source)} characters, {MAX_SOURCE} at most", "shorten or remove it")
-    from jinja2 import TemplateError, nodes
-
     environment = _environment()
     try:
         parsed = environment.parse(source)
@@ -108,11 +108,6 @@ def render_chat(template: Any, messages: Sequence[Mapping[str, Any]], tokens: Ma
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """Return Jinja as templates of chats expect it: what transformers adds and sets, and nothing folded beforehand."""
-    from datetime import datetime
-
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """`{% generation %}` marks an answer for training; its text is like any other."""

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
@@ -27,9 +29,6 @@ from pi_gguf.texts import read_texts
 from pi_gguf.vocabulary.keys import gguf_vocabulary
 from pi_gguf.write.layout import plan_file
 from pi_gguf.write.writer import write_file
-
-if TYPE_CHECKING:
-    import numpy as np
 
 DEFAULT_TOKENS = 65536
 """Tokens read when no limit is given; at least one window."""
@@ -69,8 +68,6 @@ class ImportanceMatrix:
     @cached_property
     def importance(self) -> dict[str, np.ndarray]:
         """Mean of the squares by tensor, float32 (matrices, columns); 1 where a matrix had no input."""
-        import numpy as np
-
         found = {}
         for name, sums in self.sums.items():
             counts = self.counts[name][:, None]
@@ -139,8 +136,6 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 
 def _check_values(path: Path, name: str, values: np.ndarray) -> None:
-    import numpy as np
-
     wrong = np.argwhere(~(np.isfinite(values) & (values >= 0)))
     if len(wrong):
         raise GgufError(f"{path}: {name} must hold numbers from 0 on, got {values[tuple(wrong[0])]:g}", _AGAIN)
@@ -182,8 +177,6 @@ def _read_older_form(path: Path) -> ImportanceMatrix:
 
     Numbers are of 32 bits; texts have their length before them. Behind the entries may be the chunks and a data set.
     """
-    import numpy as np
-
     size = path.stat().st_size
     with path.open("rb") as file:
 
@@ -254,8 +247,6 @@ class SquareSums:
         Raises:
             GgufError: an input is not a number.
         """
-        import numpy as np
-
         slots, columns = inputs.shape[1:]
         if name not in self.sums:
             self.sums[name], self.counts[name] = np.zeros((matrices, columns)), np.zeros(matrices, np.int64)
@@ -357,8 +348,6 @@ def compute_imatrix(
                 for i, (name, ids) in enumerate(windows):
                     for done in lm.evaluate(ids):
                         advance(done, text=f"window {i + 1} of {len(windows)}, {Path(name).name}")
-    import numpy as np
-
     read = list(dict.fromkeys(Path(name).name for name, _ in windows))
     matrix = ImportanceMatrix(
         out, {name: values.astype(np.float32) for name, values in sums.sums.items()},

@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pi_gguf.checkpoint.agreement import check_sizes
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.checkpoint.tensors import TensorSource
@@ -27,7 +29,6 @@ from pi_gguf.gguf.keys import model_metadata
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED, mixture, quantizations
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 NUMBERED = re.compile(r"(\.experts)\.\d+\.|\.norms\.\d+\.")
@@ -111,8 +112,6 @@ class FilePlan:
         return [self._part(number, len(groups), outputs) for number, outputs in enumerate(groups)]
 
     def _part(self, number: int, count: int, outputs: list[Output]) -> FilePlan:
-        import numpy as np
-
         keys = {
             "split.no": np.uint16(number),
             "split.count": np.uint16(count),

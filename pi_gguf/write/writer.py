@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pi_gguf.checkpoint.tensors import TensorSource, open_files
 from pi_gguf.common.files import check_free_disk, disk_errors
 from pi_gguf.common.machine import cores
@@ -25,7 +27,6 @@ from pi_gguf.llamacpp.trial import trust
 from pi_gguf.write.layout import FilePlan, Output
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 
@@ -220,7 +221,6 @@ def _encode(values: torch.Tensor, output: Output, importance: np.ndarray | None,
     Args:
         importance: weight of each column, of each of the tensor's matrices; none when None.
     """
-    import numpy as np
     import torch
 
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
