@@ -1,4 +1,4 @@
-"""The package as a whole: light imports, layers, help, and a README that is true."""
+"""The package as a whole: light imports, layers and help."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import pi_gguf
 from pi_gguf.cli import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 
-# Imports go downward only: a module may import those of the layers before its own. The README draws the same.
+# Imports go downward only: a module may import those of the layers before its own.
 LAYERS = [
     {
         "endings",
@@ -191,32 +190,3 @@ def test_inspect_shows_what_llama_cpp_reads(cli, llama, tmp_path):
     assert report["warnings"] == report["findings"] == [] and report["repair"] is None
     code, out, _ = cli("inspect", llama, "--json")
     assert code == 0 and json.loads(out)["window"] == 64
-
-
-def test_the_readme_maps_every_file():
-    mapped = set(re.findall(r"^\| `([\w./-]+)` \|", README, re.MULTILINE))
-    there = {p.name for p in (ROOT / "pi_gguf").glob("*.py")} | {"bundled/", "families/"}
-    there |= {f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py")}
-    assert mapped == there
-
-
-def test_every_package_is_installed():
-    import tomllib
-
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "pi_gguf").rglob("__init__.py")}
-    assert set(named) == there
-
-
-def test_the_readme_tables_are_the_recorded_ones(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    from write_tables import with_tables
-
-    assert README.count("<!-- table ") >= 2
-    assert with_tables(README) == README
-
-
-def test_the_readme_commands_exist():
-    used = set(re.findall(r"^pi-gguf ((?:eval )?\w+)", README, re.MULTILINE))
-    assert len(used) >= 5
-    assert used <= {" ".join(path) for path, _ in commands(main)}
