@@ -8,12 +8,15 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 export CXXFLAGS += -fno-tree-dse -fno-dse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check docs gpu gpu-bundle clean
+.PHONY: demo test test-all check docs gpu gpu-bundle clean
 
 demo: .venv/installed
 	$(BIN)/pi-gguf demo --out out/demo
 
 test: .venv/installed-dev
+	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow"
+
+test-all: .venv/installed-dev
 	$(BIN)/pytest -q -n auto --dist loadfile
 
 check: .venv/installed-dev
