@@ -17,6 +17,7 @@ import pytest
 from pi_gguf.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import record_terminal
 import write_pages
 import write_tables
 
@@ -93,6 +94,26 @@ def test_the_readmes_commands_run_one_after_another(shell, llama, tmp_path):
             assert "512 tokens (original 64)" in out
     (program,) = blocks(README, "python")
     assert shell(sys.executable, "-c", program).strip()
+
+
+def test_the_readmes_picture_is_small_and_fetches_nothing():
+    picture = ROOT / "docs" / "pictures" / "terminal.svg"
+    text = picture.read_text().replace("&#160;", " ")
+    assert f"]({picture.relative_to(ROOT)})" in README
+    assert picture.stat().st_size < 100_000
+    assert not re.search(r"url\((?!#)|@import|href=", text)
+    for name in ("plan", "convert", "inspect"):
+        assert f"pi-gguf {name} " in text
+
+
+def test_a_picture_is_what_a_run_leaves_on_the_screen(tmp_path):
+    assert record_terminal.screen("10 %\r\x1b[2Kdone\nlost\n\x1b[1A\x1b[2K\x1b[31mkept\x1b[0m\n") == [
+        "done", "\x1b[31mkept\x1b[0m", "",
+    ]  # fmt: skip
+    drawn = record_terminal.draw(["pi-gguf models"], [record_terminal.run("pi-gguf models", tmp_path)])
+    assert "26&#160;families" in drawn and "@font-face" not in drawn
+    with pytest.raises(SystemExit, match="exit code 2"):
+        record_terminal.run("pi-gguf plan nowhere --context x", tmp_path)
 
 
 def test_what_the_readme_makes_is_made():
