@@ -8,18 +8,26 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 export CXXFLAGS += -fno-tree-dse -fno-dse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check gpu gpu-bundle clean
+.PHONY: demo test test-all check docs gpu gpu-bundle clean
 
 demo: .venv/installed
 	$(BIN)/pi-gguf demo --out out/demo
 
 test: .venv/installed-dev
+	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow"
+
+test-all: .venv/installed-dev
 	$(BIN)/pytest -q -n auto --dist loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@$(MAKE) --no-print-directory docs
+
+# The pages, to read without a network; a dead link or a public name without a docstring ends it
+docs: .venv/installed-dev
+	@$(BIN)/mkdocs build
 
 # On a machine with a card: what is installed there if nothing was installed here. PARTS, OUT and MINUTES narrow it.
 GPU_PYTHON ?= $(if $(wildcard .venv/installed-dev),$(BIN)/python,$(PYTHON))
@@ -49,7 +57,7 @@ gpu-bundle: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(PIP) -e .[dev]
+	@$(PIP) -e .[dev,docs]
 	@touch $@
 
 clean:

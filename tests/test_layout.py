@@ -1,4 +1,4 @@
-"""The layout of the package: imports go down only, no circle, small functions, and every file is named where one looks."""
+"""The layout of the package: imports go down only, no circle, small functions, every file named where one looks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The package as a whole: light imports, layers, help, and a README that is true."""
+"""The package as a whole: light imports, layers and help."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import pi_gguf
 from pi_gguf.cli.app import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 
 
 def test_help_and_import_load_nothing_heavy():
@@ -90,17 +88,3 @@ def test_inspect_shows_what_llama_cpp_reads(cli, llama, tmp_path):
     assert report["warnings"] == report["findings"] == [] and report["repair"] is None
     code, out, _ = cli("inspect", llama, "--json")
     assert code == 0 and json.loads(out)["window"] == 64
-
-
-def test_the_readme_tables_are_the_recorded_ones(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    from write_tables import with_tables
-
-    assert README.count("<!-- table ") >= 2
-    assert with_tables(README) == README
-
-
-def test_the_readme_commands_exist():
-    used = set(re.findall(r"^pi-gguf ((?:eval )?\w+)", README, re.MULTILINE))
-    assert len(used) >= 5
-    assert used <= {" ".join(path) for path, _ in commands(main)}

@@ -1,7 +1,7 @@
-"""Write the recorded tables into README.md and recipes/gpu, between the marks `<!-- table FILE -->` and `<!-- end -->`.
+"""Write the recorded tables into `PAGES`, between the marks `<!-- table FILE -->` and `<!-- end -->`.
 
-In: `recipes/*/results.json`, as `pi-gguf demo` writes them, `recipes/gpu/*.json` and `benchmarks/*.json`. Out: the
-texts with their tables. Where a file has several, the mark names one behind a `#`.
+In: `recipes/*/results.json`, as `pi-gguf demo` writes them, `recipes/report/report.json`, `recipes/gpu/*.json` and
+`benchmarks/*.json`. Out: the texts with their tables. Where a file has several, the mark names one behind a `#`.
 
 Example:
     python tools/write_tables.py
@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pi_gguf.common.tables import markdown_table
+from pi_gguf.measure.passkey import k_max
+from pi_gguf.measure.results import PasskeyCell
 from pi_gguf.pipeline.demo import table_cells
 
 ROOT = Path(__file__).parent.parent
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "recipes/gpu/README.md"))
 
 
 def benchmark_table(record: dict[str, Any]) -> str:
@@ -32,6 +35,18 @@ def benchmark_table(record: dict[str, Any]) -> str:
             cells = [f"{cell} ({ratio[key]:.2f} x)" for cell, key in zip(cells, ("seconds", "peak_mib"), strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def report_table(record: dict[str, Any]) -> str:
+    """Return perplexity of the held-out text and the passkeys, a row for each model of a page."""
+    windows = [f"{row['window']:,}" for row in next(iter(record["perplexity"].values()))]
+    rows = []
+    for name, cells in record["passkeys"].items():
+        found, asked = (sum(cell[key] for cell in cells) for key in ("found", "keys"))
+        reached = k_max([PasskeyCell(**cell) for cell in cells], growing=True)
+        figures = [f"{row['perplexity']:.1f}" for row in record["perplexity"][name]]
+        rows.append([name, *figures, f"{found} of {asked}", f"{reached:,}"])
+    return markdown_table(["perplexity at", *windows, "passkeys", "k_max"], rows)
 
 
 def methods_table(record: dict[str, Any]) -> str:
@@ -144,6 +159,8 @@ def with_tables(text: str) -> str:
         record = json.loads((ROOT / path).read_text())
         if which:
             made = _SEVERAL[which](record)
+        elif "second_perplexity" in record:
+            made = report_table(record)
         elif "settings" in record and "original_window" in record["settings"]:
             made = methods_table(record)
         else:
@@ -154,7 +171,7 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    for path in (ROOT / "README.md", ROOT / "recipes" / "gpu" / "README.md"):
+    for path in PAGES:
         path.write_text(with_tables(path.read_text()))
         print(f"wrote {path}")
 

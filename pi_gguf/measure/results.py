@@ -17,6 +17,7 @@ class Report:
     """A dataclass with provenance: versions, commit, seed, device, hashes, time and memory."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the report as plain values, models and files named without folders."""
         found: dict[str, Any] = without_folders(asdict(self))  # type: ignore[call-overload]
         return found
 

@@ -124,20 +124,24 @@ class Model(LanguageModel):
         self.close()
 
     def close(self) -> None:
+        """Give back the weights and the cache; nothing can be asked afterwards."""
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
 
     # What llama.cpp read
 
     @property
     def n_vocab(self) -> int:
+        """Tokens of the vocabulary."""
         return self._session.n_vocab
 
     @property
     def n_ctx_train(self) -> int:
+        """Window that llama.cpp read from the file, in tokens."""
         return int(llama_cpp_library().llama_model_n_ctx_train(self._llama.model))
 
     @property
     def rope_freq_scale_train(self) -> float:
+        """What llama.cpp multiplies positions with: the inverse of the factor, dimensionless."""
         return float(llama_cpp_library().llama_model_rope_freq_scale_train(self._llama.model))
 
     @property
