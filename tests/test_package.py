@@ -36,6 +36,7 @@ LAYERS = [
     {
         "rope",
         "options",
+        "markup",
         "files",
         "texts",
         "sample_texts",
@@ -45,8 +46,8 @@ LAYERS = [
         "families",
         "weights",
     },
-    {"findings", "processes", "plots", "kept"},
-    {"templates"},
+    {"findings", "processes", "plots", "kept", "archives"},
+    {"templates", "formats"},
     {"methods"},
     {"configs", "agreement"},
     {"record"},
@@ -111,6 +112,8 @@ def test_every_module_has_its_layer_and_imports_go_downward():
         ("peft", {"lora"}),
         ("datasets", {"texts"}),
         ("pyarrow", {"texts"}),
+        ("lxml", {"archives", "markup"}),
+        ("pypdfium2", {"formats"}),
     ],
 )
 def test_each_library_has_few_doors(library, doors):
