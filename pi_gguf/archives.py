@@ -96,7 +96,6 @@ class _Docx:
     def __init__(self, written: Written, headings: frozenset[str]) -> None:
         self._written = written
         self._headings = headings
-        self._runs = 0
         self._text = False
         self._unseen = 0
 
@@ -109,14 +108,11 @@ class _Docx:
             case "t":
                 self._text = True
             case "tab":
-                if self._runs:  # elsewhere it is the definition of a stop
-                    written.words(" ")
+                written.words(" ")  # the definition of a stop, too, but that stands before a paragraph's text
             case "br" | "cr":
                 written.end_line()
             case "noBreakHyphen":
                 written.verbatim("-")
-            case "r":
-                self._runs += 1
             case "tr":
                 written.begin_row()
             case "tc":
@@ -137,8 +133,6 @@ class _Docx:
         match _local(tag):
             case "t":
                 self._text = False
-            case "r":
-                self._runs -= 1
             case "p":
                 self._written.end_heading()
                 self._written.end_line(2)

@@ -63,11 +63,10 @@ class Document:
             end: the one after the last.
         """
         first = bisect.bisect_right(self.places, start, key=lambda place: place.start)
-        last = bisect.bisect_left(self.places, max(end, start + 1), key=lambda place: place.start)
+        last = bisect.bisect_left(self.places, end, key=lambda place: place.start)
         found: dict[str, Place] = {}
         for place in (self.places[i] for i in range(first - 1, -1, -1)):
-            if place.kind not in found and not (place.kind == "heading" and "chapter" in found):
-                found[place.kind] = place
+            found.setdefault(place.kind, place)
             if place.kind != "heading":  # a page or a chapter holds what comes after it, to the next
                 break
         return [*sorted(found.values(), key=lambda place: place.start), *self.places[first:last]]

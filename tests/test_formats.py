@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -20,6 +21,7 @@ from pi_gguf.formats import Document, read_document
 from pi_gguf.markup import Place
 
 WORD = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+COMPATIBILITY = 'xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'
 
 
 def labels(document: Document) -> list[tuple[str, str, str]]:
@@ -120,8 +122,8 @@ def test_html_is_recognized_without_its_suffix(tmp_path):
 
 
 def test_the_pages_of_a_pdf_in_english_and_japanese(tmp_path):
-    document = read_document(write_pdf(tmp_path / "a.pdf", [["One is hyphen-", "ated here."], [], ["Three"]]))
-    assert document.text == "One is hyphenated here.\n\nThree"
+    document = read_document(write_pdf(tmp_path / "a.pdf", [["One is hyphen-", "ated here."], [], ["Three", "four"]]))
+    assert document.text == "One is hyphenated here.\n\nThree\nfour"
     assert labels(document) == [("page", "1", "One is hyphenated here."), ("page", "3", "Three")]
     assert document.place_of(0, 3) == "page 1"
     assert document.place_of(20, 30) == "pages 1-3"
@@ -132,6 +134,20 @@ def test_the_pages_of_a_pdf_in_english_and_japanese(tmp_path):
 def test_right_to_left_lines_of_a_pdf_are_in_the_order_of_reading(tmp_path):
     # A PDF has the glyphs from left to right, whatever the script.
     assert read_document(write_pdf(tmp_path / "a.pdf", [[HEBREW[::-1]]], "DejaVuSans")).text == HEBREW
+
+
+def test_soft_hyphens_of_a_pdf_are_left_out(tmp_path):
+    assert read_document(write_pdf(tmp_path / "a.pdf", [["co\xadop"]], "DejaVuSans")).text == "coop"
+
+
+def test_pdfs_are_read_by_many_threads(tmp_path):
+    paths = [
+        write_pdf(tmp_path / "a.pdf", [["words"] * 30] * 3),
+        write_pdf(tmp_path / "b.pdf", [[JAPANESE]], "HeiseiMin-W3"),
+    ] * 100
+    with ThreadPoolExecutor(6) as pool:
+        texts = list(pool.map(lambda path: read_document(path).text, paths))
+    assert texts[:2] == ["\n\n".join(["\n".join(["words"] * 30)] * 3), JAPANESE] and texts == texts[:2] * 100
 
 
 def test_columns_of_a_pdf_are_read_one_after_another(tmp_path):
@@ -204,8 +220,11 @@ def test_a_docx_of_python_docx(tmp_path):
 def test_a_docx_has_its_notes_and_what_changes_left(tmp_path):
     run = "<w:r><w:t>{}</w:t></w:r>".format
     body = (
-        f"<w:p>{run('kept ')}<w:del><w:r><w:delText>gone</w:delText></w:r></w:del><w:ins>{run('new')}</w:ins>"
+        "<w:p><w:pPr><w:tabs><w:tab/></w:tabs></w:pPr>"
+        f"{run('kept ')}<w:del><w:r><w:delText>gone</w:delText></w:r></w:del><w:ins>{run('new')}</w:ins>"
         f"<w:moveFrom>{run('moved')}</w:moveFrom><w:r><w:footnoteReference w:id='2'/></w:r></w:p>"
+        f"<w:p><mc:AlternateContent {COMPATIBILITY}><mc:Choice>{run('box')}</mc:Choice>"
+        f"<mc:Fallback>{run('box')}</mc:Fallback></mc:AlternateContent></w:p>"
         "<w:p><w:pPr><w:outlineLvl w:val='0'/></w:pPr><w:r><w:t>Part</w:t></w:r></w:p>"
     )
     notes = (
@@ -219,7 +238,7 @@ def test_a_docx_has_its_notes_and_what_changes_left(tmp_path):
             "word/footnotes.xml": f"<w:footnotes {WORD}>{notes}</w:footnotes>",
         },
     )
-    assert read_document(path).text == "kept new[2]\n\nPart\n\n[2] A note."
+    assert read_document(path).text == "kept new[2]\n\nbox\n\nPart\n\n[2] A note."
     assert labels(read_document(path)) == [("heading", "Part", "Part")]
 
 
@@ -234,7 +253,7 @@ def test_an_epub_3_has_chapters_where_its_contents_say(tmp_path):
     }
     contents = (
         "<li><a href='cover%20page.xhtml'>Cover</a></li><li><a href='one.xhtml'>The <b>First</b></a>"
-        "<ol><li><a href='one.xhtml#b2'>The Second</a></li></ol></li>"
+        "<ol><li><a href='one.xhtml#b2'>The Second</a></li><li><a href='one.xhtml#b2'>Again</a></li></ol></li>"
     )
     document = read_document(write_zip(tmp_path / "a.epub", book(pages, contents)))
     assert document.format == "epub"
@@ -295,6 +314,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tm
     path = write_zip(tmp_path / "lies.docx", {"word/document.xml": bomb[: 2**22]})
     path.write_bytes(path.read_bytes().replace(struct.pack("<I", 2**22), struct.pack("<I", 100)))
     refused(path, "broken archive")
+    refused(write_zip(tmp_path / "a.docx", {"word/document.xml": "<a/>", "word/styles.xml": bomb[: 2**23]}), "4.0 MiB")
     # The entries of a book count together, also where one of them is read twice.
     entries = book({"a.xhtml": f"<p>{'word ' * 400}</p>"}, "")
     monkeypatch.setattr(archives, "LIMIT", 4500)
@@ -322,14 +342,20 @@ def test_entities_and_references_to_other_files_bring_nothing(tmp_path):
     body = f"<w:document {WORD}><w:p><w:r><w:t>a &s;&n; b</w:t></w:r></w:p></w:document>"
     page = f"{kind}<html><head><link rel=stylesheet href='{site}/a.css'></head><body>a &s; <img src='{site}/a.png'>b"
     (tmp_path / "a.html").write_text(page)
+    label = "<navPoint><navLabel><text>A &s;</text></navLabel><content src='a.xhtml'/></navPoint>"
+    toc = f'{kind}<ncx xmlns="http://www.daisy.org/z3986/2005/ncx/">{label}</ncx>'
     paths = [
         write_zip(tmp_path / "a.docx", {"word/document.xml": kind + body}),
-        write_zip(tmp_path / "a.epub", book({"a.xhtml": ""}, "") | {"OPS/a.xhtml": page}),
+        write_zip(tmp_path / "a.epub", book({"a.xhtml": ""}, "", ncx=True) | {"OPS/a.xhtml": page, "OPS/toc.ncx": toc}),
         tmp_path / "a.html",
     ]
     for path in paths:
-        text = read_document(path).text
-        assert "SECRET" not in text and "a " in text and text.endswith("b")
+        document = read_document(path)
+        text = document.text
+        assert "SECRET" not in str(document) and [p.label for p in document.places] == ["A &s;"] * (
+            path.suffix == ".epub"
+        )
+        assert "a " in text and text.endswith("b")
     with pytest.raises(BlockingIOError):
         server.accept()
     server.close()
@@ -452,6 +478,11 @@ def test_passages_end_with_sentences_and_short_paragraphs_go_together():
     assert all(passage.endswith((".", "。")) for passage in passages)
     assert all(200 <= len(passage) <= 1000 for passage in passages[1:-1])
     assert next(text[a:b] for a, b in document.passages(8, 20)) == "One.\n\nTwo."
+
+
+def test_a_short_sentence_is_no_passage_of_its_own():
+    document = Document("a", "txt", "Hi. " + "word " * 390)
+    assert [b - a >= 200 for a, b in document.passages()] == [True, True]
 
 
 def test_zip_entries_outside_the_book_are_never_written(tmp_path):

@@ -71,6 +71,8 @@ def test_quotes_have_the_page_or_chapter():
         ("Strasse nach Bern", "Straße nach Bern", "near"),
         ("it was [...] wisdom", "it was not for nothing and wisdom", "near"),
         ("… never go there …", "never go there", "near"),
+        ("rhaps it was the wurst of all tim", "Perhaps it was the worst of all times", "near"),
+        ("It was ... the beginning of all", "It was the beginning of all", "near"),
         ("It was the wurst of times and best", "It was the worst of times, and the best", "near"),
         ("It really was the very worst of all times", "It was the very worst of all times", "near"),
         ("It was the worst, the very worst", "It was not the worst, but the very worst", "near"),
@@ -85,8 +87,10 @@ def test_quotes_that_are_not_letter_by_letter(quoted, passage, found):
 def test_an_ellipsis_leaves_out_less_than_a_chapter():
     far = "It was the beginning. " + "And so on it went. " * 200 + "It was the end of it."
     assert only('"It was the beginning ... It was the end of it"', far)[0].found == "none"
-    near = "The end of it. It was the beginning. And so on it went. The end of it."
-    assert only('"It was the beginning ... The end of it"', near)[1] == near[15:-1]
+    twice = "It was. Then it was the beginning of it."
+    assert only('"it was ... the beginning of it"', twice)[1] == twice[13:-1]
+    near = "It was. The end of it. It was the beginning. And so on it went. The end of it."
+    assert only('"It was the beginning ... The end of it"', near)[1] == near[23:-1]
 
 
 @pytest.mark.parametrize("text", [JAPANESE, HEBREW, ARABIC, POINTED, HINDI])
@@ -104,7 +108,24 @@ def test_offsets_point_at_the_words_of_any_script(text):
 
 def test_points_and_accents_may_be_left_out():
     assert only(f"“{HEBREW}”", f"א. {POINTED} .ב")[1] == POINTED
-    assert only("“नन्ही मुन्नी”", "ननहा मुनना")[0].found == "none"  # vowels of Hindi are no accents
+    assert only("“והלכתי לך לך”", "כֵן וְהָלַכְתִּי לְךָ לָךְ.")[1] == "וְהָלַכְתִּי לְךָ לָךְ"
+
+
+@pytest.mark.parametrize(
+    ("quoted", "text"),
+    [
+        ("ननही मुनना लडक", "नन्ही मुन्ना लड़क"),
+        ("かきくけこさしす", "がぎぐげござじず"),
+        ("the old ham ate", "the old man ate"),
+    ],
+)
+def test_other_vowels_voicing_or_short_words_are_another_text(quoted, text):
+    assert only(f"“{quoted}”", text)[0].found == "none"
+
+
+def test_words_are_made_whole_only_where_spaces_divide_them():
+    quoted = JAPANESE[3:15] + "な" + JAPANESE[16:29]
+    assert only(f"「{quoted}」", JAPANESE)[1] == JAPANESE[3:29]
 
 
 def test_quotes_from_a_pdf_of_300_pages(tmp_path, novels):
