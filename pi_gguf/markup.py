@@ -18,6 +18,9 @@ from pi_gguf.errors import OptionError
 LABEL = 200
 """Characters of a heading that its label keeps."""
 
+_PIECE = 2**20
+"""Given to the parser at once: it takes 20 MB at most."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -269,5 +272,6 @@ def decode(data: bytes) -> str:
 def feed(parser: Any, data: str | bytes, target: Target, **options: Any) -> None:
     """Parse; an entity of the document's own is replaced, of those of others nothing is read."""
     reading = parser(target=target, no_network=True, **options)
-    reading.feed(data)
+    for start in range(0, len(data), _PIECE):
+        reading.feed(data[start : start + _PIECE])
     reading.close()

@@ -242,6 +242,14 @@ def test_a_docx_has_its_notes_and_what_changes_left(tmp_path):
     assert labels(read_document(path)) == [("heading", "Part", "Part")]
 
 
+def test_long_documents_are_read_whole(tmp_path):
+    words = "猫である。" * 150_000
+    run = f"<w:p><w:r><w:t>{words}</w:t></w:r></w:p>" * 12
+    path = write_zip(tmp_path / "a.docx", {"word/document.xml": f"<w:document {WORD}>{run}</w:document>"})
+    assert read_document(path).text == "\n\n".join([words] * 12)
+    assert html(tmp_path, f"<!doctype html>{f'<p>{words}</p>' * 12}").text == "\n\n".join([words] * 12)
+
+
 # epub
 
 
