@@ -39,14 +39,16 @@ _LEFT_OUT_MARKS = set("\"'`´*_~-−„‚「」『』ـ")
 
 _ENDS = ".,;:!?。，、"
 
-_MARKS = ["“”", "„“", "„”", "«»", "»«", "「」", "『』", '""']
-
-_QUOTED = re.compile(
-    r"^[ \t]{0,3}>.*(?:\n[ \t]{0,3}>.*)*|"  # lines that Markdown shows as quoted
-    r"(?<![0-9A-Za-z])(?=\"\S)"  # no inches
-    + "|".join(rf"{marks[0]}(?:(?!\n[ \t]*\n)[^{marks}])+{marks[1]}" for marks in reversed(_MARKS)),
-    re.MULTILINE,
+_MARKED = r"(?<![0-9A-Za-z])(?=\"\S)" + "|".join(  # a straight mark after a number is inches
+    rf"{opening}(?:(?!\n[ \t]*\n)[^{opening}{closing}])+{closing}"
+    for opening, closing in (('"', '"'), *map(tuple, ("“”", "„“", "„”", "«»", "»«", "「」", "『』")))
 )
+_LINES = r"^[ \t]{0,3}>.*(?:\n[ \t]{0,3}>.*)*"
+"""What stands in quotation marks, and lines that Markdown shows as quoted."""
+
+_QUOTED = re.compile(f"{_LINES}|{_MARKED}", re.MULTILINE)
+
+_MARKED_WITH_SOURCE = re.compile(rf"({_MARKED})(?:\s*[(\[—–-][^\n]*)?")
 
 _ELLIPSIS = re.compile(r"\s*(?:\[\s*(?:\.{3}|…)\s*\]|\.{3,}|…)\s*")
 
@@ -122,8 +124,8 @@ def _quotations(answer: str) -> Iterator[tuple[int, int, str]]:
         start, end = match.span()
         if match[0].lstrip().startswith(">"):
             text = "\n".join(line.strip().removeprefix(">").strip() for line in match[0].splitlines()).strip()
-            if any(text[:1] + text[-1:] == marks for marks in _MARKS):
-                text = text[1:-1]
+            if marked := _MARKED_WITH_SOURCE.fullmatch(text):
+                text = marked[1][1:-1]
         else:
             start, end = start + 1, end - 1
             text = answer[start:end]

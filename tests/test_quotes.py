@@ -46,6 +46,17 @@ def test_quoted_lines_of_markdown_are_one_quotation():
     assert answer[found[0].answer_start : found[0].answer_end] == "> “It was a\n> dark night.”"
 
 
+@pytest.mark.parametrize("source", ["", " (page 3)", " — The Bridge", "\n> [p. 3]"])
+def test_a_source_after_quoted_lines_is_no_part_of_them(source):
+    assert only(f'> "It was a dark night."{source}', "It was a dark night.")[0].text == "It was a dark night."
+
+
+def test_speech_in_quoted_lines_stays_in_them():
+    text = '"It was dark," he said, "and cold."'
+    quote, passage = only(f"> {text}", text)
+    assert (quote.found, passage) == ("exact", text)
+
+
 def test_words_in_quotation_marks_are_no_quotation():
     assert find_quotes('The "Bridge" is “no bridge”, 5" wide; he said "it.\n\nAn"', Document("a", "txt", "x")) == []
 
