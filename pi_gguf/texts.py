@@ -255,13 +255,17 @@ def _read_text(path: Path, characters: int) -> str:
                     break
     except UnicodeDecodeError as error:
         at += error.start - pending
-        raise TextError(f"{path}: not UTF-8 at byte {at}", "convert it with iconv -t UTF-8") from error
+        raise not_utf8(path, at) from error
     except OSError as error:
         raise TextError(f"{path}: cannot be read ({error.strerror})", "check that it may be read") from error
     body = _cut("".join(parts), characters, path).replace("\r\n", "\n").replace("\r", "\n")
     if not body.strip():
         raise TextError(f"{path}: the text is empty", "give a text that is longer than the window")
     return body
+
+
+def not_utf8(path: object, byte: int) -> TextError:
+    return TextError(f"{path}: not UTF-8 at byte {byte}", "convert it with iconv -t UTF-8")
 
 
 def _file_documents(path: Path, characters: int) -> Iterator[str]:
