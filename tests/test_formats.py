@@ -15,10 +15,10 @@ from itertools import pairwise
 import pytest
 from document_files import HEBREW, JAPANESE, book, write_pdf, write_zip
 
-from pi_gguf import archives, formats
+from pi_gguf.documents import archives, formats
+from pi_gguf.documents.formats import Document, read_document
+from pi_gguf.documents.markup import Place
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.formats import Document, read_document
-from pi_gguf.markup import Place
 
 WORD = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
 COMPATIBILITY = 'xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'

@@ -9,10 +9,11 @@ import textwrap
 import pytest
 from document_files import HEBREW, JAPANESE, write_pdf
 
-from pi_gguf import bundled, quotes
-from pi_gguf.formats import Document, read_document
-from pi_gguf.markup import Place
-from pi_gguf.quotes import Quote, find_quotes
+from pi_gguf import bundled
+from pi_gguf.documents import quotes
+from pi_gguf.documents.formats import Document, read_document
+from pi_gguf.documents.markup import Place
+from pi_gguf.documents.quotes import Quote, find_quotes
 
 ARABIC = "يولد جميع الناس أحرارا متساوين في الكرامة والحقوق"
 POINTED = "בְּרֵאשִׁית בָּרָא אֱלֹהִים אֵת הַשָּׁמַיִם וְאֵת הָאָרֶץ"

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
+from pi_gguf.common.files import human_bytes
+from pi_gguf.documents.markup import LABEL, Written, decode, documents_extra, feed, write_html
 from pi_gguf.errors import TextError
-from pi_gguf.files import human_bytes
-from pi_gguf.markup import LABEL, Written, decode, documents_extra, feed, write_html
 
 LIMIT = 2**28
 """Bytes of a document's text, and of what is unpacked of an archive, at most."""

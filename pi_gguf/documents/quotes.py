@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from pi_gguf.formats import Document
-from pi_gguf.markup import documents_extra
+from pi_gguf.documents.formats import Document
+from pi_gguf.documents.markup import documents_extra
 
 LIKENESS = 0.8
 """Share of characters in common from which on a passage is near: sentences of other novels reach 0.7 by chance."""

@@ -19,11 +19,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from pi_gguf.archives import LIMIT, Archive, write_docx, write_epub
+from pi_gguf.common.files import human_bytes, open_plain
+from pi_gguf.common.progress import say
+from pi_gguf.documents.archives import LIMIT, Archive, write_docx, write_epub
+from pi_gguf.documents.markup import Place, Written, documents_extra, write_html
 from pi_gguf.errors import TextError, one_line
-from pi_gguf.files import human_bytes, open_plain
-from pi_gguf.markup import Place, Written, documents_extra, write_html
-from pi_gguf.progress import say
 from pi_gguf.texts import not_utf8
 
 KINDS = "a txt, md, html, pdf, docx or epub file"
