@@ -56,7 +56,7 @@ class Summary:
 
 def make_inputs(folder: Path) -> dict[str, Writer]:
     """Make a small model with its files; return every command that writes."""
-    from conftest import make_llama
+    from helpers import make_llama
 
     model = make_llama(folder / "model", dtype="float16", vocab_size=410)
     gguf, text = folder / "exact.gguf", folder / "text.txt"

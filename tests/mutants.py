@@ -472,9 +472,9 @@ _FOLDER_COMMANDS = (
 
 def make_kinds(folder: Path) -> dict[str, Kind]:
     """Make a small sound input of each kind, and say what is done with its mutants."""
-    from conftest import make_llama
+    from helpers import make_llama
+    from small_families import make_model
     from test_adapters import make_adapter
-    from test_families import make_model
 
     import pi_gguf
 

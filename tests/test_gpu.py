@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WINDOW, corpus_of, make_llama
 from gpu_child import child, forced
+from helpers import WINDOW, corpus_of, make_llama
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_llama
+from helpers import make_llama
 
 from pi_gguf import texts as texts_module
 from pi_gguf.checkpoint.checkpoint import load_checkpoint

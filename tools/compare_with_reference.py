@@ -1,7 +1,7 @@
 """Compare our GGUF files with those of llama.cpp's own converter, byte for byte: small random models of all families.
 
-In: nothing; the models are made as in `tests/test_families.py` and `tests/test_convert.py`, and the reference converter
-is fetched from llama-cpp-python's source distribution into a cache outside this tree. Out: a line for each model and
+In: nothing; the models are made as in the tests, and the reference converter is
+fetched from llama-cpp-python's source distribution into a cache outside this tree. Out: a line for each model and
 type, and every metadata key that differs, with the reason why ours is meant to. The exit code is 1 if anything else
 differs.
 
@@ -28,9 +28,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import test_convert  # noqa: E402
-from conftest import make_llama, tensors  # noqa: E402
-from test_families import VARIANTS, make_model  # noqa: E402
+import small_llamas  # noqa: E402
+from helpers import make_llama, tensors  # noqa: E402
+from small_families import VARIANTS, make_model  # noqa: E402
 
 import pi_gguf  # noqa: E402
 from pi_gguf.checkpoint.checkpoint import load_checkpoint  # noqa: E402
@@ -123,7 +123,7 @@ def main() -> None:
     makers: dict[str, Callable[[Path], Path]] = {
         name: partial(make_model, family=family, changes=changes) for name, (family, changes) in VARIANTS.items()
     }
-    for name, changes in test_convert.VARIANTS.items():
+    for name, changes in small_llamas.VARIANTS.items():
         makers[f"llama: {name}"] = partial(make_llama, **changes)
     command = [sys.executable, "-c", REFERENCE, str(fetch_reference())]
     reference = subprocess.Popen(

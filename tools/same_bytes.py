@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from test_families import VARIANTS, make_model
+from small_families import VARIANTS, make_model
 
 import pi_gguf
 import pi_gguf.checkpoint.checkpoint

@@ -1,0 +1,74 @@
+"""Recipes: the small one is run, the others are commands that exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pi_gguf.gguf.file import read_gguf
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+NAMES = sorted(path.name for path in RECIPES.glob("*.sh"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a recipe with the commands of this environment; torchrun starts one process, without its options."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, body in (
+        ("pi-gguf", f'exec {sys.executable} -m pi_gguf "$@"'),
+        ("torchrun", f'while [ "$1" != -m ]; do shift; done\nexec {sys.executable} "$@"'),
+    ):
+        (commands / name).write_text(f"#!/bin/sh\n{body}\n")
+        (commands / name).chmod(0o755)
+
+    def run_recipe(name, *arguments):
+        environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "FIRST": "localhost"}
+        command = ["bash", str(RECIPES / name), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run_recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_a_command_with_options_that_exist(name, run):
+    arguments = ["out"] if name == "tiny-cpu.sh" else ["model", "out", "texts"]
+    done = run(name, *arguments, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "pi_gguf extend" in done.stdout or "pi_gguf convert" in done.stdout
+    assert run(name).returncode != 0, "without arguments"
+
+
+def test_the_recipe_for_a_cpu_runs(run, tmp_path):
+    out = tmp_path / "tiny.gguf"
+    short = (
+        "--context",
+        "4096",
+        "--steps",
+        "2",
+        "--train-window",
+        "64",
+        "--factor-warmup",
+        "0",
+        "--no-certify",
+        "--batch-tokens",
+        "64",
+    )
+    done = run("tiny-cpu.sh", out, *short)
+    assert done.returncode == 0, done.stderr
+    metadata = read_gguf(out).metadata
+    assert metadata["llama.context_length"] == 4096
+    assert metadata["llama.rope.scaling.factor"] == 2
+
+
+def test_the_recipes_are_listed_and_say_whether_they_were_run():
+    listed = re.findall(r"^\| `([\w-]+\.sh)` .*\| (yes|no)\b", (RECIPES / "README.md").read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in listed) == NAMES
+    for name, ran in listed:
+        assert ("Not run so far." in (RECIPES / name).read_text()) == (ran == "no"), name
