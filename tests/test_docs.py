@@ -96,7 +96,7 @@ def test_the_readmes_commands_run_one_after_another(shell, llama, tmp_path):
     assert shell(sys.executable, "-c", program).strip()
 
 
-def test_the_readmes_picture_is_small_and_fetches_nothing():
+def test_the_picture_of_a_terminal_is_small_and_fetches_nothing():
     picture = ROOT / "docs" / "pictures" / "terminal.svg"
     text = picture.read_text().replace("&#160;", " ")
     assert f"]({picture.relative_to(ROOT)})" in README

@@ -3,7 +3,10 @@
 In: commands, run one after another in an empty folder. Out: an SVG of text, with whatever font of fixed width is there.
 
 Example:
-    python tools/record_terminal.py docs/pictures/terminal.svg "pi-gguf plan bundled:tiny --context 32768" ...
+    python tools/record_terminal.py docs/pictures/terminal.svg \\
+        "pi-gguf plan bundled:tiny --context 4096 --quant Q8_0" \\
+        "pi-gguf convert bundled:tiny tiny-4k.gguf --context 4096 --quant Q8_0 --steps 120 --train-window 512 \\
+--factor-warmup 90 --batch-tokens 4096" "pi-gguf inspect tiny-4k.gguf"
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_families import SHAPES, make_model
-from test_training import a_batch, largest_allocation, loss_and_gradients
+from steps import a_batch, largest_allocation, loss_and_gradients
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.tune.tiles import tiled_mlps

@@ -15,6 +15,7 @@ from children import Command
 from helpers import WINDOW, make_llama
 from safetensors.torch import load_file, save_file
 from small_families import SHAPES, make_model
+from steps import a_batch, largest_allocation, loss_and_gradients
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -60,22 +61,6 @@ def training_plan(model, device="cpu", readers=1, **options):
 # The loss
 
 
-def a_batch(tokens):
-    torch.manual_seed(0)
-    ids = torch.randint(2, 400, (2, tokens))
-    mask = torch.ones_like(ids)
-    mask[1, -5:] = 0
-    labels = torch.where(mask.bool(), ids, -100)
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-
-def loss_and_gradients(model, **inputs):
-    model.zero_grad()
-    output = model(**inputs)
-    output.loss.backward()
-    return output.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.fixture(params=["this torch", "a torch before 2.13"])
 def any_torch(request, monkeypatch):
     """Take away what only newer versions of torch have."""
@@ -117,12 +102,6 @@ def test_the_loss_in_chunks_is_right_in_16_bits(llama, any_torch):
         errors = [(g[name] - expected[name]).norm() / expected[name].norm() for g in (rounded, gradients)]
         assert errors[1] < 0.05 and errors[1] < 2 * errors[0] + 0.01, name
         assert gradient.dtype == torch.float32
-
-
-def largest_allocation(model, batch):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss_and_gradients(model, **batch)
-    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
 def test_logits_of_all_tokens_never_exist(llama, any_torch):
