@@ -6,4 +6,5 @@ make: what plan, extend, convert, quantize and imatrix print
 prove: what inspect, repair, certify and card print
 evaluate: the evaluation commands
 run: the commands run and models
+ask: the commands ask, chat and documents
 """

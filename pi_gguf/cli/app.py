@@ -13,6 +13,7 @@ import sys
 
 import click
 
+from pi_gguf.cli.ask import ask, chat, documents
 from pi_gguf.cli.building import Lazy, command
 from pi_gguf.cli.evaluate import EVALUATIONS
 from pi_gguf.cli.make import show_convert, show_extend, show_imatrix, show_plan, show_quantize
@@ -64,6 +65,9 @@ _COMMANDS = {
         lambda: Lazy("eval", EVALUATIONS, help="Measure a file or a model at length."),
     ),
     "models": ("List the families of models that are converted.", lambda: models),
+    "ask": ("Ask a GGUF file about a long document, which is read once.", lambda: ask),
+    "chat": ("Talk with a GGUF file, about a document too.", lambda: chat),
+    "documents": ("What was read of documents and is kept.", lambda: documents),
     "run": ("Continue a prompt with a GGUF file.", lambda: run),
     "demo": (
         "The main job on the bundled model, with table and plots.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,43 +62,92 @@ def _read_small(path: str, option: str) -> str:
         ) from error
 
 
+def with_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Return a decorator of several options, which the help shows in their order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+opening = with_options(
+    [
+        click.option(
+            "--lora",
+            multiple=True,
+            metavar="ADAPTER.gguf",
+            help="adapter to apply, as --adapter-only writes it; repeatable",
+        ),
+        click.option("--n-ctx", type=int, help="window to open, in tokens; the file's own when left out"),
+        click.option("--type-k", default="f16", show_default=True, help="K cache: f32, f16, q8_0 or q4_0"),
+        click.option("--type-v", default="f16", show_default=True, help="V cache: f32, f16, q8_0 or q4_0"),
+        click.option(
+            "--flash-attn/--no-flash-attn",
+            default=None,
+            help="flash attention; with all layers on a GPU or a quantized V cache by default",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda"),
+        click.option("--gpu-layers", type=int, help="layers on the GPU, the output matrix as one; all when left out"),
+    ]
+)
+"""The options of how a file is opened."""
+
+sampling = with_options(
+    [
+        click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token, e.g. 0.8"),
+        click.option("--top-k", default=40, show_default=True, help="draw from so many most probable tokens"),
+        click.option(
+            "--top-p",
+            default=0.95,
+            show_default=True,
+            help="draw from the most probable ones of this probability in all; 1: any",
+        ),
+        click.option(
+            "--min-p",
+            default=0.05,
+            show_default=True,
+            help="leave out what is below this share of the most probable; 0: none",
+        ),
+        click.option(
+            "--repeat-penalty",
+            default=1.0,
+            show_default=True,
+            help="divides logits of the last 64 tokens, e.g. 1.1; 1: none",
+        ),
+        click.option("--seed", default=0, show_default=True, help="of the sampling"),
+        click.option(
+            "--stop", multiple=True, metavar="TEXT", help="ends the text, e.g. --stop 'Question:'; repeatable"
+        ),
+        click.option("--grammar", metavar="FILE", help="llama.cpp's grammar (GBNF) of the text, e.g. answer.gbnf"),
+        click.option("--json-schema", metavar="FILE", help="write JSON of this schema, e.g. answer.schema.json"),
+    ]
+)
+"""The options of how the next token is chosen."""
+
+
+def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of `sampling` out of a command's, files read; what cannot work is said before one is opened."""
+    from pi_gguf.runtime.session import Sampling, SamplingKeywords
+
+    for name in ("grammar", "json_schema"):
+        if options[name] is not None:
+            options[name] = _read_small(options[name], f"--{name.replace('_', '-')}")
+    settings: Any = {name: options.pop(name) for name in SamplingKeywords.__annotations__ if name in options}
+    Sampling(**settings)
+    return dict(settings)
+
+
 @telling
 @click.command("run")
 @click.argument("file", metavar="FILE.gguf")
 @click.option("--prompt", help="text to continue; standard input when left out")
 @click.option("--max-tokens", type=int, help="limit in tokens, e.g. 100; up to 256 when left out")
 @click.option("--chat", is_flag=True, help="treat the prompt as a message, with the file's chat template")
-@click.option(
-    "--lora", multiple=True, metavar="ADAPTER.gguf", help="adapter to apply, as --adapter-only writes it; repeatable"
-)
-@click.option("--n-ctx", type=int, help="window to open, in tokens; the file's own when left out")
-@click.option("--type-k", default="f16", show_default=True, help="K cache: f32, f16, q8_0 or q4_0")
-@click.option("--type-v", default="f16", show_default=True, help="V cache: f32, f16, q8_0 or q4_0")
-@click.option(
-    "--flash-attn/--no-flash-attn",
-    default=None,
-    help="flash attention; with all layers on a GPU or a quantized V cache by default",
-)
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable token, e.g. 0.8")
-@click.option("--top-k", default=40, show_default=True, help="draw from so many most probable tokens")
-@click.option(
-    "--top-p",
-    default=0.95,
-    show_default=True,
-    help="draw from the most probable ones of this probability in all; 1: any",
-)
-@click.option(
-    "--min-p", default=0.05, show_default=True, help="leave out what is below this share of the most probable; 0: none"
-)
-@click.option(
-    "--repeat-penalty", default=1.0, show_default=True, help="divides logits of the last 64 tokens, e.g. 1.1; 1: none"
-)
-@click.option("--seed", default=0, show_default=True, help="of the sampling")
-@click.option("--stop", multiple=True, metavar="TEXT", help="ends the text, e.g. --stop 'Question:'; repeatable")
-@click.option("--grammar", metavar="FILE", help="llama.cpp's grammar (GBNF) of the text, e.g. answer.gbnf")
-@click.option("--json-schema", metavar="FILE", help="write JSON of this schema, e.g. answer.schema.json")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda")
-@click.option("--gpu-layers", type=int, help="layers on the GPU, the output matrix as one; all when left out")
+@sampling
+@opening
 def run(file: str, prompt: str | None, max_tokens: int | None, chat: bool, **options: Any) -> None:
     """Continue a prompt with a GGUF file, streaming the text.
 
@@ -111,13 +161,8 @@ def run(file: str, prompt: str | None, max_tokens: int | None, chat: bool, **opt
     from pi_gguf.common.files import human_bytes
     from pi_gguf.common.progress import say
     from pi_gguf.runtime.model import Model
-    from pi_gguf.runtime.session import Sampling, SamplingKeywords
 
-    for name in ("grammar", "json_schema"):
-        if options[name] is not None:
-            options[name] = _read_small(options[name], f"--{name.replace('_', '-')}")
-    settings: Any = {name: options.pop(name) for name in SamplingKeywords.__annotations__ if name in options}
-    Sampling(**settings)  # what cannot work is said before a file is opened
+    settings = take_sampling(options)
     if prompt is None:
         prompt = _read_prompt()
     with Model(file, **options) as model:

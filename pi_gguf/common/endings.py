@@ -67,7 +67,7 @@ class Signals:
     def watch(self, reader: int) -> None:
         """See signals while the main thread is inside native code, where Python's handlers wait."""
         while read := os.read(reader, 1):
-            if read[0] not in handled_signals():
+            if read[0] not in handled_signals() or (read[0] == signal.SIGINT and _stops_only):
                 continue
             if self._sent_again:
                 self._sent_again -= 1
@@ -83,6 +83,25 @@ class Signals:
 
     def end(self) -> None:
         self._ended = True
+
+
+_stops_only: list[threading.Event] = []
+
+
+@contextmanager
+def ctrl_c_stops() -> Iterator[threading.Event]:
+    """Let Ctrl-C set an event, and end nothing."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    _stops_only.append(stop)
+    try:
+        yield stop
+    finally:
+        _stops_only.remove(stop)
+        signal.signal(signal.SIGINT, before)
 
 
 def handled_signals() -> list[signal.Signals]:

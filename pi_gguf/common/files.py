@@ -323,6 +323,18 @@ def temporary(path: Path, name: str) -> Iterator[Path]:
 # Disks and files
 
 
+def user_cache() -> Path | None:
+    """Return the folder of what may be made again, in the user's own cache; None for a user without a home."""
+    given = (os.environ.get("XDG_CACHE_HOME"), os.environ.get("LOCALAPPDATA"))
+    base = next((Path(name) for name in given if name and Path(name).is_absolute()), None)
+    if base is None:
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:  # containers run as users that no list has
+            return None
+    return base / "pi-gguf"
+
+
 def is_file(path: Path) -> bool:
     """Tell whether a file is there, no folder, pipe or device; False for a name that no file can have."""
     try:

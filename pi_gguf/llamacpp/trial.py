@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pi_gguf.common.children import run_child
-from pi_gguf.common.files import open_plain
+from pi_gguf.common.files import open_plain, user_cache
 from pi_gguf.common.progress import say
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.gguf.file import TensorInfo, padded, tensor_nbytes, write_header
@@ -70,7 +70,7 @@ def fast_buffers_work() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.gguf"
         _write_tiny(path)
-        died = _tried("buffers", _machine(), [str(path)])
+        died = _tried("buffers", machine(), [str(path)])
     if died is None:
         return True
     say(
@@ -164,7 +164,7 @@ def _identity(headers: Sequence[Header]) -> str:
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
     """Return what tells this llama.cpp on this CPU from another."""
     digest = hashlib.sha256(f"{platform.machine()} {platform.processor()}".encode())
     with contextlib.suppress(OSError):
@@ -182,14 +182,8 @@ def _machine() -> str:
 
 def _key(what: str, identity: str) -> Path | None:
     """Return where a verdict is kept; None for a user without a home."""
-    given = (os.environ.get("XDG_CACHE_HOME"), os.environ.get("LOCALAPPDATA"))
-    base = next((Path(name) for name in given if name and Path(name).is_absolute()), None)
-    if base is None:
-        try:
-            base = Path.home() / ".cache"
-        except RuntimeError:  # containers run as users that no list has
-            return None
-    return base / "pi-gguf" / hashlib.sha256(f"{what} {identity} {_machine()}".encode()).hexdigest()
+    folder = user_cache()
+    return folder and folder / hashlib.sha256(f"{what} {identity} {machine()}".encode()).hexdigest()
 
 
 def _kept(key: Path | None) -> str | None:

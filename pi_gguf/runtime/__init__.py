@@ -1,5 +1,10 @@
 """A GGUF file run by llama.cpp, as applications use it.
 
 session: one sequence of tokens: read, written, kept from call to call
+turns: one thread at a time
+states: what was read, kept on disk
+reading: `Reading`, a document that was read, asked any number of times
 model: `Model`, what `pi_gguf.open` returns
+chat: `Conversation`, turn by turn, about a document too
+asynchronous: the same for programs made of coroutines
 """

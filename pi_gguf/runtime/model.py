@@ -6,9 +6,12 @@ loaded.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import psutil
@@ -16,6 +19,7 @@ import psutil
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import cores
 from pi_gguf.common.progress import say
+from pi_gguf.documents.formats import Document, read_document
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.gguf.file import GgufInfo, read_gguf
 from pi_gguf.gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
@@ -23,10 +27,23 @@ from pi_gguf.llamacpp.cache import CACHE_TYPES, QUANTIZED_CACHES, head_size, pre
 from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library, log
 from pi_gguf.llamacpp.opening import apply_adapters, open_llama
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED
-from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work
+from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work, machine
 from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.measure.language_model import LanguageModel
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, SamplingKeywords, Session, never, silent, stream
+from pi_gguf.runtime.reading import Reading
+from pi_gguf.runtime.session import (
+    Cancelled,
+    Progress,
+    Sampling,
+    SamplingKeywords,
+    Session,
+    Stopped,
+    never,
+    silent,
+    stream,
+)
+from pi_gguf.runtime.states import States, file_digest, user_states
+from pi_gguf.runtime.turns import Turns
 from pi_gguf.vocabulary.templates import render_chat
 
 _TEMPLATE_NAMES = {
@@ -85,6 +102,7 @@ class Model(LanguageModel):
         for adapter in adapters:
             check_adapter(adapter, info)
         self.info, self.path, self.name = info, Path(path), str(path)
+        self._lora, self._types, self.turns = [Path(adapter) for adapter in lora], (type_k, type_v), Turns()
         self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
@@ -115,7 +133,7 @@ class Model(LanguageModel):
             watch=watch,
         )
         self._watch = watch
-        self._session = Session(self._llama, batch=batch, interrupted=self._stop)
+        self.session = Session(self._llama, batch=batch, interrupted=self._stop)
 
     def __enter__(self) -> Model:
         return self
@@ -127,12 +145,22 @@ class Model(LanguageModel):
         """Give back the weights and the cache; nothing can be asked afterwards."""
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a kept state to be this model's: file, adapters, cache, llama.cpp and CPU."""
+        type_k, type_v = self._types
+        adapters = " ".join(map(file_digest, self._lora))
+        return {
+            "file": file_digest(self.path), "adapters": adapters, "type_k": type_k, "type_v": type_v,
+            "flash_attn": str(self.flash_attn), "llama_cpp": machine(),
+        }  # fmt: skip
+
     # What llama.cpp read
 
     @property
     def n_vocab(self) -> int:
         """Tokens of the vocabulary."""
-        return self._session.n_vocab
+        return self.session.n_vocab
 
     @property
     def n_ctx_train(self) -> int:
@@ -150,12 +178,17 @@ class Model(LanguageModel):
         return [int(begin)] if begin is not None and self.tokenize("a")[:1] == [begin] else []
 
     def is_end(self, token: int) -> bool:
-        return self._session.is_end(token)
+        return self.session.is_end(token)
 
     # Text
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Return token ids; special tokens written out in the text are recognized.
+    def tokenize(self, text: str, *, add_special: bool = True, special: bool = True) -> list[int]:
+        """Return token ids.
+
+        Args:
+            text: what to tokenize.
+            add_special: put the begin token before it, where the model has one.
+            special: whether special tokens written out in the text are those tokens, and not text.
 
         Raises:
             TextError: the vocabulary has not all bytes, and a character of the text needs some that are not there.
@@ -169,13 +202,13 @@ class Model(LanguageModel):
         vocabulary, room = llama_cpp.llama_model_get_vocab(self._llama.model), len(data) + 3
         while True:  # a token has a byte or more, but for those that are put before and behind a text
             ids = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, True)
+            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, special)
             if count >= 0:
                 return list(ids[:count])
             room = -count
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        data = b"".join(map(self._session.piece, ids))
+        data = b"".join(map(self.session.piece, ids))
         if data[:1] == b" " and ids[0] == self.info.metadata.get("tokenizer.ggml.bos_token_id"):
             data = data[1:]  # the one that SentencePiece puts before a text
         return data.decode(errors="replace")
@@ -218,8 +251,11 @@ class Model(LanguageModel):
             raise TextError(
                 f"{self.path}: a prompt without a token, and the model has none to begin with", "write some"
             )
-        tokens = self._session.write(ids, limit, sampling, cancelled=cancelled, on_progress=on_progress)
-        return (yield from stream(tokens, self._session.piece, sampling.stop))
+        with self.turns(cancelled) as mine:
+            if not mine:
+                return "cancelled"
+            tokens = self.session.write(ids, limit, sampling, cancelled=cancelled, on_progress=on_progress)
+            return (yield from stream(tokens, self.session.piece, sampling.stop))
 
     def chat(
         self,
@@ -248,13 +284,70 @@ class Model(LanguageModel):
             GgufError: the file has no chat template, or none that can be run.
             OptionError: conversation and `max_tokens` do not fit the window. Or a value of the sampling.
         """
-        metadata = self.info.metadata
-        if "tokenizer.chat_template" not in metadata:
-            raise GgufError(f"{self.path}: tokenizer.chat_template is missing", "use complete for a base model")
-        prompt = render_chat(metadata["tokenizer.chat_template"], messages, self._special_tokens(), str(self.path))
         # The template has written the begin token where it is wanted.
-        ids, how = self.tokenize(prompt, add_special=False), Sampling(**sampling)
+        ids, how = self.tokenize(self.render(messages), add_special=False), Sampling(**sampling)
         return (yield from self._continue(ids, max_tokens, how, cancelled, on_progress))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the file states how a conversation is written."""
+        return "tokenizer.chat_template" in self.info.metadata
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return a conversation as the file's chat template writes it, up to where the assistant answers.
+
+        Raises:
+            GgufError: the file has no chat template, or none that can be run.
+        """
+        if not self.has_chat_template:
+            raise GgufError(f"{self.path}: tokenizer.chat_template is missing", "use complete for a base model")
+        template = self.info.metadata["tokenizer.chat_template"]
+        return render_chat(template, messages, self._special_tokens(), str(self.path))
+
+    def read(
+        self,
+        source: str | Path | Document,
+        *,
+        part: tuple[int, int] = (1, 1),
+        form: str | None = None,
+        states: States | Literal["user"] | None = "user",
+        cancelled: Cancelled = never,
+        on_progress: Progress = silent,
+    ) -> Reading:
+        """Read a document, to be asked about as often as one likes.
+
+        What was read is kept on disk, as private as the document, and not read again another time.
+
+        Args:
+            source: a file of txt, md, html, pdf, docx or epub, - for standard input, or what `read_document` returned.
+            part: which of how many parts to read, e.g. (2, 3); for a document that does not fit the window.
+            form: chat (the file's chat template), question (question and answer as plain text) or plain (the question
+                goes on where the document ends); the first where the file has a template, else the second, when None.
+            states: where what was read is kept: `user`, the user's cache folder or `PI_GGUF_CACHE`; None keeps nothing.
+            cancelled: asked before each batch whether to stop; what was read is kept, and the next `ask` goes on.
+            on_progress: told how many tokens were read, how many have to be, and 0.
+
+        Raises:
+            GgufError: the file's chat template cannot be used.
+            OptionError: the document does not fit the window; nothing is ever cut. Or a value that cannot work.
+            TextError: the document cannot be read.
+
+        Example:
+            >>> with pi_gguf.open("m.gguf") as model, model.read("book.epub") as book:  # doctest: +SKIP
+            ...     print("".join(book.ask("Who keeps the lighthouse?")))
+        """
+        document = source if isinstance(source, Document) else read_document(source)
+        reading = Reading(self, document, part=part, form=form, states=user_states() if states == "user" else states)
+        with contextlib.suppress(Stopped):
+            reading.read(cancelled=cancelled, on_progress=on_progress)
+        return reading
+
+    def reading_cost(self, start: int, end: int) -> float:
+        """Return the operations that reading the tokens from `start` to before `end` takes, roughly."""
+        weights = sum(math.prod(t.shape) for t in self.info.tensors if len(t.shape) > 1)
+        width = self.info.hyperparameter("attention.head_count") * head_size(self.info, "key_length")
+        attention = 4 * self.info.hyperparameter("block_count") * width
+        return 2.0 * weights * (end - start) + attention * (end**2 - start**2) / 2
 
     def _special_tokens(self) -> dict[str, str]:
         """Return the spellings of the file's special tokens by the names that chat templates know."""
@@ -283,7 +376,8 @@ class Model(LanguageModel):
     def logits_chunks(self, ids: Sequence[int], last: int) -> Iterator[np.ndarray]:
         if len(ids) > self.n_ctx:
             raise OptionError(f"{len(ids)} tokens do not fit the open window of {self.n_ctx}", "open a larger n_ctx")
-        yield from self._session.read(ids, last)
+        with self.turns():
+            yield from self.session.read(ids, last)
 
     def evaluate(self, ids: Sequence[int]) -> Iterator[int]:
         """Read `ids` from their start, every layer for every one, and yield how many each batch had.

@@ -209,6 +209,45 @@ class Session:
             if outputs := min(len(part), max(0, len(mine) - first)):
                 yield self._logits(outputs).copy()
 
+    # What was read, kept elsewhere
+
+    def known(self, ids: Sequence[int]) -> int:
+        """Return how many of `ids` the cache holds from their beginning."""
+        return common_prefix(self.ids, ids)
+
+    def state_bytes(self) -> int:
+        """Return the size of what the cache holds, as llama.cpp saves it."""
+        return int(self._llama_cpp.llama_state_seq_get_size(self._context, 0))
+
+    def save(self, state: np.ndarray) -> int:
+        """Write what the cache holds into an array (`state_bytes`,) of bytes; return how many were written."""
+        data = ctypes.cast(state.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+        return int(compute(self._llama_cpp.llama_state_seq_get_data, self._context, data, state.nbytes, 0))
+
+    def restore(self, state: np.ndarray, ids: Sequence[int]) -> bool:
+        """Put into the cache what was saved after `ids`; False, and it is empty, where llama.cpp does not take it.
+
+        The state must be whole and of the same model, cache types and llama.cpp: another may end the process.
+        """
+        self.clear()
+        data = ctypes.cast(state.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+        if compute(self._llama_cpp.llama_state_seq_set_data, self._context, data, state.nbytes, 0) != state.nbytes:
+            self.clear()
+            return False
+        self.ids = list(ids)
+        return True
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        self._llama_cpp.llama_memory_clear(self._llama_cpp.llama_get_memory(self._context), True)
+        self.ids = []
+
+    def rewind(self, known: int) -> int:
+        """Drop what is behind the first `known` ids; return how many are left, 0 where the model cannot go back."""
+        if known < len(self.ids) or not self.ids:
+            self.ids = self.ids[: self._rewind(known)]
+        return len(self.ids)
+
     def write(
         self,
         ids: Sequence[int],

@@ -1,0 +1,404 @@
+"""The commands ask, chat and documents: a document read once and asked many times."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pi_gguf.cli.building import Lazy, telling
+from pi_gguf.cli.run import opening, sampling, take_sampling, with_options
+from pi_gguf.common.endings import ctrl_c_stops, print_all
+from pi_gguf.common.progress import progress_bar, say
+from pi_gguf.common.tables import text_table
+
+if TYPE_CHECKING:
+    from pi_gguf.runtime.chat import Conversation
+    from pi_gguf.runtime.model import Model
+    from pi_gguf.runtime.reading import Answer, Reading
+    from pi_gguf.runtime.states import Kept, States
+
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+caching = with_options(
+    [
+        click.option("--cache-dir", metavar="FOLDER", help="where what was read is kept; PI_GGUF_CACHE, or the user's "
+                     "cache folder, when left out"),
+        click.option("--cache-size", default="20G", show_default=True, help="what all of it may take, e.g. 500M; the "
+                     "least recently used goes first"),
+    ]
+)  # fmt: skip
+"""The options of where what was read is kept."""
+
+reading = with_options(
+    [
+        click.option("--part", default="1/1", metavar="K/N", help="read the K-th of N parts, e.g. 2/3, of a document "
+                     "that does not fit the window"),
+        click.option("--keep/--no-keep", default=True, help="keep what was read on disk, as private as the document"),
+    ]
+)  # fmt: skip
+"""The options of how a document is read."""
+
+
+@telling
+@click.command("ask")
+@click.argument("file", metavar="FILE.gguf")
+@click.argument("document", metavar="DOCUMENT")
+@click.argument("questions", metavar="[QUESTION]...", nargs=-1)
+@click.option("--max-tokens", type=int, help="limit of an answer in tokens, e.g. 100; up to 512 when left out")
+@click.option("--form", help="chat (the file's chat template), question (plain question and answer) or plain (the "
+              "question goes on where the document ends); by the file when left out")  # fmt: skip
+@reading
+@caching
+@sampling
+@opening
+@click.option("--json", "as_json", is_flag=True, help="print JSON: fit, answers, and where their quotations stand")
+def ask(
+    file: str, document: str, questions: tuple[str, ...], max_tokens: int | None, form: str | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Ask a GGUF file about a document: txt, md, html, pdf, docx, epub, or - for standard input.
+
+    The document is read once: what was read is kept on disk, and the next question, tomorrow too, is answered at once.
+    Without a QUESTION one is read a line. Answers go to standard output, all else to standard error. A document that
+    does not fit the window is refused; nothing is ever cut.
+
+    \b
+    Example:
+      pi-gguf ask my-32k.gguf book.epub "Who keeps the lighthouse?"
+    """
+    from pi_gguf.documents.formats import read_document
+    from pi_gguf.runtime.model import Model
+    from pi_gguf.runtime.reading import Reading
+
+    settings, part = take_sampling(options), _read_part(options.pop("part"))
+    states = _take_states(options)
+    text = read_document(document)
+    answers = []
+    with Model(file, **options) as model, Reading(model, text, part=part, form=form, states=states) as book:
+        fit = _read(book)
+        for question in questions or _lines(f"{text.name}> "):
+            answer = _show_answer(book.ask(question, max_tokens=max_tokens, **settings), quiet=as_json)
+            answers.append(answer)
+    if as_json:
+        print_all(json.dumps({**fit.to_json(), "answers": [answer.to_json() for answer in answers]}, indent=1))
+
+
+def _read(book: Reading) -> Any:
+    """Say what reading takes, and read."""
+    fit = book.fit()
+    for line in fit.lines():
+        say(line)
+    left = fit.tokens - fit.known
+    if left > 0:
+        with progress_bar(f"read {fit.document}", left, "tokens") as advance:
+            book.read(on_progress=_advancing(advance))
+    return fit
+
+
+def _advancing(advance: Callable[..., None]) -> Callable[[int, int, int], None]:
+    """Return what moves a bar by what was read since it was told last."""
+    before = 0
+
+    def told(read: int, _: int, __: int) -> None:
+        nonlocal before
+        advance(max(0, read - before))
+        before = read
+
+    return told
+
+
+def _show_answer(answer: Generator[str, None, Answer], *, quiet: bool) -> Answer:
+    """Print an answer as it comes, and where its quotations stand."""
+    found: Answer
+    while True:
+        try:
+            part = next(answer)
+        except StopIteration as end:
+            found = end.value
+            break
+        if not quiet:
+            print_all(part, end="")
+    if not quiet:
+        print_all("")
+        for line in _quote_lines(found.quotes):
+            say(line)
+    return found
+
+
+def _quote_lines(quotes: list[Any]) -> list[str]:
+    lines = []
+    for quote in quotes:
+        text = quote.text if len(quote.text) <= 60 else f"{quote.text[:57]}..."
+        where = "not in the document" if quote.found == "none" else quote.place
+        lines.append(f'  "{" ".join(text.split())}": {where}{", about" if quote.found == "near" else ""}')
+    return lines
+
+
+@telling
+@click.command("chat")
+@click.argument("file", metavar="FILE.gguf")
+@click.option("--document", metavar="PATH", help="what to talk about: txt, md, html, pdf, docx or epub")
+@click.option("--system", metavar="TEXT", help="what stands before the conversation, e.g. 'Answer in one sentence.'")
+@click.option("--max-tokens", type=int, help="limit of an answer in tokens; as much as the window allows when left out")
+@reading
+@caching
+@sampling
+@opening
+def chat(file: str, document: str | None, system: str | None, max_tokens: int | None, **options: Any) -> None:
+    """Talk with a GGUF file that has a chat template, about a document or about nothing in particular.
+
+    What was said is not read again. Ctrl-C stops an answer, not the program. /read PATH begins anew about a document,
+    /save PATH writes the conversation as Markdown, /undo takes back the last turn, /tokens says what it takes, /quit
+    or Ctrl-D ends.
+
+    \b
+    Example:
+      pi-gguf chat my-32k.gguf --document book.epub
+    """
+    from pi_gguf.runtime.chat import Conversation
+    from pi_gguf.runtime.model import Model
+
+    settings, part = take_sampling(options), _read_part(options.pop("part"))
+    settings["max_tokens"] = max_tokens
+    states = _take_states(options)
+    with Model(file, **options) as model:
+        talk = Conversation(model, system)
+        model.render([{"role": "user", "content": "a"}])
+        if document is not None:
+            talk = _about(model, document, system, part, states)
+        for line in _lines("> "):
+            if line.startswith("/"):
+                begun = _command(talk, line, lambda path: _about(model, path, system, part, states))
+                if begun is None:
+                    return
+                talk = begun
+                continue
+            _say(talk, line, settings)
+
+
+def _about(model: Model, path: str, system: str | None, part: tuple[int, int], states: States | None) -> Conversation:
+    from pi_gguf.documents.formats import read_document
+    from pi_gguf.runtime.chat import Conversation
+    from pi_gguf.runtime.reading import Reading
+
+    book = Reading(model, read_document(path), part=part, form="chat", system=system, states=states)
+    _read(book)
+    return Conversation(model, system, book)
+
+
+def _say(talk: Conversation, line: str, settings: dict[str, Any]) -> None:
+    from pi_gguf.errors import PiGgufError
+
+    with ctrl_c_stops() as stop:
+        try:
+            for part in talk.say(line, cancelled=stop.is_set, **settings):
+                print_all(part, end="")
+            print_all("")
+        except PiGgufError as error:
+            say(f"error: {error}\nhint: {error.hint}")
+            return
+    for line in _quote_lines(talk.quotes()):
+        say(line)
+
+
+def _command(talk: Conversation, line: str, about: Callable[[str], Conversation]) -> Conversation | None:
+    """Do what a line that begins with a slash says; return the conversation that goes on, None for the end."""
+    from pi_gguf.common.files import check_writable, write_text
+    from pi_gguf.errors import PiGgufError
+
+    word, _, rest = line[1:].partition(" ")
+    try:
+        if word in ("quit", "exit"):
+            return None
+        if word == "read" and rest.strip():
+            return about(rest.strip())
+        if word == "save" and rest.strip():
+            check_writable(Path(rest.strip()), overwrite=False)
+            write_text(Path(rest.strip()), talk.to_markdown())
+            say(f"wrote {rest.strip()}")
+        elif word == "undo":
+            say("the last turn is taken back" if talk.undo() else "nothing was said yet")
+        elif word == "tokens":
+            say(f"{talk.tokens:,} of {talk.model.n_ctx:,} tokens")
+        else:
+            say("/read PATH, /save PATH, /undo, /tokens, /quit")
+    except PiGgufError as error:
+        say(f"error: {error}\nhint: {error.hint}")
+    return talk
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """Yield the lines that are typed, or those of standard input, without the empty ones."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    asked = _prompt_session(prompt)
+    while True:
+        try:
+            line = asked().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            say("Ctrl-D or /quit ends")
+            continue
+        if line:
+            yield line
+
+
+def _prompt_session(prompt: str) -> Callable[[], str]:
+    """Return what asks for a line, with history and editing where prompt_toolkit is installed."""
+    try:
+        from prompt_toolkit import PromptSession
+    except ImportError:
+        return lambda: input(prompt)
+    session: Any = PromptSession()
+
+    def ask_line() -> str:
+        with _own_wakeup():
+            return str(session.prompt(prompt))
+
+    return ask_line
+
+
+@contextmanager
+def _own_wakeup() -> Iterator[None]:
+    """Give back what Python wakes up at a signal: prompt_toolkit's event loop takes it for itself."""
+    import signal
+
+    awake = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(awake, warn_on_full_buffer=False)
+
+
+# What is kept
+
+
+def _kept_table(found: list[Kept]) -> str:
+    from pi_gguf.common.files import human_bytes
+
+    rows = [
+        (
+            one.key, one.document, one.model, f"{one.tokens:,}{'' if one.whole else ' so far'}",
+            human_bytes(one.nbytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used)),
+        )
+        for one in found
+    ]  # fmt: skip
+    total = human_bytes(sum(one.nbytes for one in found))
+    return text_table(f"{total} kept", ("key", "document", "model", "tokens", "size", "used"), rows, numbers=False)
+
+
+@click.command("list")
+@caching
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def list_documents(as_json: bool, **options: Any) -> None:
+    """List what was read and is kept, the last used first.
+
+    \b
+    Example:
+      pi-gguf documents list
+    """
+    states = _take_states(options)
+    found = states.entries() if states else []
+    print_all(json.dumps([one.to_json() for one in found], indent=1) if as_json else _kept_table(found))
+
+
+@click.command("show")
+@click.argument("name", metavar="NAME")
+@caching
+def show_documents(name: str, **options: Any) -> None:
+    """Show what is kept of a document: NAME is that of its file, or the begin of a key.
+
+    \b
+    Example:
+      pi-gguf documents show book.epub
+    """
+    for one in _some_states(options).named(name):
+        print_all("\n".join(f"{key}: {value}" for key, value in {**one.to_json(), "path": one.path}.items()))
+
+
+@click.command("remove")
+@click.argument("name", metavar="NAME")
+@caching
+def remove_documents(name: str, **options: Any) -> None:
+    """Remove what is kept of a document; the document itself stays.
+
+    \b
+    Example:
+      pi-gguf documents remove book.epub
+    """
+    from pi_gguf.common.files import remove
+
+    for one in _some_states(options).named(name):
+        remove(one.path)
+        say(f"removed {one.key}: {one.document}, {one.model}")
+
+
+@click.command("prune")
+@caching
+def prune_documents(**options: Any) -> None:
+    """Remove the least recently used until all takes no more than --cache-size.
+
+    \b
+    Example:
+      pi-gguf documents prune --cache-size 5G
+    """
+    states = _some_states(options)
+    for one in states.prune(states.limit):
+        say(f"removed {one.key}: {one.document}, {one.model}")
+
+
+documents = Lazy(
+    "documents",
+    {
+        "list": ("What was read and is kept.", lambda: list_documents),
+        "show": ("What is kept of one document.", lambda: show_documents),
+        "remove": ("Remove what is kept of one document.", lambda: remove_documents),
+        "prune": ("Remove the least recently used.", lambda: prune_documents),
+    },
+    help="Show and remove what was read of documents and is kept.",
+)
+
+
+def _take_states(options: dict[str, Any]) -> States | None:
+    """Return where what was read is kept, by the options of `caching`; None for nowhere."""
+    from pi_gguf.runtime.states import States, states_folder
+
+    limit, folder = _read_size(options.pop("cache_size")), states_folder(options.pop("cache_dir"))
+    return States(folder, limit) if folder and options.pop("keep", True) else None
+
+
+def _some_states(options: dict[str, Any]) -> States:
+    from pi_gguf.errors import OptionError
+
+    states = _take_states(options)
+    if states is None:
+        raise OptionError("there is no cache folder", "give --cache-dir, or set PI_GGUF_CACHE")
+    return states
+
+
+def _read_size(text: str) -> int:
+    from pi_gguf.errors import OptionError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)b?", text.strip().lower())
+    if not match:
+        raise OptionError(f"cache-size must be a size, got {text}", "e.g. 500M or 20G (decimal)")
+    return int(float(match[1]) * _SIZES[match[2]])
+
+
+def _read_part(text: str) -> tuple[int, int]:
+    from pi_gguf.errors import OptionError
+
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match:
+        raise OptionError(f"part must be K/N, got {text}", "e.g. --part 2/3")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,131 @@
+"""A conversation with a model, about a document or about nothing in particular; what was read of it is not read again.
+
+In: an open `Model` with a chat template, and what the user says. Out: what the model answers, and all of it
+as Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pi_gguf.documents.quotes import Quote, find_quotes
+from pi_gguf.errors import OptionError, TextError
+from pi_gguf.runtime.model import Model
+from pi_gguf.runtime.reading import DOCUMENT, INTRODUCTION, TASK, Reading
+from pi_gguf.runtime.session import Cancelled, Progress, Sampling, never, silent, stream
+
+
+@dataclass
+class Conversation:
+    """What was said so far, and what is said next.
+
+    Args:
+        model: an open model with a chat template.
+        system: what stands before everything, for templates that have a place for it.
+        reading: a document that it is about; read with the form `chat`.
+
+    Example:
+        >>> with pi_gguf.open("m.gguf") as model:  # doctest: +SKIP
+        ...     talk = Conversation(model)
+        ...     print("".join(talk.say("Hello!")))
+    """
+
+    model: Model
+    system: str | None = None
+    reading: Reading | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    """What was said, in turn, by `user` and `assistant`, as it was typed and written."""
+
+    def say(
+        self, text: str, *, max_tokens: int | None = None, cancelled: Cancelled = never,
+        on_progress: Progress = silent, **sampling: Any,
+    ) -> Generator[str, None, str]:  # fmt: skip
+        """Say something, and yield the answer as it comes; one that is left early counts as far as it came.
+
+        Args:
+            text: what to say.
+            max_tokens: limit of the answer; as much as the window allows when None.
+            cancelled: asked before each batch and token whether to stop.
+            on_progress: told how many tokens were read, how many have to be, and how many were written.
+            sampling: the fields of `Sampling`.
+
+        Returns:
+            Why it ended: stop, length or cancelled.
+
+        Raises:
+            GgufError: the file has no chat template, or none that can be run.
+            OptionError: the conversation does not fit the window any more; nothing of it is ever cut.
+            TextError: there is nothing to say.
+        """
+        if not text.strip():
+            raise TextError("there is nothing to say", "write something")
+        how = Sampling(**sampling)
+        self.messages.append({"role": "user", "content": text})
+        parts: list[str] = []
+        try:
+            ids = self._ids()
+            room = self.model.n_ctx - len(ids)
+            if room < (max_tokens or 1):
+                raise OptionError(
+                    f"the conversation has {len(ids):,} tokens, and {max_tokens or 1:,} to write do not fit the window "
+                    f"of {self.model.n_ctx:,}",
+                    "take back the last turns with /undo, or begin anew",
+                )
+            with self.model.turns(cancelled) as mine:
+                if not mine:
+                    return "cancelled"
+                tokens = self.model.session.write(
+                    ids, max_tokens or room, how, cancelled=cancelled, on_progress=on_progress
+                )
+                answer = stream(tokens, self.model.session.piece, how.stop)
+                while True:
+                    try:
+                        parts.append(next(answer))
+                    except StopIteration as end:
+                        return str(end.value)
+                    yield parts[-1]
+        finally:
+            if parts:
+                self.messages.append({"role": "assistant", "content": "".join(parts)})
+            else:
+                self.messages.pop()
+
+    def undo(self) -> bool:
+        """Take back what was said last, and the answer; False where nothing was said."""
+        if not self.messages:
+            return False
+        del self.messages[-2:]
+        return True
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the window the conversation takes."""
+        return len(self._ids()) if self.messages or self.reading else 0
+
+    def quotes(self) -> list[Quote]:
+        """Return what the last answer quotes of the document."""
+        if self.reading is None or not self.messages:
+            return []
+        return find_quotes(self.messages[-1]["content"], self.reading.document)
+
+    def to_markdown(self) -> str:
+        """Return the conversation as Markdown."""
+        about = f"# About {self.reading.document.name}\n\n" if self.reading else ""
+        names = {"user": "**You:** ", "assistant": ""}
+        return about + "\n\n".join(names[one["role"]] + one["content"].strip() for one in self.messages) + "\n"
+
+    def _ids(self) -> list[int]:
+        """Return the tokens of all that was said, up to where the model answers."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages += [dict(one) for one in self.messages or [{"role": "user", "content": ""}]]
+        if self.reading is None:
+            return self.model.tokenize(self.model.render(messages), add_special=False)
+        first = next(one for one in messages if one["role"] == "user")
+        first["content"] = f"{INTRODUCTION}{DOCUMENT}{TASK}{first['content']}"
+        rest = self.model.render(messages).partition(DOCUMENT)[2]
+        between = self.reading.form.between
+        if not rest.startswith(between):  # a template that writes a message otherwise when others follow
+            return [*self.reading.document_ids, *self.model.tokenize(rest, add_special=False)]
+        return [*self.reading.ids, *self.model.tokenize(rest[len(between) :], add_special=False)]

@@ -1,0 +1,420 @@
+"""A document that a model has read: read once, asked any number of times.
+
+In: an open `Model` and a document. Out: answers, each with its quotations and where in the document these stand. What
+was read is kept on disk while it goes on and when it is done (`states`); the same document, or a longer one that begins
+alike, is not read again after a restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pi_gguf.common.files import human_bytes
+from pi_gguf.common.progress import duration, say
+from pi_gguf.documents.formats import Document
+from pi_gguf.documents.quotes import Quote, find_quotes
+from pi_gguf.errors import GgufError, OptionError, TextError
+from pi_gguf.gguf.certificate import Certificate
+from pi_gguf.measure.language_model import common_prefix
+from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, never, silent, stream
+from pi_gguf.runtime.states import Kept, States
+
+if TYPE_CHECKING:
+    from pi_gguf.runtime.model import Model
+
+ROOM = 1024
+"""Tokens left for a question and its answer, at most an eighth of the window."""
+
+_CHUNK = 2048
+"""Tokens read between two looks at whether to keep what was read."""
+
+_LEAST_SECONDS, _SHARE = 10.0, 0.05
+"""What was read is kept on the way after so many seconds, if keeping it takes no more than this share of them."""
+
+_PROBE = 256
+"""Tokens read to say how long the rest takes; they are not read again."""
+
+INTRODUCTION = "Here is a document.\n\n"
+TASK = (
+    "\n\nAnswer the question below from this document alone, shortly. Support the answer with one or two short "
+    'passages of the document, word for word, in "quotation marks". If the document does not say, say so.\n\nQuestion: '
+)
+FORMS = ("chat", "question", "plain")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What stands around document and question.
+
+    Args:
+        before: before the document.
+        between: between it and a question.
+        after: after a question.
+        stop: what ends an answer, beside the model's own tokens.
+        special: whether special tokens written out in these three are meant as such; never so in document or question.
+    """
+
+    before: str
+    between: str
+    after: str
+    stop: tuple[str, ...] = ()
+    special: bool = True
+
+
+PLAIN = Form("", "", "")
+QUESTION = Form("", "\n\nQuestion: ", "\nAnswer:", ("\nQuestion:",))
+
+DOCUMENT, _QUESTION = "[[pi-gguf document]]", "[[pi-gguf question]]"
+"""What stands for the two while a chat template writes what is around them."""
+
+
+def choose_form(model: Model, name: str | None, system: str | None = None) -> Form:
+    """Return what a model wants around a document and a question.
+
+    Raises:
+        GgufError: the file's chat template cannot be used.
+        OptionError: there is no form of this name.
+    """
+    if name is None:
+        name = "chat" if model.has_chat_template else "question"
+    if name not in FORMS:
+        raise OptionError(f"form must be one of {', '.join(FORMS)}, got {name}")
+    if name != "chat":
+        return PLAIN if name == "plain" else QUESTION
+    messages = [{"role": "system", "content": system}] if system else []
+    text = model.render([*messages, {"role": "user", "content": f"{INTRODUCTION}{DOCUMENT}{TASK}{_QUESTION}"}])
+    before, _, rest = text.partition(DOCUMENT)
+    between, found, after = rest.partition(_QUESTION)
+    if not found or DOCUMENT in rest or _QUESTION in after:
+        raise GgufError(
+            f"{model.path}: its chat template does not show a message as it is, once", "read with --form question"
+        )
+    return Form(before, between, after)
+
+
+def _part(document: Document, part: tuple[int, int]) -> tuple[int, int]:
+    """Return the characters, from the first to the one after the last, of a part: whole passages, about as long."""
+    which, of = part
+    if not 1 <= which <= of:
+        raise OptionError(f"part must be K/N with K from 1 to N, got {which}/{of}", "e.g. --part 2/3")
+    length = len(document.text)
+    if of == 1:
+        return 0, length
+    begins = [0, *(passage.start for passage in document.passages()[1:]), length]
+    if len(begins) <= of:
+        raise OptionError(f"{document.name}: {len(begins) - 1} passages make no {of} parts", "give fewer")
+    cuts = [min(begins, key=lambda begin: abs(begin - length * k / of)) for k in range(of + 1)]
+    return cuts[which - 1], cuts[which]
+
+
+def _shifted(told: Progress, read_before: int, to_read: int) -> Progress:
+    """Return a progress that is told of a part of a reading, and tells of the whole."""
+    return lambda read, _, written: told(read_before + read, to_read, written)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What it takes to read a document, said before.
+
+    Args:
+        document: its name.
+        tokens: of the document with what stands around it.
+        room: tokens left for a question and its answer.
+        window: tokens that the model was opened for.
+        known: how many of `tokens` need not be read, as they are kept.
+        seconds: about how long the others take; 0 where that is not known.
+        kv_cache_bytes: what the open cache takes.
+        state_bytes: about what is kept on disk.
+        measured: tokens to which the file was measured; None where it was not.
+        k_max: up to which distance the measurement found passkeys; None where it was not measured.
+    """
+
+    document: str
+    tokens: int
+    room: int
+    window: int
+    known: int
+    seconds: float
+    kv_cache_bytes: int
+    state_bytes: int
+    measured: int | None
+    k_max: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Say it to people."""
+        lines = [
+            f"{self.document}: {self.tokens:,} of {self.window:,} tokens, {self.room:,} left for a question and its "
+            f"answer; the cache takes {human_bytes(self.kv_cache_bytes)}"
+        ]
+        if self.known:
+            lines.append(f"{self.known:,} tokens of it were read before and are kept")
+        if self.seconds:
+            lines.append(f"reading takes about {duration(self.seconds)}")
+        lines.append(self.trust())
+        return lines
+
+    def trust(self) -> str:
+        """Say how far the file's window was measured to reach, and whether the document is longer."""
+        if self.measured is None:
+            return "how far this file's window really reaches was never measured: pi-gguf certify FILE measures it"
+        reach = self.measured if self.k_max is None else min(self.measured, self.k_max)
+        said = f"this file was measured to {self.measured:,} tokens"
+        if self.k_max is not None:
+            said += f"; k_max {self.k_max:,}"
+        return said if self.tokens <= reach else f"{said}: answers about what lies further back may be wrong"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a question about a document.
+
+    Args:
+        question: what was asked.
+        text: the whole answer.
+        quotes: what it quotes, each with where in the document that stands, or that it is not there.
+        ended: why it ended: stop, length or cancelled.
+        tokens: how many were written.
+        waited: seconds to the first of them.
+        seconds: of all of it.
+    """
+
+    question: str
+    text: str
+    quotes: list[Quote] = field(default_factory=list)
+    ended: str = "stop"
+    tokens: int = 0
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Reading:
+    """A document that an open model has read. Use it as a context manager, or call `close`.
+
+    Args:
+        model: the open model; it stays open.
+        document: what to read.
+        part: which of how many parts, (2, 3) the second of three; offsets are those of the whole document.
+        form: chat (the file's chat template), question (a plain question and answer) or plain (the question goes on
+            where the document ends); the first where the file has a template, the second elsewhere, when None.
+        system: what stands before everything, in the form chat.
+        states: where to keep what was read; None keeps nothing.
+
+    Raises:
+        GgufError: the file's chat template cannot be used.
+        OptionError: the document does not fit the window; nothing is ever cut. Or a part or form that is none.
+    """
+
+    def __init__(
+        self, model: Model, document: Document, *, part: tuple[int, int] = (1, 1), form: str | None = None,
+        system: str | None = None, states: States | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.document, self._states = model, document, states
+        self.form = choose_form(model, form, system)
+        start, end = _part(document, part)
+        self._name = document.name if part[1] == 1 else f"{document.name}, part {part[0]} of {part[1]}"
+        form_ids = [model.tokenize(text, add_special=False) for text in (self.form.before, self.form.between)]
+        begin = model.bos if self.form.before == "" else []
+        text = document.text[start:end]
+        self.document_ids = [*begin, *form_ids[0], *model.tokenize(text, add_special=False, special=False)]
+        """The document with what stands before it."""
+        self.ids = [*self.document_ids, *form_ids[1]]
+        """The document with what stands before and after it."""
+        self._after = model.tokenize(self.form.after, add_special=False)
+        self.room = min(ROOM, model.n_ctx // 8)
+        if len(self.ids) > model.n_ctx - self.room:
+            parts = -(-len(self.ids) * part[1] // (model.n_ctx - self.room)) if part[1] == 1 else part[1] + 1
+            raise OptionError(
+                f"{self._name}: {len(self.ids):,} tokens and {self.room:,} for question and answer do not fit the "
+                f"window of {model.n_ctx:,} tokens",
+                f"read it in parts, --part 1/{parts}, or take a file with a longer window",
+            )
+        self._kept: Kept | None = None
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the document; the model stays open, and what is kept stays kept."""
+        self.ids = []
+
+    # Reading
+
+    def fit(self, *, probe: bool = True) -> Fit:
+        """Say what reading takes.
+
+        Args:
+            probe: read the first tokens to see how fast that goes; they need not be read again.
+        """
+        model, session = self.model, self.model.session
+        with model.turns():
+            self._restore()
+            known, seconds = self._probe() if probe else (session.known(self.ids), 0.0)
+        certificate = Certificate.read(model.info.header)
+        return Fit(
+            self._name, len(self.ids), model.n_ctx - len(self.ids), model.n_ctx, known, seconds, model.kv_cache_bytes,
+            model.kv_cache_bytes * len(self.ids) // model.n_ctx,
+            certificate.window if certificate else None, certificate.k_max if certificate else None,
+        )  # fmt: skip
+
+    def _probe(self) -> tuple[int, float]:
+        """Read a little; return how many tokens were known before, and about how long the rest takes."""
+        model, known = self.model, self.model.session.known(self.ids)
+        if len(self.ids) - known <= 2 * _PROBE:
+            return known, 0.0
+        started = time.perf_counter()
+        self._read_to(known + _PROBE, never, silent)
+        elapsed = time.perf_counter() - started
+        cost = model.reading_cost(known + _PROBE, len(self.ids)) / model.reading_cost(known, known + _PROBE)
+        return known, elapsed * cost
+
+    def read(self, *, cancelled: Cancelled = never, on_progress: Progress = silent) -> None:
+        """Read what was not read before, and keep it.
+
+        Args:
+            cancelled: asked before each batch whether to stop; what was read is kept.
+            on_progress: told how many tokens were read, how many have to be, and 0.
+
+        Raises:
+            Stopped: it was cancelled.
+        """
+        with self.model.turns(cancelled) as mine:
+            if not mine:
+                raise Stopped
+            self._read(cancelled, on_progress)
+
+    def _read(self, cancelled: Cancelled, on_progress: Progress) -> None:
+        self._restore()
+        session = self.model.session
+        known = session.known(self.ids)
+        if known >= len(self.ids):
+            return
+        kept_at, cost = time.perf_counter(), 0.0
+        on_progress(0, len(self.ids) - known, 0)
+        try:
+            for end in [*range(known + _CHUNK, len(self.ids), _CHUNK), len(self.ids)]:
+                before = session.known(self.ids)
+                self._read_to(end, cancelled, _shifted(on_progress, before - known, len(self.ids) - known))
+                elapsed = time.perf_counter() - kept_at
+                if end < len(self.ids) and elapsed > max(_LEAST_SECONDS, cost / _SHARE):
+                    kept_at = time.perf_counter()
+                    self._keep()
+                    cost, kept_at = time.perf_counter() - kept_at, time.perf_counter()
+        except BaseException:
+            if session.known(self.ids) > known:
+                self._keep()
+            raise
+        self._keep()
+
+    def _read_to(self, end: int, cancelled: Cancelled, on_progress: Progress) -> None:
+        for _ in self.model.session.read(self.ids[:end], 1, cancelled=cancelled, on_progress=on_progress):
+            pass
+
+    def _restore(self) -> None:
+        """Bring back what is kept, where that is more than the cache holds."""
+        session = self.model.session
+        if self._states is None or session.known(self.ids) >= len(self.ids):
+            return
+        with self._states.longest(self.model.identity, self.ids) as found:
+            better = found and common_prefix(found.ids, self.ids) > session.known(self.ids)
+            if found and better and not session.restore(found.state, found.ids):
+                say(f"{found.kept.path}: llama.cpp does not take it; {self._name} is read again")
+
+    def _keep(self) -> None:
+        """Keep what the cache holds of the document, in place of what was kept on the way."""
+        session = self.model.session
+        ids = self.ids[: session.known(self.ids)]
+        if self._states is None or not ids:
+            return
+        session.rewind(len(ids))
+        before, self._kept = self._kept, self._states.keep(
+            self.model.identity, ids, session.state_bytes(), session.save,
+            document=self._name, model=self.model.path.name, whole=len(ids) == len(self.ids),
+        )  # fmt: skip
+        if before and self._kept and before.path != self._kept.path:
+            with contextlib.suppress(OSError):
+                before.path.unlink()
+
+    # Asking
+
+    def ask(
+        self, question: str, *, max_tokens: int | None = None, cancelled: Cancelled = never,
+        on_progress: Progress = silent, **sampling: Any,
+    ) -> Generator[str, None, Answer]:  # fmt: skip
+        """Answer a question about the document, yielding text as it comes. Each is answered by itself.
+
+        Args:
+            question: what to ask.
+            max_tokens: limit in tokens; up to 512, as the window allows, when None.
+            cancelled: asked before each batch and token whether to stop.
+            on_progress: told how many tokens were read, how many have to be, and how many were written.
+            sampling: the fields of `Sampling`, as in `Model.complete`.
+
+        Returns:
+            The whole answer with its quotations.
+
+        Raises:
+            OptionError: question and `max_tokens` do not fit the window. Or a value of the sampling.
+            TextError: the question is empty, or the reading was closed.
+
+        Example:
+            >>> with pi_gguf.open("m.gguf") as model, model.read("book.epub") as book:  # doctest: +SKIP
+            ...     for part in book.ask("Who keeps the lighthouse?"):
+            ...         print(part, end="")
+        """
+        if not self.ids:
+            raise TextError(f"{self._name}: its reading was closed", "read it again")
+        if not question.strip():
+            raise TextError("the question is empty", "write one")
+        stop = (*sampling.pop("stop", ()), *self.form.stop)
+        how = Sampling(**sampling, stop=stop)
+        ids = [*self.ids, *self.model.tokenize(question, add_special=False, special=False), *self._after]
+        room = self.model.n_ctx - len(ids)
+        if room < (max_tokens or 1):
+            raise OptionError(
+                f"a question of {len(ids) - len(self.ids):,} tokens and {max_tokens or 1:,} to write do not fit: "
+                f"{self.model.n_ctx - len(self.ids):,} are left of the window of {self.model.n_ctx:,}",
+                "ask a shorter one, or give a smaller --max-tokens",
+            )
+        started, first, written = time.perf_counter(), 0.0, 0
+        parts: list[str] = []
+
+        def note(read: int, to_read: int, count: int) -> None:
+            nonlocal written, first
+            written = count
+            if count == 1:
+                first = time.perf_counter() - started
+            on_progress(read, to_read, count)
+
+        ended = "cancelled"
+        with self.model.turns(cancelled) as mine, contextlib.suppress(Stopped):
+            if mine:
+                self.read(cancelled=cancelled, on_progress=on_progress)
+                tokens = self.model.session.write(
+                    ids, max_tokens or min(512, room), how, cancelled=cancelled, on_progress=note
+                )
+                answer = stream(tokens, self.model.session.piece, how.stop)
+                while True:
+                    try:
+                        part = next(answer)
+                    except StopIteration as end:
+                        ended = end.value
+                        break
+                    parts.append(part)
+                    yield part
+        text = "".join(parts)
+        return Answer(
+            question, text, find_quotes(text, self.document), ended, written, first, time.perf_counter() - started
+        )
