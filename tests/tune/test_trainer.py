@@ -355,7 +355,7 @@ def test_tiles_are_left_out_where_they_save_nothing(llama, monkeypatch):
 def test_a_run_in_tiles_has_the_same_losses(llama, tmp_path, text, monkeypatch):
     losses, used = [], []
     monkeypatch.setattr(
-        "pi_gguf.tune.trainer.tiled_mlps", lambda model, tile: used.append(tile) or tiled_mlps(model, tile)
+        "pi_gguf.tune.tiles.tiled_mlps", lambda model, tile: used.append(tile) or tiled_mlps(model, tile)
     )
     for tile in (2048, 50):
         monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1)
@@ -469,6 +469,7 @@ def run_processes(n, model, out, text, *more):
 TWO_MICRO_BATCHES = ("--batch-tokens", "16384", "--steps", "4", "--eval-steps", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "way"), [
     ("llama", ()), ("tied", ()), ("llama", ("--no-fsdp",)), ("llama", ("--train", "lora")),
 ])  # fmt: skip
@@ -492,6 +493,7 @@ def test_two_processes_train_like_one(base, way, tmp_path, text, request):
     assert not (tmp_path / "2.partial").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(llama, tmp_path, text):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pi_gguf", "extend"]
     options = ["--data", text, "--context", "256", "--device", "cpu", "--steps", "1", "--batch-tokens", "16384"]
@@ -500,6 +502,7 @@ def test_torchrun_starts_it(llama, tmp_path, text):
     assert done.stdout.count("wrote") == done.stderr.count("fine-tune") == 1, "one process speaks"
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_two_processes_goes_on_with_four(llama, tmp_path, text):
     options = ("--batch-tokens", str(4 * 8192), "--steps", "12")
     finish(run_processes(1, llama, tmp_path / "whole", text, *options))

@@ -196,6 +196,7 @@ def test_windows_go_round_the_texts():
     assert {len(ids) for _, ids in found} == {4} and all(ids[0] == 0 for _, ids in found)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "pi_gguf", "imatrix", "bundled:tiny", str(tmp_path / "m.gguf")]
     for wait_for in ("m.gguf.partial/tmp/model/model.gguf", None):
@@ -270,6 +271,7 @@ def test_what_is_written_is_read_again_and_is_llama_cpps_format(tmp_path):
 # Quantizing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "quant"),
     [

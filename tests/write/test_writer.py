@@ -170,6 +170,7 @@ assert status == 0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("quant", ["F16", "Q4_K_M"])
 def test_twenty_kills_end_in_the_same_file(wide, tmp_path, quant):
