@@ -57,19 +57,19 @@ def main() -> None:
     import transformers.trainer
 
     import pi_gguf
-    import pi_gguf.pipeline.plan
+    import pi_gguf.common.machine
     import pi_gguf.tune.trainer
     import pi_gguf.tune.validation
 
     if given.get("way"):
         pi_gguf.tune.trainer.fit_activations = forced(given["way"])
     if "bf16" in given:
-        pi_gguf.common.machine.fast_bf16 = pi_gguf.tune.trainer.fast_bf16 = lambda device: given["bf16"]
+        pi_gguf.common.machine.fast_bf16 = lambda device: given["bf16"]
     if given.get("kill_at"):
         transformers.trainer.DEFAULT_CALLBACKS.append(_die_in(given["kill_at"]))
     if given.get("measure_only"):
         transformers.trainer.Trainer._save_checkpoint = lambda *_, **__: None
-        pi_gguf.validation.Validation.price = lambda *_: None
+        pi_gguf.tune.validation.Validation.price = lambda *_: None
     out = pi_gguf.extend(**given["extend"])
     print((out / "pi_gguf.json").read_text())
 

@@ -473,8 +473,8 @@ _FOLDER_COMMANDS = (
 def make_kinds(folder: Path) -> dict[str, Kind]:
     """Make a small sound input of each kind, and say what is done with its mutants."""
     from helpers import make_llama
+    from small_adapters import make_adapter
     from small_families import make_model
-    from test_adapters import make_adapter
 
     import pi_gguf
 

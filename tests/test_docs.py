@@ -211,7 +211,12 @@ def test_the_site_needs_no_network_and_has_every_public_name(copy):
     [
         ("docs/run.md", "(evaluate.md)", "(evaluat.md)", "docs/run.md: evaluat.md leads to no file"),
         ("docs/start.md", "results.md#the-demo", "results.md#a-demo", "does not contain an anchor"),
-        ("pi_gguf/scoring.py", '"""Tell whether each', '_ = """Tell whether each', "predicts has no docstring"),
+        (
+            "pi_gguf/measure/language_model.py",
+            '"""Tell whether each',
+            '_ = """Tell whether each',
+            "predicts has no docstring",
+        ),
     ],
 )
 def test_a_dead_link_or_a_public_name_without_a_docstring_ends_the_build(copy, file, before, after, said):

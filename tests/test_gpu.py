@@ -71,9 +71,8 @@ def computing(*, bf16, way=None):
     """Let fine-tunes compute in bf16 or not, whatever the device would, and treat activations in one way; what the old
     window pays is not measured, for the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pi_gguf.validation.Validation.price", lambda *_: None)
-        for module in ("planning", "training"):
-            patch.setattr(f"pi_gguf.{module}.fast_bf16", lambda device: bf16)
+        patch.setattr("pi_gguf.tune.validation.Validation.price", lambda *_: None)
+        patch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: bf16)
         if way:
             patch.setattr("pi_gguf.tune.trainer.fit_activations", forced(way))
         yield
@@ -186,8 +185,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, llama, novel, t
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_activations_that_are_not_kept_change_no_loss(train, llama, novel, tmp_path, device, monkeypatch):
-    for module in ("planning", "training"):
-        monkeypatch.setattr(f"pi_gguf.{module}.TILE", 50)
+    monkeypatch.setattr("pi_gguf.tune.tiles.TILE", 50)
     ways = [KEPT, RECOMPUTED, TILED, OFFLOADED][: 4 if device == "cuda" else 3]  # of a CPU there is no other memory
     losses = {
         way: fine_tune(llama, tmp_path / str(i), novel, device, bf16=False, way=way, train=train, steps=4)[1]
@@ -349,12 +347,12 @@ def test_the_predicted_memory_is_the_real_one(card, tmp_path):
 
 def test_evaluations_are_the_cpus(device):
     """In bf16 on a card, in 32 bits on the CPU."""
-    options = {"windows": (2048,), "seed": 0}
+    options = {"windows": (2048,)}
     perplexities, passkeys = {}, {}
     for where in dict.fromkeys(("cpu", device)):
         report = pi_gguf.evaluate_perplexity("bundled:tiny", device=where, samples=2, stride=512, **options)
         perplexities[where] = report.rows[0].perplexity
-        cells = pi_gguf.evaluate_passkey("bundled:tiny", device=where, distances=3, keys=2, **options).cells
+        cells = pi_gguf.evaluate_passkey("bundled:tiny", device=where, distances=3, keys=2, seed=0, **options).cells
         passkeys[where] = [(cell.distance, cell.found, cell.keys) for cell in cells]
     assert sum(keys for _, _, keys in passkeys["cpu"]) == 6 and perplexities["cpu"] < 50
     assert perplexities[device] == pytest.approx(perplexities["cpu"], rel=0.01), perplexities

@@ -25,8 +25,9 @@ def page() -> str:
     lines = [
         "# Options of a fine-tune, a file, its proof and its evaluation",
         "",
-        "Made by `python tools/write_options.py` from `pi_gguf/options.py`. In Python they are keywords of the same",
-        'name with underscores: `pi_gguf.convert("model", "out.gguf", context=32768, train_window=2048)`.',
+        "Made by `python tools/write_options.py` from the `options` of each package. In Python they are keywords of",
+        "the same name with underscores:",
+        '`pi_gguf.convert("model", "out.gguf", context=32768, train_window=2048)`.',
         "",
     ]
     for group in GROUPS:

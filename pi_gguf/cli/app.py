@@ -1,8 +1,6 @@
-"""The command line: click commands made from the public functions, tables, and the one place where errors end.
+"""The commands by name, and the one place where errors end.
 
-A command's options are its function's keyword parameters: default and type stand in the signature, help in the
-docstring, each once; those that several functions share stand in `options`. Data goes to standard output, progress and
-messages to standard error.
+Data goes to standard output, progress and messages to standard error.
 """
 
 from __future__ import annotations
@@ -22,9 +20,6 @@ from pi_gguf.cli.run import models, run
 from pi_gguf.common.endings import Signals, prepare_streams, print_all, signals, translated
 from pi_gguf.common.progress import named_frame
 from pi_gguf.errors import Interrupted
-
-# What each command prints for people
-
 
 _COMMANDS = {
     "plan": ("Say what a conversion would do and cost.", lambda: command("pipeline.plan:plan", show_plan)),

@@ -1,4 +1,8 @@
-"""Click commands made from public functions: arguments, options and help of signature and docstring."""
+"""Click commands made of public functions.
+
+A command's options are its function's keyword parameters: default and type stand in the signature, help in the
+docstring, each once; those that several functions share stand in classes of options.
+"""
 
 from __future__ import annotations
 

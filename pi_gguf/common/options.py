@@ -1,9 +1,9 @@
-"""Every option of fine-tune, file, proof and evaluation, defined once: default, type, help, and what it may be.
+"""An option is defined once: default, type, help, and what it may be, as a field of a dataclass of its concern.
 
 In: flat keywords, as Python callers and the command line give them. Out: one frozen object a concern, which the inner
 functions take. Command line, help, signature, docstring, a run's record and docs/options.md are made from the fields; a
-new option is a field here, a line in the keywords of the functions that take it (`Keywords` below, which editors and
-mypy read) and its use.
+new option is a field there, a line in the keywords below it (`TuneKeywords` and the like, which editors and mypy read)
+and its use.
 """
 
 from __future__ import annotations
@@ -54,9 +54,6 @@ class Options:
 def flag(name: str) -> str:
     """Return an option's name as the command line and messages have it."""
     return name.replace("_", "-")
-
-
-# The flat keywords, for editors and mypy; a test holds them against the fields
 
 
 # From keywords to objects

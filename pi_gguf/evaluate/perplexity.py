@@ -1,10 +1,6 @@
-"""The paper's two evaluations at length: sliding-window perplexity and passkey retrieval.
+"""Perplexity of targets over windows of texts, the paper's table 1.
 
-In: targets and texts. Out: a report, one row a window, ready for a table or JSON. The paper's windows are not shared
-but for a document's first one, which gives all its tokens in one pass: a later window begins elsewhere, and what a
-model makes of a token depends on where its window begins. `by_position` is that first pass alone, exact and cheap.
-
-Source: arXiv 2306.15595, sections 3.2 and 3.3.
+In: targets and texts. Out: a report, one row a window, ready for a table or JSON.
 """
 
 from __future__ import annotations

@@ -125,12 +125,6 @@ class Certificate:
 _OPTIONAL = {"k_max", "passkeys_found", "passkeys_asked", "kl_divergence", "top1_agreement", "against"}
 
 
-# Measuring
-
-
-# The command
-
-
 def store(path: Path, certificate: Certificate) -> None:
     """Write a certificate into a file's header, in place of one that is there; the tensors are copied as they are."""
     header = read_header(path)

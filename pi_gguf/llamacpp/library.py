@@ -1,7 +1,6 @@
-"""The door to llama.cpp's libraries: its log, its quantization types, the quantizer, and what a model multiplies.
+"""The only door to llama.cpp: its library, its log, ggml's own library, and calls in a thread of their own.
 
-In: rows of weights as 32-bit floats, or a whole GGUF file. Out: quantized bytes, or another file. llama_cpp is imported
-nowhere else.
+llama_cpp is imported here and, for what it does not show, in `common.private`.
 """
 
 from __future__ import annotations
@@ -87,9 +86,6 @@ def last_error() -> str:
     return lines[0] if lines else ""
 
 
-# Quantizing tensor by tensor
-
-
 @cache
 def ggml_base() -> Any:
     """Open the library of ggml's quantizers; its functions release Python's lock."""
@@ -101,9 +97,3 @@ def ggml_base() -> Any:
     for name in ("ggml_bf16_to_fp32_row", "ggml_fp16_to_fp32_row"):
         getattr(library, name).argtypes, getattr(library, name).restype = [pointer, pointer, count], None
     return library
-
-
-# Quantizing a file
-
-
-# Watching what a model multiplies

@@ -1,4 +1,4 @@
-"""What the evaluations ask of a model, the same for llama.cpp (`runtime`) and transformers (`hf_model`).
+"""What the evaluations ask of a model, the same for llama.cpp (`runtime.model`) and transformers (`models.hf`).
 
 A backend provides `logits_chunks`; log-probabilities follow here, a chunk at a time, so that
 [tokens, vocabulary] never exists as a whole. T tokens, V vocabulary.

@@ -1,5 +1,9 @@
 """Perplexity of an open model over windows of documents.
 
+The paper's windows are not shared but for a document's first one, which gives all its tokens in one pass: a later
+window begins elsewhere, and what a model makes of a token depends on where its window begins. `by_position` is that
+first pass alone, exact and cheap.
+
 Source: arXiv 2306.15595, section 3.2.
 """
 

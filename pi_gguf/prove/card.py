@@ -55,8 +55,6 @@ def card(
     report: str | None = None,
     out: str | None = None,
     overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
 ) -> Card:
     """Write a Hugging Face model card for a GGUF file: the figures of its certificate, tables and plots of a report.
 
@@ -65,8 +63,6 @@ def card(
         report: folder that eval report wrote, with this file among its models.
         out: file to write, such as README.md, with the report's plots beside it; printed when left out.
         overwrite: replace files that are there.
-        seed: taken like everywhere; nothing is random here.
-        device: taken like everywhere; nothing is computed here.
 
     Example:
         pi-gguf card my-llama-32k.gguf --report report --out README.md

@@ -10,8 +10,8 @@ from typing import Any
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.record import Record
+from pi_gguf.common import machine
 from pi_gguf.common.files import human_bytes, writes
-from pi_gguf.common.machine import free_memory
 from pi_gguf.common.progress import say, stage
 from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, OptionError, ResourceError, TextError
@@ -170,7 +170,7 @@ def _reference(base: Base | Checkpoint | None, yardstick: Yardstick, original: i
         return (base.perplexity, "base") if base.record == yardstick.record() else (None, "")
     if base is None or base.rope.max_position_embeddings < original:
         return None, ""
-    need, free = 4 * base.n_parameters(), free_memory("cpu")
+    need, free = 4 * base.n_parameters(), machine.free_memory("cpu")
     if need > free:
         say(f"certify: {base.source} takes {human_bytes(need)}, {human_bytes(free)} are free; no base to compare with")
         return None, ""

@@ -50,15 +50,13 @@ class Inspection:
         return {**self.__dict__, "findings": findings, "certificate": certificate}
 
 
-def inspect(path: str | Path, *, against: str | None = None, seed: int = 0, device: str = "cpu") -> Inspection:
+def inspect(path: str | Path, *, against: str | None = None) -> Inspection:
     """Report architecture, window, every rope key, types, sizes, what llama.cpp reads, and what is wrong.
 
     Args:
         path: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
         against: MODEL that a GGUF file was made from: what the file lost of it is named, with the right value. Of the
             Hub only config and tokenizer are fetched.
-        seed: taken like everywhere; nothing is random here.
-        device: taken like everywhere; only metadata and vocabulary are read.
 
     Example:
         pi-gguf inspect model.gguf --against ./my-llama

@@ -69,8 +69,6 @@ def repair(
     check: str = "quick",
     strict_tokenizer: bool = False,
     overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
 ) -> Repair:
     """Correct the metadata of a GGUF file; its tensors are copied as they are.
 
@@ -86,8 +84,6 @@ def repair(
         check: as for convert; without --against llama.cpp only has to open the file. none skips it.
         strict_tokenizer: as for convert, with --against.
         overwrite: replace the file that is there.
-        seed: taken like everywhere; nothing is random here.
-        device: taken like everywhere; the check runs on the CPU.
 
     Example:
         pi-gguf repair model.gguf model-repaired.gguf --against ./my-llama

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.common import machine
 from pi_gguf.common.files import human_bytes
-from pi_gguf.common.machine import free_memory
 from pi_gguf.errors import OptionError
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.tune.lora import WAYS, check_way, no_4_bits
@@ -130,7 +130,7 @@ def _choose_lengths(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, device
         reason = f"the shorter sequences of --mix stay at the original {original} tokens"
     elif device != "cuda":
         reason = f"without a GPU sequences stay at the original {original} tokens"
-    elif whole < 0.8 * free_memory(device):
+    elif whole < 0.8 * machine.free_memory(device):
         reason = "sequences of the whole new window fit the GPU"
         if mix is None and not tune.factor_warmup and context > original:
             mix = DEFAULT_MIX
@@ -221,7 +221,7 @@ def _way_that_fits(checkpoint: Checkpoint, tokens: int, rank: int, device: str) 
     Args:
         tokens: of a micro-batch.
     """
-    free, said = free_memory(device), []
+    free, said = machine.free_memory(device), []
     ways = [way for way in WAYS if way != "qlora" or not no_4_bits(device)]
     for way in ways:
         need = memory_of_windows(

@@ -1,6 +1,6 @@
 """The fine-tune: a checkpoint and texts -> a Hugging Face folder whose positions are interpolated to a new window.
 
-What it reads is made in `batches`, the run itself is in `training`. A run that stops leaves its last checkpoint in
+What it reads is made in `batches`, the run itself is in `trainer`. A run that stops leaves its last checkpoint in
 `OUT_DIR.partial`, from which the same command goes on.
 """
 

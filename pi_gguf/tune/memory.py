@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
-from pi_gguf.common.machine import fast_bf16, free_memory
+from pi_gguf.common import machine
+from pi_gguf.tune import tiles
 from pi_gguf.tune.lora import parts
 from pi_gguf.tune.losses import loss_is_chunked
 from pi_gguf.tune.plan import TrainingPlan
-from pi_gguf.tune.tiles import TILE
 
 
 def training_disk_bytes(checkpoint: Checkpoint, training: TrainingPlan) -> int:
@@ -57,7 +57,7 @@ def fit_activations(
     Args:
         shards: processes that share weights, gradients and moments; what it needs is one process's.
     """
-    free = free_memory(device)
+    free = machine.free_memory(device)
     ways = ACTIVATIONS if device == "cuda" else ACTIVATIONS[:-1]
     found: tuple[Activations, int] | None = None
     for way, share in zip(ways, (0.75, 0.85, 0.92, 1.0), strict=False):
@@ -110,7 +110,7 @@ def memory_of_windows(
     """
     hidden = tokens * checkpoint.hidden_size
     inner = checkpoint.hf_config.intermediate_size
-    tile = min(tokens, TILE if activations.tiled else tokens)
+    tile = min(tokens, tiles.TILE if activations.tiled else tokens)
     kv = checkpoint.n_kv_heads / checkpoint.n_heads
     layer = (26 + 4 * kv) * hidden + tile * (4 * checkpoint.hidden_size + 8 * inner)
     kept = 0.0 if activations.recompute else layer * checkpoint.n_layers
@@ -120,7 +120,7 @@ def memory_of_windows(
     # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
     logits = 12 * (hidden if loss_is_chunked(checkpoint.hf_config) else tokens * checkpoint.vocab_size)
     trained, frozen = _weights(checkpoint, train, rank, device)
-    copies = 2 * trained if train == "full" and fast_bf16(device) else 0  # of weights, for products in 16 bits
+    copies = 2 * trained if train == "full" and machine.fast_bf16(device) else 0  # of weights, for products in 16 bits
     return int((12 * trained + frozen) / shards + max(4 * trained / shards, kept + copies) + at_once + logits)
 
 
@@ -131,7 +131,7 @@ the buffer that one layer is unpacked into."""
 
 def _frozen_bytes(device: str) -> int:
     """Return the bytes of a parameter that is not trained: 16 bits, or 32 where 16 are slow."""
-    return 2 if fast_bf16(device) else 4
+    return 2 if machine.fast_bf16(device) else 4
 
 
 def _weights(checkpoint: Checkpoint, train: str, rank: int, device: str) -> tuple[int, float]:

@@ -1,7 +1,7 @@
-"""More than one process: those that torchrun and accelerate launch start, and children for what may end a process.
+"""More than one process: those that torchrun and accelerate launch start.
 
 In: the environment they set. Out: which one writes, and the arguments of transformers' Trainer that spread a run; a
-value that cannot work is refused before anything is read. Or, from a module of this package, a child that runs it.
+value that cannot work is refused before anything is read.
 """
 
 from __future__ import annotations

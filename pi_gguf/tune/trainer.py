@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.common import machine
 from pi_gguf.common.endings import handled_signals
 from pi_gguf.common.files import human_bytes
-from pi_gguf.common.machine import fast_bf16, free_memory, peak_memory
+from pi_gguf.common.machine import peak_memory
 from pi_gguf.common.private import use_one_device
 from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.errors import Interrupted, OptionError, ResourceError
+from pi_gguf.tune import tiles
 from pi_gguf.tune.batches import BatchDataset
 from pi_gguf.tune.lora import add_adapters, save_adapter
 from pi_gguf.tune.losses import chunked_loss
@@ -31,7 +33,6 @@ from pi_gguf.tune.memory import Activations, fit_activations
 from pi_gguf.tune.packing import Row
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import Spread, is_first_process, set_precision, shard_on_cpu
-from pi_gguf.tune.tiles import TILE, tiled_mlps
 from pi_gguf.tune.validation import Validation
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _affordable_activations(run: Run) -> tuple[Activations, int]:
         ResourceError: more than is free.
     """
     training, spread, device = run.training, run.spread, run.device
-    free = free_memory(device) // (spread.processes if device == "cpu" else 1)
+    free = machine.free_memory(device) // (spread.processes if device == "cpu" else 1)
     activations, need = fit_activations(
         run.checkpoint, training, device, shards=spread.processes if spread.fsdp or spread.deepspeed else 1
     )
@@ -160,7 +161,7 @@ def _arguments(run: Run, activations: Activations) -> Any:
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=fast_bf16(device),
+        bf16=machine.fast_bf16(device),
         optim="adamw_bnb_8bit" if training.train == "qlora" else "adamw_torch_fused",
         save_strategy="steps",
         save_steps=max(10, training.steps // 20),
@@ -204,8 +205,8 @@ def _train(trainer: Any, run: Run, activations: Activations) -> Any:
         say(f"resume from {last}")
     if run.spread.fsdp:
         set_precision(trainer.accelerator, trainer.args.bf16)
-    tiles = tiled_mlps(trainer.model, TILE) if activations.tiled else nullcontext()
-    with chunked_loss(trainer.model), tiles, warnings.catch_warnings():
+    tiled = tiles.tiled_mlps(trainer.model, tiles.TILE) if activations.tiled else nullcontext()
+    with chunked_loss(trainer.model), tiled, warnings.catch_warnings():
         # The head hands a view through, and nothing is done to it in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         return trainer.train(resume_from_checkpoint=last)
@@ -260,7 +261,7 @@ def _open_model(checkpoint: Checkpoint, training: TrainingPlan, seed: int, devic
         model: Any = checkpoint.load_model(dtype=torch.float32, device=device)
     else:
         torch.manual_seed(seed)  # A is random; B begins at zero
-        dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+        dtype = torch.bfloat16 if machine.fast_bf16(device) else torch.float32
         base = checkpoint.load_model(dtype=dtype, device=device, four_bits=training.train == "qlora")
         model = add_adapters(checkpoint, base, training.lora_rank, training.lora_alpha)
     model.config.use_cache = False

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.common import machine
 from pi_gguf.common.files import human_bytes
-from pi_gguf.common.machine import free_memory
 from pi_gguf.common.progress import say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError, TextError
@@ -150,7 +150,7 @@ class Validation:
                 f"{yardstick.tokens_needed()}; give --eval-text"
             )
             return None
-        need, free = after.n_parameters() * (2 if device == "cuda" else 4), free_memory(device)
+        need, free = after.n_parameters() * (2 if device == "cuda" else 4), machine.free_memory(device)
         if need > free:
             say(
                 f"price at {self._original} tokens: not measured, the model takes {human_bytes(need)} and "

@@ -296,7 +296,6 @@ def compute_imatrix(
     context: int | None = None,
     tokens: int | None = None,
     overwrite: bool = False,
-    seed: int = 0,
     device: str = "auto",
 ) -> ImatrixReport:
     """Compute an importance matrix in llama.cpp over long texts, for convert and quantize --imatrix.
@@ -311,7 +310,6 @@ def compute_imatrix(
         context: tokens of a window; the file's own window when left out.
         tokens: limit in tokens, as whole windows; 65536 or one window, whichever is more, when left out.
         overwrite: replace the file that is there.
-        seed: taken like everywhere; nothing is random here.
         device: auto, cpu or cuda.
 
     Example:

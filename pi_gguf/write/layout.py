@@ -1,8 +1,6 @@
-"""One pass from a checkpoint to a GGUF file: each tensor is read, transformed, quantized and written, once.
+"""What a GGUF file will be: every key and every tensor, with type and place, before a byte is written.
 
-In: a `Checkpoint`, its vocabulary and a `RopeScaling`. Out: the file, of any type that llama.cpp quantizes to; the same
-bytes as llama.cpp makes of the exact file. While one tensor is quantized on all cores, the next is read and the last is
-written. What was written survives a kill, and the same plan goes on behind the last whole tensor.
+In: a `Checkpoint` and its vocabulary. Out: a `FilePlan`; which type each tensor gets in a mixture, llama.cpp chooses.
 """
 
 from __future__ import annotations
@@ -236,6 +234,3 @@ def _stays_exact(output: Output) -> bool:
 
 def typed(output: Output, kind: str) -> Output:
     return replace(output, type=kind, nbytes=tensor_nbytes(kind, output.shape))
-
-
-# Writing

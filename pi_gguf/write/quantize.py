@@ -23,8 +23,6 @@ def quantize(
     quant: str = "Q4_K_M",
     imatrix: str | None = None,
     overwrite: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
 ) -> Path:
     """Quantize a GGUF file with llama.cpp.
 
@@ -34,8 +32,6 @@ def quantize(
         quant: any type llama.cpp has, e.g. Q8_0, Q5_K_M or Q4_K_M.
         imatrix: importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.
         overwrite: replace the file that is there.
-        seed: taken like everywhere; nothing is random here.
-        device: taken like everywhere; llama.cpp quantizes on the CPU.
 
     Returns:
         The path written.

@@ -1,4 +1,9 @@
-"""Write a planned file in one pass, and go on where an interrupted one ended."""
+"""One pass from a checkpoint to a GGUF file: each tensor is read, transformed, quantized and written, once.
+
+In: a `FilePlan`. Out: the file; the same bytes as llama.cpp makes of the exact file. While one tensor is quantized on
+all cores, the next is read and the last is written. What was written survives a kill, and the same plan goes on behind
+the last whole tensor.
+"""
 
 from __future__ import annotations
 

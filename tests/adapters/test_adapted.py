@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import make_llama
 from safetensors.torch import load_file, save_file
+from small_adapters import make_adapter
 from small_families import make_model
 
 import pi_gguf
@@ -23,22 +24,6 @@ from pi_gguf.measure.kl import kl_divergence
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft has much to say of embeddings
 
 LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def make_adapter(base: Path, path: Path, **config: Any) -> Path:
-    """Save a random adapter of a model with peft: nothing of it is zero, and what it replaces is changed too."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    adapted = get_peft_model(model, LoraConfig(**{**settings, **config}))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    adapted.save_pretrained(path)
-    return path
 
 
 def merge_with_peft(base: Path, adapters: list[Path], path: Path) -> Path:
@@ -369,9 +354,9 @@ def test_adapters_of_two_scalings_exclude_each_other(models, adapter_copy, tmp_p
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Let a conversion stop after some tensors."""
-    from pi_gguf.write import layout as writing
+    from pi_gguf.write import writer
 
-    encode, left = writing._encode, [count]
+    encode, left = writer._encode, [count]
 
     def stop_later(*arguments):
         left[0] -= 1
@@ -379,7 +364,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(writing, "_encode", stop_later)
+    monkeypatch.setattr(writer, "_encode", stop_later)
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -65,6 +65,7 @@ def renamed(folder: Path, change: Any, extra: dict[str, torch.Tensor] | None = N
 # The property
 
 
+@pytest.mark.slow
 def test_random_adapters_are_merged_as_peft_merges_them(models, tmp_path):
     outcomes = {seed: try_case(random_case(seed), models, tmp_path, seed) for seed in range(5000, 5054)}
     differ = {

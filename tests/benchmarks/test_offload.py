@@ -52,6 +52,7 @@ def test_operations_are_those_of_a_known_model():
     assert shape.operations(1) == pytest.approx(2 * shape.parameters, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_it_runs_at_toy_size(tmp_path):
     out = tmp_path / "out.json"
     run = [sys.executable, ROOT / "benchmarks" / "offload.py", "--device", "cpu", "--scale", "toy", "--limit", "300"]

@@ -95,6 +95,7 @@ def test_what_is_not_begun_in_time_is_listed(tmp_path, capsys):
     assert "not reached: 7b:full, 1b:lora" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_at_toy_size(tmp_path):
     out = tmp_path / "training.json"
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--scale", "toy", "--out", str(out)]

@@ -16,7 +16,7 @@ from pi_gguf.common import options
 from pi_gguf.common.options import flat, hints, option, take
 from pi_gguf.errors import OptionError
 from pi_gguf.evaluate.options import SuiteOptions
-from pi_gguf.models.options import ServerOptions, TargetKeywords, TargetOptions
+from pi_gguf.models.options import CACHES, ServerOptions, TargetKeywords, TargetOptions
 from pi_gguf.pipeline.options import ConvertKeywords
 from pi_gguf.prove.options import ProofOptions
 from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneKeywords, TuneOptions
@@ -73,7 +73,7 @@ def test_an_evaluation_explains_each_option_under_its_concern(cli):
 def test_types_of_a_cache_are_those_of_the_runtime():
     from pi_gguf.llamacpp.cache import CACHE_TYPES
 
-    assert tuple(CACHE_TYPES) == options.CACHES
+    assert tuple(CACHE_TYPES) == CACHES
 
 
 def test_a_new_option_is_one_field(monkeypatch, capfd):
@@ -99,7 +99,7 @@ def test_a_new_option_is_one_field(monkeypatch, capfd):
         taken.append(take(More, given))
 
     monkeypatch.setattr(options, "try_it", try_it, raising=False)
-    made = command_line.command("options:try_it", str, reports=False)
+    made = command_line.command("common.options:try_it", str, reports=False)
     made.main(["x", "--wish", "7", "--mix", "0.5"], standalone_mode=False)
     assert (taken[0].wish, taken[0].mix, taken[0].steps) == (7.0, 0.5, 1000)
     parameter = inspect.signature(try_it).parameters["wish"]

@@ -168,7 +168,9 @@ def test_a_quantized_cache_is_measured_and_recorded(cli, llama, gguf_path, two_t
         assert pi_gguf.evaluate_perplexity(lm, **options).rows == cut.rows
     assert exact.rows != cut.rows and cut.provenance["type_k"] == cut.provenance["type_v"] == "q4_0"
     opened = []
-    monkeypatch.setattr("pi_gguf.runtime.Model.__init__", lambda self, *_, **options: opened.append(options) or 1 / 0)
+    monkeypatch.setattr(
+        "pi_gguf.runtime.model.Model.__init__", lambda self, *_, **options: opened.append(options) or 1 / 0
+    )
     short = {"tasks": "next_sentence", "max_length": 20}
     for suite, more in (("passkey", {}), ("needle", {}), ("ruler", {}), ("summaries", {}), ("short", short)):
         with pytest.raises(ZeroDivisionError):
@@ -217,7 +219,7 @@ def test_finished_items_are_not_measured_again(llama, gguf_path, two_texts, tmp_
     first = pi_gguf.evaluate_perplexity(*models, **perplexity), pi_gguf.evaluate_passkey(*models, **passkey)
     lines = [len(Path(options["keep"]).read_text().splitlines()) for options in (perplexity, passkey)]
     assert lines == [2 * 2 * 2, 2 * 2 * 2], "models x windows x documents, models x distances x keys"
-    monkeypatch.setattr("pi_gguf.scoring.LanguageModel.score", None)
+    monkeypatch.setattr("pi_gguf.measure.language_model.LanguageModel.score", None)
     again = pi_gguf.evaluate_perplexity(*models, **perplexity), pi_gguf.evaluate_passkey(*models, **passkey)
     assert (again[0].rows, again[0].by_position, again[1].cells) == (
         first[0].rows,
@@ -302,7 +304,7 @@ def test_growing_prompts_count_what_is_found(llama, tmp_path, cli, monkeypatch):
 
 def test_quick_asks_for_fewer_keys(llama, monkeypatch):
     asked = []
-    monkeypatch.setattr("pi_gguf.measure.passkey.passkey_cells", lambda lm, **options: asked.append(options) or [])
+    monkeypatch.setattr("pi_gguf.evaluate.passkey.passkey_cells", lambda lm, **options: asked.append(options) or [])
     for options in ({}, {"quick": True}, {"quick": True, "keys": 5}, {"distances": 3}):
         pi_gguf.evaluate_passkey(str(llama), **options)
     assert [(o["distances"], o["keys"]) for o in asked] == [(32, 10), (8, 2), (8, 5), (3, 10)]

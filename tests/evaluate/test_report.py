@@ -90,7 +90,7 @@ def test_its_figures_are_those_of_the_suites(report, made, text):
 
 
 def test_it_goes_on_where_it_stopped(report, made, text, monkeypatch):
-    monkeypatch.setattr("pi_gguf.scoring.LanguageModel.score", None)
+    monkeypatch.setattr("pi_gguf.measure.language_model.LanguageModel.score", None)
     again = pi_gguf.evaluate_all(*made, **options(Path(report.path).parent, text))
     assert (again.perplexity, again.passkeys) == (report.perplexity, report.passkeys)
     assert again.short.rows == report.short.rows
@@ -100,7 +100,7 @@ def test_it_goes_on_with_the_texts_of_the_sample_too(made, text, tmp_path, monke
     monkeypatch.setattr("pi_gguf.bundled.novels", lambda split: {f"{split}.txt": Path(text).read_text()})
     sample = {**options(tmp_path / "out", ""), "text": (), "second_text": ()}
     first = pi_gguf.evaluate_all(*made, **sample)
-    monkeypatch.setattr("pi_gguf.scoring.LanguageModel.score", None)
+    monkeypatch.setattr("pi_gguf.measure.language_model.LanguageModel.score", None)
     assert pi_gguf.evaluate_all(*made, **sample).perplexity == first.perplexity
 
 

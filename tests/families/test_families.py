@@ -125,6 +125,7 @@ def test_every_family_has_odd_shapes_and_all_kinds_of_them_are_drawn():
     assert any(shape.get("num_experts") in (3, 5, 6) for _, shape in drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("family", SHAPES)
 def test_an_odd_shape_computes_what_transformers_computes(family, seed, tmp_path):

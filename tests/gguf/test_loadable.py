@@ -285,7 +285,7 @@ def test_real_models_are_not_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def adapter(llama, tmp_path_factory) -> Path:
-    from test_adapters import make_adapter
+    from small_adapters import make_adapter
 
     folder = tmp_path_factory.mktemp("adapter")
     out = folder / "adapter.gguf"

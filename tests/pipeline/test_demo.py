@@ -32,6 +32,7 @@ def rows(report):
     return {row.name.split(" (")[0]: row for row in report.rows}
 
 
+@pytest.mark.slow
 def test_without_scaling_the_model_is_lost_beyond_its_window(report):
     base = rows(report)["base, no scaling"]
     assert base.perplexity[1].perplexity > 1.25 * base.perplexity[0].perplexity

@@ -183,7 +183,7 @@ def test_each_key_is_asked_for_after_each_quarter_of_the_window(copy, monkeypatc
 
     options = {"windows": (1024,), "distances": 4, "keys": 4, "growing": True}
     monkeypatch.setattr("pi_gguf.prove.certify._window_that_fits", lambda *_: (1024, 0.0))
-    monkeypatch.setattr("pi_gguf.runtime.Model.predicts", reads)
+    monkeypatch.setattr("pi_gguf.runtime.model.Model.predicts", reads)
     lengths = [0, 0]
     pi_gguf.evaluate_passkey(str(copy), **options)
     lengths = sorted(set(asked))

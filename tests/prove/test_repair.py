@@ -221,6 +221,7 @@ def test_scaling_that_the_model_does_not_have_is_removed(cli, llama, tmp_path):
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_names_of_one_splitting_give_one_tokenization(tmp_path):
     tokenizer = SHARED_MODELS.parent / "tokenizers" / "pythia.tokenizer.json"
     if not tokenizer.is_file():

@@ -45,6 +45,7 @@ def test_a_recipe_is_a_command_with_options_that_exist(name, run):
     assert run(name).returncode != 0, "without arguments"
 
 
+@pytest.mark.slow
 def test_the_recipe_for_a_cpu_runs(run, tmp_path):
     out = tmp_path / "tiny.gguf"
     short = (

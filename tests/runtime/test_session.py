@@ -306,7 +306,8 @@ def test_reading_the_rest_equals_reading_all(model, path):
         logits(model, ids[:known] or ids[:1])
         reused = logits(model, ids)
         with pi_gguf.open(path) as fresh:
-            np.testing.assert_allclose(reused, logits(fresh, ids), atol=1e-4)
+            # Batches of other lengths are added up in another order: 4e-4 on a CPU with AMX.
+            np.testing.assert_allclose(reused, logits(fresh, ids), atol=2e-3)
 
 
 def test_where_the_cache_cannot_go_back_all_is_read(model, monkeypatch):

@@ -38,6 +38,7 @@ def part(code, seconds=20, **more):
     return Part("a test", seconds, lambda device, scale, out, limit: ["-c", code, str(out)], **more)
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_does_not_end_does_not_stop_the_rest(campaign):
     asleep = "import time, signal; signal.signal(signal.SIGINT, lambda *_: print('asked')); "
     asleep += "[time.sleep(1) for _ in range(99)]"

@@ -57,6 +57,7 @@ def test_what_a_kill_cut_off_is_written_again(tmp_path):
         assert path.read_bytes().startswith(whole) and Kept(str(path)).get({"i": 2}) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_nothing_is_lost_wrong_or_left():
     from kills import can_mount

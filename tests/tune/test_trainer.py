@@ -174,8 +174,7 @@ def test_an_adapter_alone_merges_to_the_same_model(base, tmp_path, text, request
 
 def test_adapters_begin_where_the_whole_model_does(llama, tmp_path, text, monkeypatch):
     """B is zero at first, so that the first loss is that of the same rows, positions and scaling without adapters."""
-    for module in ("planning", "training"):
-        monkeypatch.setattr(f"pi_gguf.{module}.fast_bf16", lambda device: False)
+    monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: False)
     losses = []
     for train in ("full", "lora"):
         out = pi_gguf.extend(str(llama), tmp_path / train, data=[str(text)], train=train, **OPTIONS)
@@ -280,15 +279,13 @@ def test_auto_runs_what_it_planned(llama, tmp_path, text, monkeypatch):
     free = estimate_training_memory(
         load_checkpoint(str(llama)), training_plan(llama, batch_tokens=256), "cpu", RECOMPUTED
     )
-    for module in ("planning", "training"):
-        monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device: free - 1)
+    monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: free - 1)
     out = pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], train="auto", **OPTIONS)
     assert json.loads((out / "pi_gguf.json").read_text())["train"] == "lora"
 
 
 def test_too_little_memory_is_an_error_that_names_a_way(llama, tmp_path, text, monkeypatch):
-    for module in ("planning", "training"):
-        monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device: 1000)
+    monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1000)
     with pytest.raises(ResourceError, match="training needs about") as caught:
         pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], **OPTIONS)
     assert "--train lora" in caught.value.hint
@@ -302,8 +299,7 @@ def test_recomputed_activations_give_the_same_losses(train, llama, tmp_path, tex
     checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, train=train, batch_tokens=256)
     losses = {}
     for name, free in (("kept", 2**40), ("recomputed", estimate_training_memory(checkpoint, plan, "cpu") - 1)):
-        for module in ("planning", "training"):
-            monkeypatch.setattr(f"pi_gguf.{module}.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device, free=free: free)
         assert fit_activations(checkpoint, plan, "cpu")[0].name == name
         out = pi_gguf.extend(str(llama), tmp_path / name, data=[str(text)], train=train, **OPTIONS)
         losses[name] = json.loads((out / "losses.json").read_text())
@@ -359,12 +355,11 @@ def test_tiles_are_left_out_where_they_save_nothing(llama, monkeypatch):
 def test_a_run_in_tiles_has_the_same_losses(llama, tmp_path, text, monkeypatch):
     losses, used = [], []
     monkeypatch.setattr(
-        "pi_gguf.tune.trainer.tiled_mlps", lambda model, tile: used.append(tile) or tiled_mlps(model, tile)
+        "pi_gguf.tune.tiles.tiled_mlps", lambda model, tile: used.append(tile) or tiled_mlps(model, tile)
     )
     for tile in (2048, 50):
         monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1)
-        for module in ("planning", "training"):
-            monkeypatch.setattr(f"pi_gguf.{module}.TILE", tile)
+        monkeypatch.setattr("pi_gguf.tune.tiles.TILE", tile)
         out = pi_gguf.extend(str(llama), tmp_path / str(tile), data=[str(text)], **OPTIONS)
         losses.append(json.loads((out / "losses.json").read_text()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -474,6 +469,7 @@ def run_processes(n, model, out, text, *more):
 TWO_MICRO_BATCHES = ("--batch-tokens", "16384", "--steps", "4", "--eval-steps", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "way"), [
     ("llama", ()), ("tied", ()), ("llama", ("--no-fsdp",)), ("llama", ("--train", "lora")),
 ])  # fmt: skip
@@ -497,6 +493,7 @@ def test_two_processes_train_like_one(base, way, tmp_path, text, request):
     assert not (tmp_path / "2.partial").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(llama, tmp_path, text):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pi_gguf", "extend"]
     options = ["--data", text, "--context", "256", "--device", "cpu", "--steps", "1", "--batch-tokens", "16384"]
@@ -505,6 +502,7 @@ def test_torchrun_starts_it(llama, tmp_path, text):
     assert done.stdout.count("wrote") == done.stderr.count("fine-tune") == 1, "one process speaks"
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_two_processes_goes_on_with_four(llama, tmp_path, text):
     options = ("--batch-tokens", str(4 * 8192), "--steps", "12")
     finish(run_processes(1, llama, tmp_path / "whole", text, *options))

@@ -21,7 +21,7 @@ from small_families import make_model
 import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.llamacpp import library as ggml
+from pi_gguf.llamacpp import quantizer, watch
 from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.runtime.model import Model
 from pi_gguf.write.imatrix import (
@@ -196,6 +196,7 @@ def test_windows_go_round_the_texts():
     assert {len(ids) for _, ids in found} == {4} and all(ids[0] == 0 for _, ids in found)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "pi_gguf", "imatrix", "bundled:tiny", str(tmp_path / "m.gguf")]
     for wait_for in ("m.gguf.partial/tmp/model/model.gguf", None):
@@ -228,10 +229,10 @@ def test_inputs_that_are_not_numbers_are_an_error():
 
 
 def test_another_layout_of_tensors_is_refused(monkeypatch):
-    fields = [f for f in ggml._Tensor._fields_ if f[0] not in ("op_params", "flags")]
-    shifted = type("Shifted", (ggml.ctypes.Structure,), {"_fields_": fields})
-    monkeypatch.setattr(ggml, "_Tensor", shifted)
-    ggml._products.cache_clear()
+    fields = [f for f in watch._Tensor._fields_ if f[0] not in ("op_params", "flags")]
+    shifted = type("Shifted", (watch.ctypes.Structure,), {"_fields_": fields})
+    monkeypatch.setattr(watch, "_Tensor", shifted)
+    watch._products.cache_clear()
     with pytest.raises(OptionError, match=r"lays out a tensor's size, src, view_src, data, name otherwise"):
         ProductWatch(set(), SquareSums().add)
     monkeypatch.undo()
@@ -270,6 +271,7 @@ def test_what_is_written_is_read_again_and_is_llama_cpps_format(tmp_path):
 # Quantizing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "quant"),
     [
@@ -320,9 +322,9 @@ def test_a_dry_run_with_a_matrix_is_exact(prepared, tmp_path):
 
 
 def test_another_matrix_does_not_go_on(llama, matrix, tmp_path, monkeypatch):
-    from pi_gguf.write import layout as writing
+    from pi_gguf.write import writer
 
-    encode, left = writing._encode, [12]
+    encode, left = writer._encode, [12]
 
     def stop_later(*arguments):
         left[0] -= 1
@@ -331,7 +333,7 @@ def test_another_matrix_does_not_go_on(llama, matrix, tmp_path, monkeypatch):
         return encode(*arguments)
 
     options = {"quant": "Q4_0", "imatrix": str(matrix), "check": "none"}
-    monkeypatch.setattr(writing, "_encode", stop_later)
+    monkeypatch.setattr(writer, "_encode", stop_later)
     with pytest.raises(KeyboardInterrupt):
         pi_gguf.convert(str(llama), tmp_path / "out.gguf", **options)
     monkeypatch.undo()
@@ -426,8 +428,8 @@ def test_a_file_that_is_no_matrix_is_refused(cli, llama, matrix, tmp_path):
 def test_a_type_that_needs_a_matrix_names_the_command(cli, llama, matrix, tmp_path):
     pi_gguf.convert(str(llama), tmp_path / "exact.gguf", quant="F32", check="none")
     out = tmp_path / "out.gguf"
-    assert len(ggml.NEED_IMPORTANCE_MATRIX) == 9
-    for quant in ggml.NEED_IMPORTANCE_MATRIX:
+    assert len(quantizer.NEED_IMPORTANCE_MATRIX) == 9
+    for quant in quantizer.NEED_IMPORTANCE_MATRIX:
         for verb, source in (("convert", llama), ("quantize", tmp_path / "exact.gguf")):
             arguments = (verb, source, out, "--quant", quant)
             refuse(cli, tmp_path, *arguments, code=2, says=[quant, "importance matrix"], hint="pi-gguf imatrix")

@@ -170,6 +170,7 @@ assert status == 0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("quant", ["F16", "Q4_K_M"])
 def test_twenty_kills_end_in_the_same_file(wide, tmp_path, quant):
@@ -190,10 +191,10 @@ def test_twenty_kills_end_in_the_same_file(wide, tmp_path, quant):
 @pytest.fixture
 def stopped(llama_copy, tmp_path, monkeypatch):
     """A conversion that was stopped after some tensors, and the file it should have become."""
-    from pi_gguf.write import layout as writing
+    from pi_gguf.write import writer
 
     pi_gguf.convert(str(llama_copy), tmp_path / "whole.gguf", quant="Q8_0", check="none")
-    encode, left = writing._encode, [12]
+    encode, left = writer._encode, [12]
 
     def stop_later(*arguments):
         left[0] -= 1
@@ -201,7 +202,7 @@ def stopped(llama_copy, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(writing, "_encode", stop_later)
+    monkeypatch.setattr(writer, "_encode", stop_later)
     with pytest.raises(KeyboardInterrupt):
         pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="Q8_0", check="none")
     monkeypatch.undo()
@@ -253,16 +254,16 @@ def test_a_source_that_changed_is_an_error_and_not_a_mixture(stopped):
 
 
 def test_a_source_that_is_replaced_while_it_is_read_leaves_nothing(llama_copy, tmp_path, monkeypatch):
-    from pi_gguf.write import layout as writing
+    from pi_gguf.write import writer
 
-    weights, encode = llama_copy / "model.safetensors", writing._encode
+    weights, encode = llama_copy / "model.safetensors", writer._encode
 
     def replace(output, *arguments):
         weights.with_suffix(".new").write_bytes(weights.read_bytes())
         weights.with_suffix(".new").replace(weights)
         return encode(output, *arguments)
 
-    monkeypatch.setattr(writing, "_encode", replace)
+    monkeypatch.setattr(writer, "_encode", replace)
     with pytest.raises(CheckpointError, match=r"model.safetensors changed while it was read"):
         pi_gguf.convert(str(llama_copy), tmp_path / "out.gguf", quant="Q8_0", check="none")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
