@@ -73,6 +73,20 @@ def with_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any
     return decorate
 
 
+class Layers(click.ParamType):
+    """A number of layers, or auto."""
+
+    name = "n|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"must be a number or auto, got {value!r}", param, ctx)
+
+
 opening = with_options(
     [
         click.option(
@@ -90,7 +104,18 @@ opening = with_options(
             help="flash attention; with all layers on a GPU or a quantized V cache by default",
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda"),
-        click.option("--gpu-layers", type=int, help="layers on the GPU, the output matrix as one; all when left out"),
+        click.option(
+            "--kv",
+            type=click.Choice(["auto"]),
+            help="auto: the most exact types of cache that fit free memory, in place of --type-k and --type-v",
+        ),
+        click.option(
+            "--gpu-layers",
+            type=Layers(),
+            default="auto",
+            show_default=True,
+            help="layers on the GPU, the output matrix as one; auto: as many as fit",
+        ),
     ]
 )
 """The options of how a file is opened."""

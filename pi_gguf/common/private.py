@@ -51,3 +51,11 @@ def ggml_library() -> ctypes.CDLL:
 
     library: ctypes.CDLL = load_shared_library("ggml-base", libggml_base_path)
     return library
+
+
+def ggml_devices() -> ctypes.CDLL:
+    """Open ggml's own library, which lists devices: llama-cpp-python has it open and no public name for it."""
+    from llama_cpp._ggml import libggml
+
+    library: ctypes.CDLL = libggml
+    return library

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -30,6 +30,7 @@ from pi_gguf.llamacpp.quantizer import UNQUANTIZED
 from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work, machine
 from pi_gguf.llamacpp.watch import ProductWatch
 from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.runtime.offload import choose_kv, choose_layers, gpu_memory
 from pi_gguf.runtime.reading import Reading
 from pi_gguf.runtime.session import (
     Cancelled,
@@ -71,7 +72,10 @@ class Model(LanguageModel):
             together is lost.
         device: `auto` (GPU when llama.cpp was built for one), `cpu` or `cuda`.
         gpu_layers: how many layers lie on the GPU with their part of the cache, counted from the last as llama.cpp
-            does, the output matrix as one; all when None. With 0 it only helps to read batches.
+            does, the output matrix as one; all when None, with `auto` as many as fit its memory. With 0 it only helps
+            to read batches.
+        kv: `auto` takes the most exact types of cache that fit free memory, and says so where these are not f16;
+            `type_k` and `type_v` when None.
         n_threads: threads; all cores when None.
         lora: GGUF adapters to apply, of this model.
         watch: sees what the weights are multiplied with.
@@ -91,7 +95,8 @@ class Model(LanguageModel):
         type_v: str = "f16",
         flash_attn: bool | None = None,
         device: str = "auto",
-        gpu_layers: int | None = None,
+        gpu_layers: int | Literal["auto"] | None = None,
+        kv: Literal["auto"] | None = None,
         n_threads: int | None = None,
         lora: Sequence[str | Path] = (),
         watch: ProductWatch | None = None,
@@ -106,9 +111,19 @@ class Model(LanguageModel):
         self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
-        _check_options(info, self.n_ctx, type_k, type_v, flash_attn)
         gpu = _use_gpu(device)
-        layers = _layers_on_gpu(info, device, gpu, gpu_layers)
+        if kv not in (None, "auto"):
+            raise OptionError(f"kv must be auto, got {kv}", "or leave it out and give --type-k and --type-v")
+        if kv:
+            chosen = choose_kv(info, self.n_ctx, psutil.virtual_memory().available)
+            type_k, type_v = self._types = chosen.type_k, chosen.type_v
+            if chosen.why:
+                say(chosen.why)
+        _check_options(info, self.n_ctx, type_k, type_v, flash_attn)
+        wanted = gpu_layers
+        if gpu_layers == "auto":
+            wanted = _layers_that_fit(info, self.n_ctx, (type_k, type_v)) if gpu else None
+        layers = _layers_on_gpu(info, device, gpu, wanted)
         self.flash_attn = layers == -1 or type_v in QUANTIZED_CACHES if flash_attn is None else flash_attn
         self.kv_cache_bytes = predict_kv_cache(info, self.n_ctx, type_k, type_v)
         if layers == 0:
@@ -117,7 +132,8 @@ class Model(LanguageModel):
         check_opens(info.header, [adapter.header for adapter in adapters])
         # On a GPU few tokens at a time are slow, and at a long window llama.cpp ends (recipes/gpu).
         batch = _BATCH if self.flash_attn or layers else _scores_batch(info, self.n_ctx)
-        self._llama = _open(
+        opening = partial(
+            _open,
             path,
             info,
             lora,
@@ -126,12 +142,13 @@ class Model(LanguageModel):
             type_k=CACHE_TYPES[type_k][0],
             type_v=CACHE_TYPES[type_v][0],
             flash_attn=self.flash_attn,
-            n_gpu_layers=layers,
             op_offload=gpu,
             n_threads=threads,
             n_threads_batch=threads,
             watch=watch,
         )
+        fewer = gpu_layers == "auto" and layers != 0
+        self._llama = _open_what_fits(opening, layers, info) if fewer else opening(n_gpu_layers=layers)
         self._watch = watch
         self.session = Session(self._llama, batch=batch, interrupted=self._stop)
 
@@ -468,12 +485,36 @@ def _use_gpu(device: str) -> bool:
     return built and device != "cpu"
 
 
-def _layers_on_gpu(info: GgufInfo, device: str, gpu: bool, gpu_layers: int | None) -> int:
+def _layers_that_fit(info: GgufInfo, n_ctx: int, kv: tuple[str, str]) -> int | None:
+    """Return how many layers fit the GPU, and say it where not all do; None for all."""
+    free = gpu_memory()
+    if free is None:
+        return None
+    chosen = choose_layers(info, n_ctx, kv, _BATCH, free)
+    if chosen.why:
+        say(chosen.why)
+    return None if chosen.layers == -1 else chosen.layers
+
+
+def _open_what_fits(opening: Callable[..., Any], layers: int, info: GgufInfo) -> Any:
+    """Open a file with so many layers on the GPU, -1 for all; with fewer where llama.cpp does not get the memory."""
+    left = layers if layers >= 0 else info.hyperparameter("block_count") + 1
+    while True:
+        try:
+            return opening(n_gpu_layers=-1 if left > info.hyperparameter("block_count") else left)
+        except GgufError:
+            if left == 0:
+                raise
+            left = 3 * left // 4
+            say(f"{info.path}: the GPU has no room; {left} layers are tried on it")
+
+
+def _layers_on_gpu(info: GgufInfo, device: str, gpu: bool, gpu_layers: int | Literal["auto"] | None) -> int:
     """Return llama.cpp's number of layers on the GPU: 0 without one, -1 for all, which are one more than the blocks."""
     if gpu_layers is None:
         return -1 if gpu else 0
-    if gpu_layers < 0:
-        raise OptionError(f"gpu_layers must be at least 0, got {gpu_layers}", "leave it out for all layers")
+    if not isinstance(gpu_layers, int) or gpu_layers < 0:
+        raise OptionError(f"gpu_layers must be auto or at least 0, got {gpu_layers}", "leave it out for all layers")
     if not gpu and (gpu_layers or device == "cpu"):
         where = "is for a GPU, device is cpu" if device == "cpu" else "needs a llama.cpp that was built for a GPU"
         raise OptionError(f"gpu_layers {where}", "leave it out, and every layer is on the CPU")
