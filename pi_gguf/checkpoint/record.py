@@ -57,6 +57,7 @@ class Record:
         eval_text: name of the user's text to validate on; None for the bundled one.
         eval_text_sha256: of what was read of it.
         sharded: whether the checkpoints of an unfinished run are FSDP2's; None of a finished one.
+        options: given ones that no other field holds.
         loss: of the last step, in nats a token.
         steps_done: fewer than `steps` where the run ended early.
         seconds: that it took.
@@ -106,6 +107,7 @@ class Record:
     eval_text: str | None = None
     eval_text_sha256: str | None = None
     sharded: bool | None = None
+    options: dict[str, Any] | None = None
     loss: float | None = field(default=None, metadata=_TOLD)
     steps_done: int | None = field(default=None, metadata=_TOLD)
     seconds: float | None = field(default=None, metadata=_TOLD)

@@ -464,7 +464,7 @@ def _general(checkpoint: Checkpoint, trained: Record | None, method: str) -> dic
     made = [f"pi-gguf {package_version()}"]
     made += [f"{library} {number}" for library, number in library_versions().items()]
     if adapters:
-        keys["general.pi_gguf.adapters.adapted"] = ", ".join(adapters)
+        keys["general.pi_gguf.adapters"] = ", ".join(adapters)
     method = record.method or method
     if rope.rope_type == "linear" or method != "linear":
         steps, tokens = record.steps, record.tokens or 0

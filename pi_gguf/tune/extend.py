@@ -7,9 +7,9 @@ What it reads is made in `batches`, the run itself is in `trainer`. A run that s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
@@ -34,6 +34,9 @@ from pi_gguf.tune.processes import check_spread, first_process_first, is_first_p
 from pi_gguf.tune.tokens import CACHE_PREFIX, load_corpus
 from pi_gguf.tune.trainer import Run, Trained, check_reports, run_training
 from pi_gguf.tune.validation import Validation
+
+_HELD_OTHERWISE = {"train_window", "batch_tokens", "factor_warmup", "report_to"}
+"""Options whose record is what they came to: stages, micro-batches, steps of warm-up; the last one shapes nothing."""
 
 
 @writes("out_dir")
@@ -87,7 +90,7 @@ def extend_checkpoint(
     out_dir, device = Path(out_dir), torch_device(device)
     reports = check_reports(tune.report_to)
     checkpoint.tensors  # noqa: B018  every file is checked before long work
-    record = _record_of_scaling(checkpoint, tune)
+    record = record_of_scaling(checkpoint, tune)
     if not tune.steps:
         return _write_untrained(checkpoint, out_dir, record, overwrite)
     validation = Validation(checkpoint, every=tune.eval_steps, early_stop=tune.early_stop, text=tune.eval_text)
@@ -126,7 +129,7 @@ def extend_checkpoint(
     return out_dir
 
 
-def _record_of_scaling(checkpoint: Checkpoint, tune: TuneOptions) -> Record:
+def record_of_scaling(checkpoint: Checkpoint, tune: TuneOptions) -> Record:
     """Return what is recorded of any fine-tune, one without a step too."""
     rope = checkpoint.rope
     return Record(
@@ -139,7 +142,14 @@ def _record_of_scaling(checkpoint: Checkpoint, tune: TuneOptions) -> Record:
         context=rope.max_position_embeddings,
         steps=tune.steps,
         seed=tune.seed,
+        options=_other_options(tune) or None,
     )
+
+
+def _other_options(tune: TuneOptions) -> dict[str, Any]:
+    """Return the options that shape a run and that no field of its record holds; by them, too, it is recognized."""
+    held = {one.name for one in fields(Record)} | _HELD_OTHERWISE
+    return {name: value for name, value in asdict(tune).items() if name not in held}
 
 
 def _write_untrained(checkpoint: Checkpoint, out_dir: Path, record: Record, overwrite: bool) -> Path:

@@ -162,7 +162,7 @@ def test_two_adapters_are_merged_one_after_the_other(models, adapter, tmp_path):
     ours, expected = values(tmp_path / "ours.gguf"), values(tmp_path / "theirs.gguf")
     for name in expected:
         np.testing.assert_allclose(ours[name], expected[name], rtol=2e-6, atol=1e-6, err_msg=name)
-    assert read_gguf(tmp_path / "ours.gguf").metadata["general.pi_gguf.adapters.adapted"] == "plain, second"
+    assert read_gguf(tmp_path / "ours.gguf").metadata["general.pi_gguf.adapters"] == "plain, second"
 
 
 def test_a_quantized_file_with_an_adapter_is_checked_and_planned_to_the_byte(models, adapter, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import pi_gguf
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.cli import app as command_line
 from pi_gguf.common import options
 from pi_gguf.common.options import flat, hints, option, take
@@ -19,6 +20,7 @@ from pi_gguf.evaluate.options import SuiteOptions
 from pi_gguf.models.options import CACHES, ServerOptions, TargetKeywords, TargetOptions
 from pi_gguf.pipeline.options import ConvertKeywords
 from pi_gguf.prove.options import ProofOptions
+from pi_gguf.tune.extend import record_of_scaling
 from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneKeywords, TuneOptions
 from pi_gguf.write.options import WriteOptions
 
@@ -76,8 +78,8 @@ def test_types_of_a_cache_are_those_of_the_runtime():
     assert tuple(CACHE_TYPES) == CACHES
 
 
-def test_a_new_option_is_one_field(monkeypatch, capfd):
-    """It is in the signature, the documentation, the object, the command line, its help and the page."""
+def test_a_new_option_is_one_field(llama, monkeypatch, capfd):
+    """It is in the signature, the documentation, the object, the command line, its help, the page and the record."""
 
     @dataclass(frozen=True, kw_only=True)
     class More(TuneOptions):
@@ -109,6 +111,10 @@ def test_a_new_option_is_one_field(monkeypatch, capfd):
     for help_flag, said in (("--help", "--seed --wish"), ("--help-all", "how much of it, in percent")):
         made.main([help_flag], standalone_mode=False)
         assert said in " ".join(capfd.readouterr().out.split()), help_flag
+    checkpoint = load_checkpoint(str(llama)).extended(256, "linear")
+    recorded, plain = (record_of_scaling(checkpoint, one) for one in (taken[0], TuneOptions(mix=0.5)))
+    assert recorded.to_json()["options"] == {"wish": 7.0} and "options" not in plain.to_json()
+    assert plain.difference(recorded) == "options"
     monkeypatch.setattr(write_options, "GROUPS", (More,))
     assert "`--wish` (float): how much of it" in write_options.page()
 
