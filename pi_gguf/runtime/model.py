@@ -43,8 +43,9 @@ from pi_gguf.runtime.session import (
     silent,
     stream,
 )
-from pi_gguf.runtime.states import States, file_digest, user_states
+from pi_gguf.runtime.states import States, file_digest, file_mark, user_states
 from pi_gguf.runtime.turns import Turns
+from pi_gguf.scaling.rope import LONGROPE_TENSORS
 from pi_gguf.vocabulary.templates import render_chat
 
 _TEMPLATE_NAMES = {
@@ -107,7 +108,8 @@ class Model(LanguageModel):
         for adapter in adapters:
             check_adapter(adapter, info)
         self.info, self.path, self.name = info, Path(path), str(path)
-        self._lora, self._types, self.turns = [Path(adapter) for adapter in lora], (type_k, type_v), Turns()
+        self._marks = [(path, file_mark(path)) for path in (self.path, *map(Path, lora))]
+        self._types, self.turns = (type_k, type_v), Turns()
         self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
@@ -133,20 +135,10 @@ class Model(LanguageModel):
         # On a GPU few tokens at a time are slow, and at a long window llama.cpp ends (recipes/gpu).
         batch = _BATCH if self.flash_attn or layers else _scores_batch(info, self.n_ctx)
         opening = partial(
-            _open,
-            path,
-            info,
-            lora,
-            n_ctx=self.n_ctx,
-            n_ubatch=batch,
-            type_k=CACHE_TYPES[type_k][0],
-            type_v=CACHE_TYPES[type_v][0],
-            flash_attn=self.flash_attn,
-            op_offload=gpu,
-            n_threads=threads,
-            n_threads_batch=threads,
-            watch=watch,
-        )
+            _open, path, info, lora, n_ctx=self.n_ctx, n_ubatch=batch, type_k=CACHE_TYPES[type_k][0],
+            type_v=CACHE_TYPES[type_v][0], flash_attn=self.flash_attn, op_offload=gpu, n_threads=threads,
+            n_threads_batch=threads, watch=watch,
+        )  # fmt: skip
         fewer = gpu_layers == "auto" and layers != 0
         self._llama = _open_what_fits(opening, layers, info) if fewer else opening(n_gpu_layers=layers)
         self._watch = watch
@@ -160,16 +152,19 @@ class Model(LanguageModel):
 
     def close(self) -> None:
         """Give back the weights and the cache; nothing can be asked afterwards."""
+        self.session.close()
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
 
     @cached_property
     def identity(self) -> dict[str, str]:
         """What must be the same for a kept state to be this model's: file, adapters, cache, llama.cpp and CPU."""
+        file, *adapters = (file_digest(path, mark) for path, mark in self._marks)
         type_k, type_v = self._types
-        adapters = " ".join(map(file_digest, self._lora))
+        by_window = any(tensor.name in LONGROPE_TENSORS for tensor in self.info.tensors)  # which of them are used
         return {
-            "file": file_digest(self.path), "adapters": adapters, "type_k": type_k, "type_v": type_v,
-            "flash_attn": str(self.flash_attn), "llama_cpp": machine(),
+            "file": file, "adapters": " ".join(adapters), "type_k": type_k, "type_v": type_v,
+            "flash_attn": str(self.flash_attn), "window": str(self.n_ctx) if by_window else "any",
+            "llama_cpp": machine(),
         }  # fmt: skip
 
     # What llama.cpp read

@@ -157,11 +157,22 @@ class Session:
 
     def __init__(self, llama: Any, *, batch: int, interrupted: Callable[[], None] = lambda: None) -> None:
         self._llama_cpp = llama_cpp_library()
-        self._context, self._name, self._batch, self._interrupted = llama.ctx, str(llama.model_path), batch, interrupted
+        self._opened, self._name, self._batch, self._interrupted = llama.ctx, str(llama.model_path), batch, interrupted
         self._vocab = self._llama_cpp.llama_model_get_vocab(llama.model)
+        self._sliding = int(self._llama_cpp.llama_model_n_swa(llama.model))
         self.n_vocab = int(self._llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.ids: list[int] = []
         """What lies in the cache; another list with each reading."""
+
+    @property
+    def _context(self) -> Any:
+        if self._opened is None:
+            raise RuntimeError(f"{self._name}: it was closed")
+        return self._opened
+
+    def close(self) -> None:
+        """Let go of the context, before it is freed: whatever still runs on it then raises an error."""
+        self._opened, self.ids = None, []
 
     def is_end(self, token: int) -> bool:
         return bool(self._llama_cpp.llama_vocab_is_eog(self._vocab, token))
@@ -244,8 +255,7 @@ class Session:
 
     def rewind(self, known: int) -> int:
         """Drop what is behind the first `known` ids; return how many are left, 0 where the model cannot go back."""
-        if known < len(self.ids) or not self.ids:
-            self.ids = self.ids[: self._rewind(known)]
+        self.ids = self.ids[: self._rewind(known)]
         return len(self.ids)
 
     def write(
@@ -318,9 +328,13 @@ class Session:
     def _rewind(self, known: int) -> int:
         """Drop from the cache what is behind the first `known` ids; return how many it then holds."""
         memory = self._llama_cpp.llama_get_memory(self._context)
-        if self._llama_cpp.llama_memory_seq_rm(memory, 0, known, -1):
+        gone_back = self._llama_cpp.llama_memory_seq_rm(memory, 0, known, -1)  # states of recurrent layers cannot
+        if gone_back and known and self._sliding:  # a kept state has only those that a window at its end sees
+            first = self._llama_cpp.llama_memory_seq_pos_min(memory, 0)
+            gone_back = 0 <= first <= max(0, known - self._sliding + 1)
+        if gone_back:
             return known
-        self._llama_cpp.llama_memory_clear(memory, True)  # states of recurrent layers cannot go back
+        self._llama_cpp.llama_memory_clear(memory, True)
         return 0
 
     def _decode(self, part: Sequence[int], first: int) -> None:

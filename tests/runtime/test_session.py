@@ -101,7 +101,7 @@ def test_drawing_from_one_token_is_greedy(model, only):
 
 def test_a_repeat_penalty_counts_the_prompt_and_what_was_written(model):
     ids = model.tokenize(PROMPTS[1])
-    plain, punished = (list(model._session.write(ids, 40, Sampling(repeat_penalty=penalty))) for penalty in (1.0, 1e6))
+    plain, punished = (list(model.session.write(ids, 40, Sampling(repeat_penalty=penalty))) for penalty in (1.0, 1e6))
     assert len(set(plain)) < len(plain), "it repeats itself by nature"
     ended = [*ids, *punished]
     assert len(set(ended[-len(punished) :])) == len(punished) and not set(punished) & set(ids)
@@ -109,12 +109,12 @@ def test_a_repeat_penalty_counts_the_prompt_and_what_was_written(model):
 
 def test_a_bias_forbids_a_token_and_forces_one(model):
     ids = model.tokenize(PROMPTS[0])
-    first = next(model._session.write(ids, 1, Sampling()))
+    first = next(model.session.write(ids, 1, Sampling()))
     for temperature in (0.0, 2.0):
         forbidden = Sampling(temperature=temperature, logit_bias={first: -math.inf})
-        assert first not in list(model._session.write(ids, 60, forbidden))
+        assert first not in list(model.session.write(ids, 60, forbidden))
         forced = Sampling(temperature=temperature, logit_bias={7: 1000.0})
-        assert list(model._session.write(ids, 3, forced)) == [7, 7, 7]
+        assert list(model.session.write(ids, 3, forced)) == [7, 7, 7]
     with pytest.raises(OptionError, match=rf"tokens from 0 to {model.n_vocab - 1}, got {model.n_vocab}"):
         text(model, logit_bias={model.n_vocab: 1.0})
     with pytest.raises(OptionError, match="no token with which the text can go on"):
@@ -150,7 +150,7 @@ def test_a_schema_holds_as_text_and_as_an_object(model):
 
 def test_a_grammar_that_the_vocabulary_cannot_write_is_an_error_and_not_the_end(random_path):
     with pi_gguf.open(random_path) as model:
-        letters = {i for i in range(model.n_vocab) if b"e" in model._session.piece(i)}
+        letters = {i for i in range(model.n_vocab) if b"e" in model.session.piece(i)}
         biases = dict.fromkeys(letters, -math.inf)
         with pytest.raises(OptionError, match="no token with which the text can go on"):
             text(model, grammar='root ::= "e"', logit_bias=biases)
@@ -178,7 +178,7 @@ def test_a_wrong_grammar_is_refused_with_the_reason(grammar, reason, capfd):
 
 def test_a_grammar_may_name_tokens_of_the_vocabulary(model, capfd):
     assert Sampling(grammar="root ::= <[7]>{2}").gbnf
-    assert list(model._session.write(model.tokenize("a"), 9, Sampling(grammar="root ::= <[7]>{2}"))) == [7, 7]
+    assert list(model.session.write(model.tokenize("a"), 9, Sampling(grammar="root ::= <[7]>{2}"))) == [7, 7]
     with pytest.raises(OptionError, match="names tokens that the vocabulary does not have"):
         text(model, grammar="root ::= <no such token>")
 
@@ -289,7 +289,7 @@ def test_the_second_turn_reads_only_what_is_new(model):
     assert [c[2] for c in watch.calls if c[2]] == list(range(1, 11))
     reads = [c[0] for c in watch.calls]
     assert reads == sorted(reads) and len(set(reads)) == -(-len(ids) // 512) + 1
-    cached = list(model._session.ids)
+    cached = list(model.session.ids)
     more = f"{prompt}{answer} And then the captain"
     again, new = Watch(), model.tokenize(more)
     written = text(model, more, on_progress=again)
@@ -314,9 +314,7 @@ def test_where_the_cache_cannot_go_back_all_is_read(model, monkeypatch):
     ids = model.tokenize("It was a dark and stormy night")
     expected, watch = logits(model, ids), Watch()
     monkeypatch.setattr(llama_cpp_library(), "llama_memory_seq_rm", lambda *_: False)
-    np.testing.assert_allclose(
-        np.concatenate(list(model._session.read(ids, 1, on_progress=watch))), expected, atol=1e-4
-    )
+    np.testing.assert_allclose(np.concatenate(list(model.session.read(ids, 1, on_progress=watch))), expected, atol=1e-4)
     assert watch.calls[0] == (0, len(ids), 0)
 
 
@@ -334,9 +332,9 @@ def test_a_text_and_scores_may_be_asked_for_in_turn(model):
 
 def test_two_readings_at_once_are_a_mistake_that_is_noticed(model):
     one, two = model.tokenize("a b c " * 300), model.tokenize("d e f " * 300)
-    first = model._session.read(one, len(one))
+    first = model.session.read(one, len(one))
     next(first)
-    next(model._session.read(two, len(two)))
+    next(model.session.read(two, len(two)))
     with pytest.raises(RuntimeError, match="read something else in between"):
         next(first)
 
@@ -399,7 +397,7 @@ def test_an_interrupted_batch_is_read_again(model, monkeypatch):
         patch.setattr(llama_cpp_library(), "llama_decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             logits(model, ids)
-    assert model._session.ids == ids[:5]
+    assert model.session.ids == ids[:5]
     np.testing.assert_allclose(logits(model, ids), expected, atol=1e-4)
 
 
