@@ -14,7 +14,7 @@ from pi_gguf.documents.quotes import Quote, find_quotes
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.reading import DOCUMENT, INTRODUCTION, TASK, Reading, choose_form
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, never, silent, stream
+from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, check_fits, never, silent, stream
 
 
 @dataclass
@@ -77,13 +77,8 @@ class Conversation:
         parts: list[str] = []
         try:
             ids = self._ids()
-            room = self.model.n_ctx - len(ids)
-            if room < (max_tokens or 1):
-                raise OptionError(
-                    f"the conversation has {len(ids):,} tokens, and {max_tokens or 1:,} to write do not fit the window "
-                    f"of {self.model.n_ctx:,}",
-                    "take back the last turns with /undo, or begin anew",
-                )
+            hint = "take back the last turns with /undo, or begin anew"
+            room = check_fits("conversation", len(ids), self.model.n_ctx, max_tokens, hint)
             with self.model.turns(cancelled) as mine:
                 if not mine:
                     return "cancelled"

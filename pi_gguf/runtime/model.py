@@ -39,6 +39,7 @@ from pi_gguf.runtime.session import (
     SamplingKeywords,
     Session,
     Stopped,
+    check_fits,
     never,
     silent,
     stream,
@@ -211,7 +212,7 @@ class Model(LanguageModel):
                 "leave such characters out of the text",
             )
         llama_cpp, data = llama_cpp_library(), text.encode()
-        vocabulary, room = llama_cpp.llama_model_get_vocab(self._llama.model), len(data) + 3
+        vocabulary, room = self.session.vocab, len(data) + 3
         while True:  # a token has a byte or more, but for those that are put before and behind a text
             ids = (llama_cpp.llama_token * room)()
             count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, special)
@@ -258,7 +259,9 @@ class Model(LanguageModel):
     def _continue(
         self, ids: list[int], max_tokens: int | None, sampling: Sampling, cancelled: Cancelled, on_progress: Progress
     ) -> Generator[str, None, str]:
-        limit = self._check_fits(len(ids), max_tokens)
+        excess = len(ids) + (max_tokens or 1) - self.n_ctx
+        hint = f"shorten the prompt by {excess} tokens or open a larger --n-ctx"
+        room = check_fits("prompt", len(ids), self.n_ctx, max_tokens, hint)
         if not ids:
             raise TextError(
                 f"{self.path}: a prompt without a token, and the model has none to begin with", "write some"
@@ -266,6 +269,7 @@ class Model(LanguageModel):
         with self.turns(cancelled) as mine:
             if not mine:
                 return "cancelled"
+            limit = max_tokens or min(256, room)
             tokens = self.session.write(ids, limit, sampling, cancelled=cancelled, on_progress=on_progress)
             return (yield from stream(tokens, self.session.piece, sampling.stop))
 
@@ -363,25 +367,12 @@ class Model(LanguageModel):
 
     def _special_tokens(self) -> dict[str, str]:
         """Return the spellings of the file's special tokens by the names that chat templates know."""
-        llama_cpp = llama_cpp_library()
-        vocab, found = llama_cpp.llama_model_get_vocab(self._llama.model), {}
+        llama_cpp, vocab, found = llama_cpp_library(), self.session.vocab, {}
         for key, name in _TEMPLATE_NAMES.items():
             index = self.info.metadata.get(f"tokenizer.ggml.{key}_token_id")
             if isinstance(index, int) and 0 <= index < self.n_vocab:
                 found[name] = llama_cpp.llama_vocab_get_text(vocab, index).decode(errors="replace")
         return found
-
-    def _check_fits(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        room = self.n_ctx - prompt_tokens
-        if max_tokens is not None and max_tokens < 1:
-            raise OptionError(f"max_tokens must be at least 1, got {max_tokens}")
-        if room < (max_tokens or 1):
-            raise OptionError(
-                f"prompt of {prompt_tokens} tokens and {max_tokens or 1} to write do not fit the window of "
-                f"{self.n_ctx} tokens",
-                f"shorten the prompt by {(max_tokens or 1) - room} tokens or open a larger --n-ctx",
-            )
-        return max_tokens or min(256, room)
 
     # Scoring
 

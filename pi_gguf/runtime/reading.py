@@ -22,7 +22,7 @@ from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.gguf.certificate import Certificate
 from pi_gguf.gguf.file import GgufInfo
 from pi_gguf.measure.language_model import common_prefix
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Session, Stopped, never, silent, stream
+from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Session, Stopped, check_fits, never, silent, stream
 from pi_gguf.runtime.states import Kept, States
 from pi_gguf.runtime.turns import Turns
 
@@ -419,13 +419,8 @@ class Reading:
         stop = (*sampling.pop("stop", ()), *self.form.stop)
         how = Sampling(**sampling, stop=stop)
         ids = [*self.ids, *self.model.tokenize(question, add_special=False, special=False), *self._after]
-        room = self.model.n_ctx - len(ids)
-        if room < (max_tokens or 1):
-            raise OptionError(
-                f"a question of {len(ids) - len(self.ids):,} tokens and {max_tokens or 1:,} to write do not fit: "
-                f"{self.model.n_ctx - len(self.ids):,} are left of the window of {self.model.n_ctx:,}",
-                "ask a shorter one, or give a smaller --max-tokens",
-            )
+        hint = f"{self.model.n_ctx - len(self.ids)} are left behind {self._name}: ask shorter, or smaller --max-tokens"
+        room = check_fits("document and question", len(ids), self.model.n_ctx, max_tokens, hint)
         started, first, written = time.perf_counter(), 0.0, 0
         parts: list[str] = []
 
