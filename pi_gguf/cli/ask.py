@@ -289,6 +289,8 @@ def _own_wakeup() -> Iterator[None]:
 def _kept_table(found: list[Kept]) -> str:
     from pi_gguf.common.files import human_bytes
 
+    if not found:
+        return "nothing is kept"
     rows = [
         (
             one.key, one.document, one.model, f"{one.tokens:,}{'' if one.whole else ' so far'}",
