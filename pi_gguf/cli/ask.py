@@ -102,18 +102,19 @@ def _read(book: Reading) -> Any:
     left = fit.tokens - fit.known
     if left > 0:
         with progress_bar(f"read {fit.document}", left, "tokens") as advance:
-            book.read(on_progress=_advancing(advance))
+            book.read(on_progress=_advancing(advance, left))
     return fit
 
 
-def _advancing(advance: Callable[..., None]) -> Callable[[int, int, int], None]:
-    """Return what moves a bar by what was read since it was told last."""
+def _advancing(advance: Callable[..., None], total: int) -> Callable[[int, int, int], None]:
+    """Return what moves a bar by what was read since it was told last; what `fit` has read counts."""
     before = 0
 
-    def told(read: int, _: int, __: int) -> None:
+    def told(read: int, to_read: int, _: int) -> None:
         nonlocal before
-        advance(max(0, read - before))
-        before = read
+        now = total - to_read + read
+        advance(max(0, now - before))
+        before = now
 
     return told
 

@@ -101,8 +101,11 @@ def user_states(given: str | Path | None = None, limit: int = LIMIT) -> States |
 
 
 def file_mark(path: Path) -> str:
-    """Return what changes where a file is replaced or written to."""
-    status = path.stat()
+    """Return what changes where a file is replaced, written to or removed."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "gone"
     return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 from books import CHATML, with_template, words
 
-import pi_gguf
 from pi_gguf.gguf.certificate import Certificate, store
 from pi_gguf.runtime import reading as module
 from pi_gguf.runtime.session import Session
@@ -22,16 +22,9 @@ WINDOW = ("--n-ctx", "2048")
 SHORT = ("--max-tokens", "8")
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    pi_gguf.convert("bundled:tiny", path, quant="F32", check="none", certify=False)
-    return path
-
-
 @pytest.fixture
-def chat_path(path, tmp_path):
-    return with_template(path, tmp_path / "chat.gguf", CHATML)
+def chat_path(tiny_gguf, tmp_path):
+    return with_template(tiny_gguf, tmp_path / "chat.gguf", CHATML)
 
 
 @pytest.fixture(autouse=True)
@@ -67,21 +60,38 @@ def kept(cli) -> list[dict[str, object]]:
 # ask
 
 
-def test_questions_are_answered_on_standard_output(path, book, cli):
-    code, out, err = cli("ask", path, book, "Who is it?", "And the sea?", *WINDOW, *SHORT)
+def test_questions_are_answered_on_standard_output(tiny_gguf, book, cli):
+    code, out, err = cli("ask", tiny_gguf, book, "Who is it?", "And the sea?", *WINDOW, *SHORT)
     assert code == 0 and len(out.splitlines()) >= 2 and "book.txt: " in err and "was never measured" in err
     assert "kept" not in err and len(kept(cli)) == 1
-    again = cli("ask", path, book, "Who is it?", "And the sea?", *WINDOW, *SHORT)
+    again = cli("ask", tiny_gguf, book, "Who is it?", "And the sea?", *WINDOW, *SHORT)
     assert again[:2] == (0, out) and "were read before and are kept" in again[2]
-    one = cli("ask", path, book, "Who is it?", *WINDOW, *SHORT, "--quiet")
+    one = cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT, "--quiet")
     assert one[0] == 0 and out.startswith(one[1]) and one[2] == ""
-    unkept = cli("ask", path, book, "Who is it?", *WINDOW, *SHORT, "--no-keep", "--cache-dir", book.parent / "other")
+    unkept = cli(
+        "ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT, "--no-keep", "--cache-dir", book.parent / "other"
+    )
     assert unkept[:2] == one[:2] and not (book.parent / "other").exists()
 
 
-def test_json_has_the_fit_and_the_answers(path, book, cli):
-    text = cli("ask", path, book, "Who is it?", *WINDOW, *SHORT)[1]
-    code, out, _ = cli("ask", path, book, "Who is it?", "And the sea?", *WINDOW, *SHORT, "--json")
+def test_a_bar_ends_at_its_end(tiny_gguf, book, cli, monkeypatch):
+    bars = []
+
+    @contextlib.contextmanager
+    def bar(title, total, unit):
+        bars.append((title, total, []))
+        yield bars[-1][2].append
+
+    monkeypatch.setattr("pi_gguf.cli.ask.progress_bar", bar)
+    book.write_text(words(900))
+    assert cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)[0] == 0
+    ((title, total, steps),) = bars
+    assert title == "read book.txt" and sum(steps) == total == kept(cli)[0]["tokens"] and min(steps) >= 0
+
+
+def test_json_has_the_fit_and_the_answers(tiny_gguf, book, cli):
+    text = cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)[1]
+    code, out, _ = cli("ask", tiny_gguf, book, "Who is it?", "And the sea?", *WINDOW, *SHORT, "--json")
     found = json.loads(out)
     assert code == 0 and found["document"] == "book.txt" and found["window"] == 2048
     assert found["known"] == found["tokens"] == kept(cli)[0]["tokens"]
@@ -89,46 +99,46 @@ def test_json_has_the_fit_and_the_answers(path, book, cli):
     assert found["answers"][0]["text"] == text.removesuffix("\n") and found["answers"][0]["tokens"] == 8
 
 
-def test_quotations_are_shown_with_their_places(path, book, cli, monkeypatch):
+def test_quotations_are_shown_with_their_places(tiny_gguf, book, cli, monkeypatch):
     quoted = " ".join(words(400).split()[100:110])
     monkeypatch.setattr(
         "pi_gguf.runtime.reading.stream", lambda *_: iter([f'It is "{quoted}" and "nothing of the kind at all".'])
     )
-    code, out, err = cli("ask", path, book, "Who is it?", *WINDOW, "--form", "plain")
+    code, out, err = cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, "--form", "plain")
     assert code == 0 and "nothing of the kind" in out and '"nothing of the kind at all": not in the document' in err
     assert f'"{quoted[:20]}' in err and "characters " in err.split(quoted[:20])[1]
 
 
-def test_questions_come_line_by_line(path, book, cli, typed):
-    expected = cli("ask", path, book, "Who is it?", "And the sea?", *WINDOW, *SHORT)[1]
+def test_questions_come_line_by_line(tiny_gguf, book, cli, typed):
+    expected = cli("ask", tiny_gguf, book, "Who is it?", "And the sea?", *WINDOW, *SHORT)[1]
     typed("Who is it?\r\n\n  \nAnd the sea?")
-    assert cli("ask", path, book, *WINDOW, *SHORT)[:2] == (0, expected)
+    assert cli("ask", tiny_gguf, book, *WINDOW, *SHORT)[:2] == (0, expected)
     typed("")
-    assert cli("ask", path, book, *WINDOW)[:2] == (0, "")
+    assert cli("ask", tiny_gguf, book, *WINDOW)[:2] == (0, "")
 
 
-def test_a_document_from_standard_input_needs_questions_as_arguments(path, book, cli, typed):
-    expected = cli("ask", path, book, "Who is it?", *WINDOW, *SHORT)[1]
+def test_a_document_from_standard_input_needs_questions_as_arguments(tiny_gguf, book, cli, typed):
+    expected = cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)[1]
     typed(book.read_bytes())
-    assert cli("ask", path, "-", "Who is it?", *WINDOW, *SHORT)[:2] == (0, expected)
+    assert cli("ask", tiny_gguf, "-", "Who is it?", *WINDOW, *SHORT)[:2] == (0, expected)
     typed(book.read_bytes())
-    code, out, err = cli("ask", path, "-", *WINDOW)
+    code, out, err = cli("ask", tiny_gguf, "-", *WINDOW)
     assert (code, out) == (2, "") and "questions must be arguments" in err
 
 
-def test_a_document_that_does_not_fit_is_refused_and_its_parts_are_read(path, book, cli):
+def test_a_document_that_does_not_fit_is_refused_and_its_parts_are_read(tiny_gguf, book, cli):
     book.write_text("\n\n".join(words(100, 100 * k) for k in range(8)))
-    code, out, err = cli("ask", path, book, "Who is it?", "--n-ctx", "1024", *SHORT)
+    code, out, err = cli("ask", tiny_gguf, book, "Who is it?", "--n-ctx", "1024", *SHORT)
     assert (code, out) == (2, "") and "128 for question and answer do not fit the window of 1,024" in err
     parts = int(err.split("--part 1/")[1].split(",")[0])
     texts = set()
     for k in range(1, parts + 1):
-        code, out, err = cli("ask", path, book, "Who is it?", "--n-ctx", "1024", "--part", f"{k}/{parts}", *SHORT)
+        code, out, err = cli("ask", tiny_gguf, book, "Who is it?", "--n-ctx", "1024", "--part", f"{k}/{parts}", *SHORT)
         assert code == 0 and f"book.txt, part {k} of {parts}: " in err
         texts.add(out)
     assert len(texts) == parts and len(kept(cli)) == parts
     for part, message in (("0/2", "part must be K/N"), ("3/2", "part must be K/N"), ("a", "part must be K/N, got a")):
-        code, _, err = cli("ask", path, book, "a", "--part", part)
+        code, _, err = cli("ask", tiny_gguf, book, "a", "--part", part)
         assert code == 2 and message in err
 
 
@@ -144,20 +154,20 @@ def test_a_document_that_does_not_fit_is_refused_and_its_parts_are_read(path, bo
         ("book.txt", b"text", ("--max-tokens", "0"), 2, "max_tokens must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_work_is_two_lines(path, cli, tmp_path, name, content, options, code, message):
+def test_what_cannot_work_is_two_lines(tiny_gguf, cli, tmp_path, name, content, options, code, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    ended, out, err = cli("ask", path, tmp_path / name, "Who?", "--n-ctx", "512", "--quiet", *options)
+    ended, out, err = cli("ask", tiny_gguf, tmp_path / name, "Who?", "--n-ctx", "512", "--quiet", *options)
     assert (ended, out) == (code, "") and message in err, err
     assert [line.partition(":")[0] for line in err.splitlines()] == ["error", "hint"]
 
 
-def test_a_certified_file_says_how_far_it_was_measured(tmp_path, path, book, cli):
+def test_a_certified_file_says_how_far_it_was_measured(tmp_path, tiny_gguf, book, cli):
     certified = tmp_path / "certified.gguf"
     for k_max, said in (
         (600, "; k_max 600: answers about what lies further back may be wrong"), (5000, "; k_max 5,000"), (None, ""),
     ):  # fmt: skip
-        shutil.copyfile(path, certified)
+        shutil.copyfile(tiny_gguf, certified)
         found, asked = (1, 4) if k_max else (None, None)
         made = Certificate(
             window=9000, perplexity={1024: 9.0, 9000: 9.5}, reference_perplexity=9.0, reference="itself",
@@ -174,7 +184,7 @@ def test_a_certified_file_says_how_far_it_was_measured(tmp_path, path, book, cli
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_reading_keeps_what_was_read(path, book, cli, monkeypatch, number):
+def test_a_signal_while_reading_keeps_what_was_read(tiny_gguf, book, cli, monkeypatch, number):
     decode, calls = Session._decode, []
 
     def signalled(self, part, first):
@@ -186,20 +196,20 @@ def test_a_signal_while_reading_keeps_what_was_read(path, book, cli, monkeypatch
     monkeypatch.setattr(module, "_PROBE", 128)
     monkeypatch.setattr(module, "_CHUNK", 128)
     monkeypatch.setattr(Session, "_decode", signalled)
-    code, out, err = cli("ask", path, book, "Who is it?", *WINDOW, *SHORT)
+    code, out, err = cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)
     assert (code, out) == (128 + number, "") and err.endswith("interrupted\n")
     monkeypatch.setattr(Session, "_decode", decode)
     (one,) = kept(cli)
     assert one["tokens"] == sum(calls) and not one["whole"]
     assert " so far" in cli("documents", "list")[1]
-    code, out, err = cli("ask", path, book, "Who is it?", *WINDOW, *SHORT)
+    code, out, err = cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)
     assert code == 0 and f"{sum(calls):,} tokens of it were read before" in err
-    assert out == cli("ask", path, book, "Who is it?", *WINDOW, *SHORT, "--no-keep")[1]
+    assert out == cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT, "--no-keep")[1]
 
 
-def test_without_a_home_the_answer_still_comes(path, book, cli, monkeypatch):
+def test_without_a_home_the_answer_still_comes(tiny_gguf, book, cli, monkeypatch):
     monkeypatch.delenv("PI_GGUF_CACHE")
-    expected = cli("ask", path, book, "Who is it?", *WINDOW, *SHORT)[1]
+    expected = cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)[1]
 
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -207,7 +217,7 @@ def test_without_a_home_the_answer_still_comes(path, book, cli, monkeypatch):
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    code, out, err = cli("ask", path, book, "Who is it?", *WINDOW, *SHORT)
+    code, out, err = cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)
     assert (code, out) == (0, expected) and err.count("nothing that is read is kept") == 1
     code, _, err = cli("documents", "list")
     assert code == 2 and "there is no cache folder" in err
@@ -216,12 +226,12 @@ def test_without_a_home_the_answer_still_comes(path, book, cli, monkeypatch):
 # documents
 
 
-def test_what_is_kept_is_listed_shown_and_removed(path, book, cli, cache):
+def test_what_is_kept_is_listed_shown_and_removed(tiny_gguf, book, cli, cache):
     assert cli("documents", "list")[:2] == (0, "nothing is kept\n") and kept(cli) == []
     other = book.with_name("other.txt")
     other.write_text(words(300, 5000))
     for document in (book, other):
-        cli("ask", path, document, "a", *WINDOW, *SHORT)
+        cli("ask", tiny_gguf, document, "a", *WINDOW, *SHORT)
     last, first = kept(cli)
     assert (last["document"], first["document"]) == ("other.txt", "book.txt") and first["model"] == "model.gguf"
     table = cli("documents", "list")[1]
@@ -238,14 +248,14 @@ def test_what_is_kept_is_listed_shown_and_removed(path, book, cli, cache):
     assert "other.txt" in cli("documents", "prune", "--cache-size", "0")[2] and kept(cli) == []
 
 
-def test_sizes_are_decimal(path, book, cli, cache):
-    cli("ask", path, book, "a", *WINDOW, *SHORT)
+def test_sizes_are_decimal(tiny_gguf, book, cli, cache):
+    cli("ask", tiny_gguf, book, "a", *WINDOW, *SHORT)
     size = kept(cli)[0]["bytes"]
     assert 100_000 < size < 10**8
     for keeps in (f"{size / 1e3 + 1:.0f}k", f"{size / 1e6 + 0.01:.2f} MB".replace(" ", ""), "1T", str(size)):
         assert cli("documents", "prune", "--cache-size", keeps)[2] == "", keeps
     _, _, err = cli(
-        "ask", path, book, "b", *WINDOW, *SHORT, "--cache-size", f"{size - 1}", "--cache-dir", book.parent / "two"
+        "ask", tiny_gguf, book, "b", *WINDOW, *SHORT, "--cache-size", f"{size - 1}", "--cache-dir", book.parent / "two"
     )
     assert "book.txt is not kept: it takes " in err
     assert cli("documents", "prune", "--cache-size", f"{size - 1}")[2].startswith("removed ")
@@ -279,9 +289,9 @@ def test_a_conversation_about_a_document(chat_path, book, cli, typed):
     assert len(out) > len(one), "it goes on after an error"
 
 
-def test_a_conversation_needs_a_template(path, cli, typed):
+def test_a_conversation_needs_a_template(tiny_gguf, cli, typed):
     typed("a\n")
-    code, out, err = cli("chat", path, *WINDOW)
+    code, out, err = cli("chat", tiny_gguf, *WINDOW)
     assert (code, out) == (6, "") and "chat_template is missing" in err
 
 

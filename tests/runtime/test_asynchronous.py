@@ -17,10 +17,8 @@ from pi_gguf.runtime.reading import Reading
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    pi_gguf.convert("bundled:tiny", path, quant="F32", check="none", certify=False)
-    with pi_gguf.open(path, n_ctx=1024) as model:
+def model(tiny_gguf):
+    with pi_gguf.open(tiny_gguf, n_ctx=1024) as model:
         yield model
 
 

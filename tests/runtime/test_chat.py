@@ -16,19 +16,12 @@ WINDOW = 2048
 SAID = ("Who is it?", "What did the captain say?", "And the sea?")
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    pi_gguf.convert("bundled:tiny", path, quant="F32", check="none", certify=False)
-    return path
-
-
 @pytest.fixture
-def opened(path, tmp_path):
+def opened(tiny_gguf, tmp_path):
     """Open the model with a template."""
 
     def with_this(template: str = CHATML, **options: object) -> Model:
-        return pi_gguf.open(with_template(path, tmp_path / "chat.gguf", template), **{"n_ctx": WINDOW, **options})
+        return pi_gguf.open(with_template(tiny_gguf, tmp_path / "chat.gguf", template), **{"n_ctx": WINDOW, **options})
 
     return with_this
 
@@ -179,7 +172,7 @@ def test_quotes_are_of_the_document(opened):
         assert Conversation(model).quotes() == []
 
 
-def test_a_document_must_have_been_read_for_a_conversation(opened, path):
+def test_a_document_must_have_been_read_for_a_conversation(opened, tiny_gguf):
     with opened() as model:
         for other in (Reading(model, document(), form="question"), Reading(model, document(), system="Be short.")):
             with pytest.raises(OptionError, match="was read in another form, or with another system"):
@@ -190,7 +183,7 @@ def test_a_document_must_have_been_read_for_a_conversation(opened, path):
         with pytest.raises(TextError, match="its reading was closed"):
             say(talk, "a")
         assert talk.messages == []
-    with pi_gguf.open(path, n_ctx=256) as model, pytest.raises(GgufError, match="chat_template is missing"):
+    with pi_gguf.open(tiny_gguf, n_ctx=256) as model, pytest.raises(GgufError, match="chat_template is missing"):
         say(Conversation(model), "a")
 
 

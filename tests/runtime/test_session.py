@@ -31,15 +31,8 @@ def random_path(llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    pi_gguf.convert("bundled:tiny", path, quant="F32", check="none", certify=False)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    with pi_gguf.open(path) as model:
+def model(tiny_gguf):
+    with pi_gguf.open(tiny_gguf) as model:
         yield model
 
 
@@ -64,19 +57,19 @@ def theirs(path, prompt: str, **options: object) -> str:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_is_that_of_llama_cpp_python(path, random_path, prompt):
-    for file in (path, random_path):
+def test_greedy_text_is_that_of_llama_cpp_python(tiny_gguf, random_path, prompt):
+    for file in (tiny_gguf, random_path):
         with pi_gguf.open(file) as model:
             mine = text(model, prompt)
         assert mine == theirs(file, prompt, temperature=0.0) and mine
 
 
-def test_drawn_text_is_that_of_llama_cpp_python(path, model):
+def test_drawn_text_is_that_of_llama_cpp_python(tiny_gguf, model):
     for options in (
         {"temperature": 0.9, "seed": 3}, {"temperature": 1.5, "seed": 4, "top_k": 5, "top_p": 0.7, "min_p": 0.1},
         {"temperature": 1.5, "seed": 4, "stop": ["e"]}, {"temperature": 1.5, "seed": 4, "logit_bias": {10: 4.0}},
     ):  # fmt: skip
-        assert text(model, **options) == theirs(path, PROMPTS[0], **options), options
+        assert text(model, **options) == theirs(tiny_gguf, PROMPTS[0], **options), options
 
 
 def test_a_prompt_that_was_read_before_gives_the_same_text(model):
@@ -300,12 +293,12 @@ def test_the_second_turn_reads_only_what_is_new(model):
         assert text(fresh, more) == written
 
 
-def test_reading_the_rest_equals_reading_all(model, path):
+def test_reading_the_rest_equals_reading_all(model, tiny_gguf):
     ids = model.tokenize("It was a dark and stormy night. " * 20)
     for known in (0, 1, 50, len(ids) - 1, len(ids)):
         logits(model, ids[:known] or ids[:1])
         reused = logits(model, ids)
-        with pi_gguf.open(path) as fresh:
+        with pi_gguf.open(tiny_gguf) as fresh:
             # Batches of other lengths are added up in another order: 4e-4 on a CPU with AMX.
             np.testing.assert_allclose(reused, logits(fresh, ids), atol=2e-3)
 
@@ -342,7 +335,7 @@ def test_two_readings_at_once_are_a_mistake_that_is_noticed(model):
 # Leaving
 
 
-def test_cancelling_stops_within_a_batch_and_the_session_goes_on(model, path):
+def test_cancelling_stops_within_a_batch_and_the_session_goes_on(model, tiny_gguf):
     long = "It was a dark night. " * 300
     ids = model.tokenize(long)
     event, seen = Event(), Watch()
@@ -359,7 +352,7 @@ def test_cancelling_stops_within_a_batch_and_the_session_goes_on(model, path):
         next(parts)
     assert end.value.value == "cancelled" and seen.calls[-1][0] == 512, "not a batch more"
     after = logits(model, ids)
-    with pi_gguf.open(path) as fresh:
+    with pi_gguf.open(tiny_gguf) as fresh:
         np.testing.assert_allclose(after, logits(fresh, ids), atol=1e-4)
 
 
@@ -417,9 +410,9 @@ def test_logits_that_are_no_numbers_are_an_error(model, monkeypatch):
 # Caches and adapters
 
 
-def test_a_quantized_cache_reads_the_rest_as_it_reads_all(path):
+def test_a_quantized_cache_reads_the_rest_as_it_reads_all(tiny_gguf):
     ids = list(range(5, 205))
-    with pi_gguf.open(path, type_k="q8_0", type_v="q8_0") as model:
+    with pi_gguf.open(tiny_gguf, type_k="q8_0", type_v="q8_0") as model:
         expected = text(model), logits(model, ids)
         logits(model, ids[:100])
         np.testing.assert_allclose(logits(model, ids), expected[1], atol=1e-3)
@@ -429,17 +422,23 @@ def test_a_quantized_cache_reads_the_rest_as_it_reads_all(path):
 # The command line
 
 
-def test_run_takes_the_sampling(path, tmp_path, cli):
+def test_run_takes_the_sampling(tiny_gguf, tmp_path, cli):
     schema = tmp_path / "ship.schema.json"
     schema.write_text('{"type": "object", "properties": {"ship": {"enum": [1, 2]}}, "required": ["ship"]}')
-    code, out, err = cli("run", path, "--prompt", "Once", "--json-schema", schema, "--temperature", "2", "--seed", "3")
+    code, out, err = cli(
+        "run", tiny_gguf, "--prompt", "Once", "--json-schema", schema, "--temperature", "2", "--seed", "3"
+    )
     assert code == 0 and json.loads(out)["ship"] in (1, 2), err
     grammar = tmp_path / "answer.gbnf"
     grammar.write_text('root ::= "yes STOP" [a-z]+')
-    code, out, _ = cli("run", path, "--prompt", "Once", "--grammar", grammar, "--stop", " STOP", "--stop", "x")
+    code, out, _ = cli("run", tiny_gguf, "--prompt", "Once", "--grammar", grammar, "--stop", " STOP", "--stop", "x")
     assert (code, out) == (0, "yes\n")
     few = ("--temperature", "2", "--top-k", "1", "--max-tokens", "9", "--prompt", "Once")
-    assert cli("run", path, *few)[1] == cli("run", path, *few[-4:])[1] != cli("run", path, *few[:2], *few[-4:])[1]
+    assert (
+        cli("run", tiny_gguf, *few)[1]
+        == cli("run", tiny_gguf, *few[-4:])[1]
+        != cli("run", tiny_gguf, *few[:2], *few[-4:])[1]
+    )
 
 
 @pytest.mark.parametrize(

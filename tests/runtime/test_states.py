@@ -67,9 +67,13 @@ def test_what_was_kept_comes_back(states):
 
 def test_only_the_same_reader_gets_it(states):
     ids = ids_of(1)
-    keep(states, ids)
+    mine = keep(states, ids).path
     assert found(states, ids, {**READER, "llama_cpp": "c"}) is None
     assert found(states, ids, {"llama_cpp": "b", "file": "a"}) == ids
+    other = {**READER, "file": "z"}
+    of_other = keep(states, ids, identity=other).path
+    mine.replace(of_other)
+    assert found(states, ids, other) is None, "a file under another's name is not what it is called"
 
 
 def test_the_one_with_most_in_common_is_given(states):
@@ -169,10 +173,10 @@ def test_what_is_no_file_of_ours_is_let_be(states, tmp_path):
     os.mkfifo(names[1])
     names[2].symlink_to(tmp_path / "nowhere")
     names[3].symlink_to("/dev/zero")
-    (states.folder / "notes.state").write_text("mine")
+    (states.folder / "my-notes.state").write_text("mine")
     assert found(states, ids) == ids and [one.path for one in states.entries()] == [kept.path]
     states.prune(0)
-    assert {path.name for path in states.folder.iterdir()} == {"notes.state", *(path.name for path in names)}
+    assert {path.name for path in states.folder.iterdir()} == {"my-notes.state", *(path.name for path in names)}
     kept = keep(states, ids)
     kept.path.unlink()
     kept.path.mkdir()
