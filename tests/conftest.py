@@ -37,6 +37,16 @@ def f32_gguf(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in an F32 file of 32768 tokens, uncertified. Not to be changed by a test."""
+    from pi_gguf.pipeline.convert import convert
+
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    convert("bundled:tiny", path, quant="F32", check="none", certify=False)
+    return path
+
+
 @pytest.fixture
 def never_a_hang() -> Iterator[None]:
     """Fail a test that takes more than a minute; `signal.alarm(n)` inside a test sets a shorter limit."""

@@ -75,11 +75,14 @@ def ask(
       pi-gguf ask my-32k.gguf book.epub "Who keeps the lighthouse?"
     """
     from pi_gguf.documents.formats import read_document
+    from pi_gguf.errors import OptionError
     from pi_gguf.runtime.model import Model
     from pi_gguf.runtime.reading import Reading
 
     settings, part = take_sampling(options), _read_part(options.pop("part"))
     states = _take_states(options)
+    if document == "-" and not questions and not sys.stdin.isatty():
+        raise OptionError("standard input has the document, so that questions must be arguments", "give one or more")
     text = read_document(document)
     answers = []
     with Model(file, **options) as model, Reading(model, text, part=part, form=form, states=states) as book:
@@ -99,18 +102,19 @@ def _read(book: Reading) -> Any:
     left = fit.tokens - fit.known
     if left > 0:
         with progress_bar(f"read {fit.document}", left, "tokens") as advance:
-            book.read(on_progress=_advancing(advance))
+            book.read(on_progress=_advancing(advance, left))
     return fit
 
 
-def _advancing(advance: Callable[..., None]) -> Callable[[int, int, int], None]:
-    """Return what moves a bar by what was read since it was told last."""
+def _advancing(advance: Callable[..., None], total: int) -> Callable[[int, int, int], None]:
+    """Return what moves a bar by what was read since it was told last; what `fit` has read counts."""
     before = 0
 
-    def told(read: int, _: int, __: int) -> None:
+    def told(read: int, to_read: int, _: int) -> None:
         nonlocal before
-        advance(max(0, read - before))
-        before = read
+        now = total - to_read + read
+        advance(max(0, now - before))
+        before = now
 
     return told
 
@@ -286,6 +290,8 @@ def _own_wakeup() -> Iterator[None]:
 def _kept_table(found: list[Kept]) -> str:
     from pi_gguf.common.files import human_bytes
 
+    if not found:
+        return "nothing is kept"
     rows = [
         (
             one.key, one.document, one.model, f"{one.tokens:,}{'' if one.whole else ' so far'}",
@@ -307,8 +313,7 @@ def list_documents(as_json: bool, **options: Any) -> None:
     Example:
       pi-gguf documents list
     """
-    states = _take_states(options)
-    found = states.entries() if states else []
+    found = _some_states(options).entries()
     print_all(json.dumps([one.to_json() for one in found], indent=1) if as_json else _kept_table(found))
 
 
@@ -371,10 +376,10 @@ documents = Lazy(
 
 def _take_states(options: dict[str, Any]) -> States | None:
     """Return where what was read is kept, by the options of `caching`; None for nowhere."""
-    from pi_gguf.runtime.states import States, states_folder
+    from pi_gguf.runtime.states import user_states
 
-    limit, folder = _read_size(options.pop("cache_size")), states_folder(options.pop("cache_dir"))
-    return States(folder, limit) if folder and options.pop("keep", True) else None
+    given, limit, keep = options.pop("cache_dir"), _read_size(options.pop("cache_size")), options.pop("keep", True)
+    return user_states(given, limit) if keep else None
 
 
 def _some_states(options: dict[str, Any]) -> States:

@@ -32,12 +32,11 @@ class Stream(Generic[T]):
 
     def __init__(self, make: Callable[..., Generator[str, None, T]], *args: Any, **keywords: Any) -> None:
         self._make, self._args, self._keywords = make, args, keywords
-        self._stop = threading.Event()
+        self._stop, self._parts = threading.Event(), self._run()
         self.result: T | None = None
         """What the generator returned, when it is used up."""
 
     async def __aenter__(self) -> Stream[T]:
-        self._parts = self._run()
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pi_gguf.documents.quotes import Quote, find_quotes
-from pi_gguf.errors import OptionError, TextError
+from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.runtime.model import Model
-from pi_gguf.runtime.reading import DOCUMENT, INTRODUCTION, TASK, Reading
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, never, silent, stream
+from pi_gguf.runtime.reading import DOCUMENT, INTRODUCTION, TASK, Reading, choose_form
+from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, check_fits, never, silent, stream
 
 
 @dataclass
@@ -24,7 +24,11 @@ class Conversation:
     Args:
         model: an open model with a chat template.
         system: what stands before everything, for templates that have a place for it.
-        reading: a document that it is about; read with the form `chat`.
+        reading: a document that it is about; read with the form `chat` and the same `system`.
+
+    Raises:
+        GgufError: the file has no chat template, or none that shows a document.
+        OptionError: the document was read in another form, or with another `system`.
 
     Example:
         >>> with pi_gguf.open("m.gguf") as model:  # doctest: +SKIP
@@ -37,6 +41,13 @@ class Conversation:
     reading: Reading | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     """What was said, in turn, by `user` and `assistant`, as it was typed and written."""
+
+    def __post_init__(self) -> None:
+        if self.reading and self.reading.form != choose_form(self.model, "chat", self.system):
+            raise OptionError(
+                f"{self.reading.document.name} was read in another form, or with another system",
+                "read it in the form chat, with the system of the conversation",
+            )
 
     def say(
         self, text: str, *, max_tokens: int | None = None, cancelled: Cancelled = never,
@@ -66,16 +77,13 @@ class Conversation:
         parts: list[str] = []
         try:
             ids = self._ids()
-            room = self.model.n_ctx - len(ids)
-            if room < (max_tokens or 1):
-                raise OptionError(
-                    f"the conversation has {len(ids):,} tokens, and {max_tokens or 1:,} to write do not fit the window "
-                    f"of {self.model.n_ctx:,}",
-                    "take back the last turns with /undo, or begin anew",
-                )
+            hint = "take back the last turns with /undo, or begin anew"
+            room = check_fits("conversation", len(ids), self.model.n_ctx, max_tokens, hint)
             with self.model.turns(cancelled) as mine:
                 if not mine:
                     return "cancelled"
+                if self.reading:
+                    self.reading.read(cancelled=cancelled, on_progress=on_progress)
                 tokens = self.model.session.write(
                     ids, max_tokens or room, how, cancelled=cancelled, on_progress=on_progress
                 )
@@ -86,6 +94,8 @@ class Conversation:
                     except StopIteration as end:
                         return str(end.value)
                     yield parts[-1]
+        except Stopped:
+            return "cancelled"
         finally:
             if parts:
                 self.messages.append({"role": "assistant", "content": "".join(parts)})
@@ -124,7 +134,9 @@ class Conversation:
             return self.model.tokenize(self.model.render(messages), add_special=False)
         first = next(one for one in messages if one["role"] == "user")
         first["content"] = f"{INTRODUCTION}{DOCUMENT}{TASK}{first['content']}"
-        rest = self.model.render(messages).partition(DOCUMENT)[2]
+        _, shown, rest = self.model.render(messages).partition(DOCUMENT)
+        if not shown:
+            raise GgufError(f"{self.model.path}: its chat template leaves out the first message", "begin anew: /read")
         between = self.reading.form.between
         if not rest.startswith(between):  # a template that writes a message otherwise when others follow
             return [*self.reading.document_ids, *self.model.tokenize(rest, add_special=False)]

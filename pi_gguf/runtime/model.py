@@ -39,12 +39,14 @@ from pi_gguf.runtime.session import (
     SamplingKeywords,
     Session,
     Stopped,
+    check_fits,
     never,
     silent,
     stream,
 )
-from pi_gguf.runtime.states import States, file_digest, user_states
+from pi_gguf.runtime.states import States, file_digest, file_mark, user_states
 from pi_gguf.runtime.turns import Turns
+from pi_gguf.scaling.rope import LONGROPE_TENSORS
 from pi_gguf.vocabulary.templates import render_chat
 
 _TEMPLATE_NAMES = {
@@ -107,7 +109,8 @@ class Model(LanguageModel):
         for adapter in adapters:
             check_adapter(adapter, info)
         self.info, self.path, self.name = info, Path(path), str(path)
-        self._lora, self._types, self.turns = [Path(adapter) for adapter in lora], (type_k, type_v), Turns()
+        self._marks = [(path, file_mark(path)) for path in (self.path, *map(Path, lora))]
+        self._types, self.turns = (type_k, type_v), Turns()
         self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
@@ -133,20 +136,10 @@ class Model(LanguageModel):
         # On a GPU few tokens at a time are slow, and at a long window llama.cpp ends (recipes/gpu).
         batch = _BATCH if self.flash_attn or layers else _scores_batch(info, self.n_ctx)
         opening = partial(
-            _open,
-            path,
-            info,
-            lora,
-            n_ctx=self.n_ctx,
-            n_ubatch=batch,
-            type_k=CACHE_TYPES[type_k][0],
-            type_v=CACHE_TYPES[type_v][0],
-            flash_attn=self.flash_attn,
-            op_offload=gpu,
-            n_threads=threads,
-            n_threads_batch=threads,
-            watch=watch,
-        )
+            _open, path, info, lora, n_ctx=self.n_ctx, n_ubatch=batch, type_k=CACHE_TYPES[type_k][0],
+            type_v=CACHE_TYPES[type_v][0], flash_attn=self.flash_attn, op_offload=gpu, n_threads=threads,
+            n_threads_batch=threads, watch=watch,
+        )  # fmt: skip
         fewer = gpu_layers == "auto" and layers != 0
         self._llama = _open_what_fits(opening, layers, info) if fewer else opening(n_gpu_layers=layers)
         self._watch = watch
@@ -160,16 +153,19 @@ class Model(LanguageModel):
 
     def close(self) -> None:
         """Give back the weights and the cache; nothing can be asked afterwards."""
+        self.session.close()
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
 
     @cached_property
     def identity(self) -> dict[str, str]:
         """What must be the same for a kept state to be this model's: file, adapters, cache, llama.cpp and CPU."""
+        file, *adapters = (file_digest(path, mark) for path, mark in self._marks)
         type_k, type_v = self._types
-        adapters = " ".join(map(file_digest, self._lora))
+        by_window = any(tensor.name in LONGROPE_TENSORS for tensor in self.info.tensors)  # which of them are used
         return {
-            "file": file_digest(self.path), "adapters": adapters, "type_k": type_k, "type_v": type_v,
-            "flash_attn": str(self.flash_attn), "llama_cpp": machine(),
+            "file": file, "adapters": " ".join(adapters), "type_k": type_k, "type_v": type_v,
+            "flash_attn": str(self.flash_attn), "window": str(self.n_ctx) if by_window else "any",
+            "llama_cpp": machine(),
         }  # fmt: skip
 
     # What llama.cpp read
@@ -216,7 +212,7 @@ class Model(LanguageModel):
                 "leave such characters out of the text",
             )
         llama_cpp, data = llama_cpp_library(), text.encode()
-        vocabulary, room = llama_cpp.llama_model_get_vocab(self._llama.model), len(data) + 3
+        vocabulary, room = self.session.vocab, len(data) + 3
         while True:  # a token has a byte or more, but for those that are put before and behind a text
             ids = (llama_cpp.llama_token * room)()
             count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, special)
@@ -263,7 +259,9 @@ class Model(LanguageModel):
     def _continue(
         self, ids: list[int], max_tokens: int | None, sampling: Sampling, cancelled: Cancelled, on_progress: Progress
     ) -> Generator[str, None, str]:
-        limit = self._check_fits(len(ids), max_tokens)
+        excess = len(ids) + (max_tokens or 1) - self.n_ctx
+        hint = f"shorten the prompt by {excess} tokens or open a larger --n-ctx"
+        room = check_fits("prompt", len(ids), self.n_ctx, max_tokens, hint)
         if not ids:
             raise TextError(
                 f"{self.path}: a prompt without a token, and the model has none to begin with", "write some"
@@ -271,6 +269,7 @@ class Model(LanguageModel):
         with self.turns(cancelled) as mine:
             if not mine:
                 return "cancelled"
+            limit = max_tokens or min(256, room)
             tokens = self.session.write(ids, limit, sampling, cancelled=cancelled, on_progress=on_progress)
             return (yield from stream(tokens, self.session.piece, sampling.stop))
 
@@ -368,25 +367,12 @@ class Model(LanguageModel):
 
     def _special_tokens(self) -> dict[str, str]:
         """Return the spellings of the file's special tokens by the names that chat templates know."""
-        llama_cpp = llama_cpp_library()
-        vocab, found = llama_cpp.llama_model_get_vocab(self._llama.model), {}
+        llama_cpp, vocab, found = llama_cpp_library(), self.session.vocab, {}
         for key, name in _TEMPLATE_NAMES.items():
             index = self.info.metadata.get(f"tokenizer.ggml.{key}_token_id")
             if isinstance(index, int) and 0 <= index < self.n_vocab:
                 found[name] = llama_cpp.llama_vocab_get_text(vocab, index).decode(errors="replace")
         return found
-
-    def _check_fits(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        room = self.n_ctx - prompt_tokens
-        if max_tokens is not None and max_tokens < 1:
-            raise OptionError(f"max_tokens must be at least 1, got {max_tokens}")
-        if room < (max_tokens or 1):
-            raise OptionError(
-                f"prompt of {prompt_tokens} tokens and {max_tokens or 1} to write do not fit the window of "
-                f"{self.n_ctx} tokens",
-                f"shorten the prompt by {(max_tokens or 1) - room} tokens or open a larger --n-ctx",
-            )
-        return max_tokens or min(256, room)
 
     # Scoring
 

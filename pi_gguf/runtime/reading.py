@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.progress import duration, say
@@ -19,12 +20,11 @@ from pi_gguf.documents.formats import Document
 from pi_gguf.documents.quotes import Quote, find_quotes
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.gguf.certificate import Certificate
+from pi_gguf.gguf.file import GgufInfo
 from pi_gguf.measure.language_model import common_prefix
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, never, silent, stream
+from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Session, Stopped, check_fits, never, silent, stream
 from pi_gguf.runtime.states import Kept, States
-
-if TYPE_CHECKING:
-    from pi_gguf.runtime.model import Model
+from pi_gguf.runtime.turns import Turns
 
 ROOM = 1024
 """Tokens left for a question and its answer, at most an eighth of the window."""
@@ -46,6 +46,32 @@ TASK = (
 FORMS = ("chat", "question", "plain")
 
 
+class Reader(Protocol):
+    """What a reading needs of an open `Model`."""
+
+    path: Path
+    info: GgufInfo
+    n_ctx: int
+    kv_cache_bytes: int
+    turns: Turns
+    session: Session
+
+    @property
+    def bos(self) -> list[int]: ...
+
+    @property
+    def identity(self) -> dict[str, str]: ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str: ...
+
+    def tokenize(self, text: str, *, add_special: bool = True, special: bool = True) -> list[int]: ...
+
+    def reading_cost(self, start: int, end: int) -> float: ...
+
+
 @dataclass(frozen=True)
 class Form:
     """What stands around document and question.
@@ -55,14 +81,12 @@ class Form:
         between: between it and a question.
         after: after a question.
         stop: what ends an answer, beside the model's own tokens.
-        special: whether special tokens written out in these three are meant as such; never so in document or question.
     """
 
     before: str
     between: str
     after: str
     stop: tuple[str, ...] = ()
-    special: bool = True
 
 
 PLAIN = Form("", "", "")
@@ -72,7 +96,7 @@ DOCUMENT, _QUESTION = "[[pi-gguf document]]", "[[pi-gguf question]]"
 """What stands for the two while a chat template writes what is around them."""
 
 
-def choose_form(model: Model, name: str | None, system: str | None = None) -> Form:
+def choose_form(model: Reader, name: str | None, system: str | None = None) -> Form:
     """Return what a model wants around a document and a question.
 
     Raises:
@@ -107,8 +131,11 @@ def _part(document: Document, part: tuple[int, int]) -> tuple[int, int]:
     begins = [0, *(passage.start for passage in document.passages()[1:]), length]
     if len(begins) <= of:
         raise OptionError(f"{document.name}: {len(begins) - 1} passages make no {of} parts", "give fewer")
-    cuts = [min(begins, key=lambda begin: abs(begin - length * k / of)) for k in range(of + 1)]
-    return cuts[which - 1], cuts[which]
+    cuts = [0]  # numbers of passages; each part has one at least
+    for k in range(1, of + 1):
+        free = range(cuts[-1] + 1, len(begins) - of + k)
+        cuts.append(min(free, key=lambda i, wanted=length * k / of: abs(begins[i] - wanted)))  # type: ignore[misc]
+    return begins[cuts[which - 1]], begins[cuts[which]]
 
 
 def _shifted(told: Progress, read_before: int, to_read: int) -> Progress:
@@ -215,7 +242,7 @@ class Reading:
     """
 
     def __init__(
-        self, model: Model, document: Document, *, part: tuple[int, int] = (1, 1), form: str | None = None,
+        self, model: Reader, document: Document, *, part: tuple[int, int] = (1, 1), form: str | None = None,
         system: str | None = None, states: States | None = None,
     ) -> None:  # fmt: skip
         self.model, self.document, self._states = model, document, states
@@ -250,6 +277,10 @@ class Reading:
         """Let go of the document; the model stays open, and what is kept stays kept."""
         self.ids = []
 
+    def _check_open(self) -> None:
+        if not self.ids:
+            raise TextError(f"{self._name}: its reading was closed", "read it again")
+
     # Reading
 
     def fit(self, *, probe: bool = True) -> Fit:
@@ -258,11 +289,14 @@ class Reading:
         Args:
             probe: read the first tokens to see how fast that goes; they need not be read again.
         """
+        self._check_open()
         model, session = self.model, self.model.session
         with model.turns():
             self._restore()
             known, seconds = self._probe() if probe else (session.known(self.ids), 0.0)
-        certificate = Certificate.read(model.info.header)
+        certificate = None
+        with contextlib.suppress(GgufError):  # one of another file, or that is damaged
+            certificate = Certificate.read(model.info.header)
         return Fit(
             self._name, len(self.ids), model.n_ctx - len(self.ids), model.n_ctx, known, seconds, model.kv_cache_bytes,
             model.kv_cache_bytes * len(self.ids) // model.n_ctx,
@@ -289,7 +323,9 @@ class Reading:
 
         Raises:
             Stopped: it was cancelled.
+            TextError: the reading was closed.
         """
+        self._check_open()
         with self.model.turns(cancelled) as mine:
             if not mine:
                 raise Stopped
@@ -312,11 +348,9 @@ class Reading:
                     kept_at = time.perf_counter()
                     self._keep()
                     cost, kept_at = time.perf_counter() - kept_at, time.perf_counter()
-        except BaseException:
+        finally:
             if session.known(self.ids) > known:
                 self._keep()
-            raise
-        self._keep()
 
     def _read_to(self, end: int, cancelled: Cancelled, on_progress: Progress) -> None:
         for _ in self.model.session.read(self.ids[:end], 1, cancelled=cancelled, on_progress=on_progress):
@@ -327,18 +361,23 @@ class Reading:
         session = self.model.session
         if self._states is None or session.known(self.ids) >= len(self.ids):
             return
-        with self._states.longest(self.model.identity, self.ids) as found:
-            better = found and common_prefix(found.ids, self.ids) > session.known(self.ids)
-            if found and better and not session.restore(found.state, found.ids):
+        with self._states.longest(self.model.identity, self.ids, self.model.n_ctx) as found:
+            common = common_prefix(found.ids, self.ids) if found else 0
+            if not found or common <= session.known(self.ids):
+                return
+            if not session.restore(found.state, found.ids):
                 say(f"{found.kept.path}: llama.cpp does not take it; {self._name} is read again")
+            elif session.rewind(common) == found.kept.tokens and not found.kept.whole:
+                self._kept = found.kept
 
     def _keep(self) -> None:
         """Keep what the cache holds of the document, in place of what was kept on the way."""
         session = self.model.session
-        ids = self.ids[: session.known(self.ids)]
-        if self._states is None or not ids:
+        if self._states is None:
             return
-        session.rewind(len(ids))
+        ids = self.ids[: session.rewind(session.known(self.ids))]  # the cache may hold more after an interruption
+        if not ids:
+            return
         before, self._kept = self._kept, self._states.keep(
             self.model.identity, ids, session.state_bytes(), session.save,
             document=self._name, model=self.model.path.name, whole=len(ids) == len(self.ids),
@@ -374,20 +413,14 @@ class Reading:
             ...     for part in book.ask("Who keeps the lighthouse?"):
             ...         print(part, end="")
         """
-        if not self.ids:
-            raise TextError(f"{self._name}: its reading was closed", "read it again")
+        self._check_open()
         if not question.strip():
             raise TextError("the question is empty", "write one")
         stop = (*sampling.pop("stop", ()), *self.form.stop)
         how = Sampling(**sampling, stop=stop)
         ids = [*self.ids, *self.model.tokenize(question, add_special=False, special=False), *self._after]
-        room = self.model.n_ctx - len(ids)
-        if room < (max_tokens or 1):
-            raise OptionError(
-                f"a question of {len(ids) - len(self.ids):,} tokens and {max_tokens or 1:,} to write do not fit: "
-                f"{self.model.n_ctx - len(self.ids):,} are left of the window of {self.model.n_ctx:,}",
-                "ask a shorter one, or give a smaller --max-tokens",
-            )
+        hint = f"{self.model.n_ctx - len(self.ids)} are left behind {self._name}: ask shorter, or smaller --max-tokens"
+        room = check_fits("document and question", len(ids), self.model.n_ctx, max_tokens, hint)
         started, first, written = time.perf_counter(), 0.0, 0
         parts: list[str] = []
 

@@ -140,6 +140,28 @@ def schema_to_gbnf(schema: str | Mapping[str, Any]) -> str:
         ) from error
 
 
+def check_fits(what: str, tokens: int, window: int, max_tokens: int | None, hint: str) -> int:
+    """Return how many tokens of a window are left behind a prompt.
+
+    Args:
+        what: of the prompt, for the message.
+        tokens: that it has.
+        window: that is open, in tokens.
+        max_tokens: how many are to be written; one at least when None.
+        hint: what to do where it does not fit.
+
+    Raises:
+        OptionError: it does not fit, with both numbers; nothing is ever cut.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise OptionError(f"max_tokens must be at least 1, got {max_tokens}")
+    if tokens + (max_tokens or 1) > window:
+        raise OptionError(
+            f"{what} of {tokens} tokens and {max_tokens or 1} to write do not fit the window of {window} tokens", hint
+        )
+    return window - tokens
+
+
 class Stopped(Exception):
     """A reading was cancelled."""
 
@@ -157,21 +179,40 @@ class Session:
 
     def __init__(self, llama: Any, *, batch: int, interrupted: Callable[[], None] = lambda: None) -> None:
         self._llama_cpp = llama_cpp_library()
-        self._context, self._name, self._batch, self._interrupted = llama.ctx, str(llama.model_path), batch, interrupted
-        self._vocab = self._llama_cpp.llama_model_get_vocab(llama.model)
-        self.n_vocab = int(self._llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._opened: tuple[Any, Any] | None = llama.ctx, self._llama_cpp.llama_model_get_vocab(llama.model)
+        self._name, self._batch, self._interrupted = str(llama.model_path), batch, interrupted
+        self._sliding = int(self._llama_cpp.llama_model_n_swa(llama.model))
+        self.n_vocab = int(self._llama_cpp.llama_vocab_n_tokens(self.vocab))
         self.ids: list[int] = []
         """What lies in the cache; another list with each reading."""
 
+    @property
+    def _context(self) -> Any:
+        return self._open()[0]
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary."""
+        return self._open()[1]
+
+    def _open(self) -> tuple[Any, Any]:
+        if self._opened is None:
+            raise RuntimeError(f"{self._name}: it was closed")
+        return self._opened
+
+    def close(self) -> None:
+        """Let go of what is about to be freed: whatever still runs on it then raises an error."""
+        self._opened, self.ids = None, []
+
     def is_end(self, token: int) -> bool:
-        return bool(self._llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        return bool(self._llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def piece(self, token: int) -> bytes:
         """Return the text of a token, which may be part of a character; nothing for special tokens."""
         size = 32
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = self._llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            count = self._llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
@@ -244,8 +285,7 @@ class Session:
 
     def rewind(self, known: int) -> int:
         """Drop what is behind the first `known` ids; return how many are left, 0 where the model cannot go back."""
-        if known < len(self.ids) or not self.ids:
-            self.ids = self.ids[: self._rewind(known)]
+        self.ids = self.ids[: self._rewind(known)]
         return len(self.ids)
 
     def write(
@@ -281,7 +321,7 @@ class Session:
             to_read = new
             on_progress(read, new, written)
 
-        with _Chooser(self._vocab, self.n_vocab, sampling, ids) as chooser:
+        with _Chooser(self.vocab, self.n_vocab, sampling, ids) as chooser:
             for written in range(limit):
                 try:
                     if cancelled():
@@ -318,9 +358,13 @@ class Session:
     def _rewind(self, known: int) -> int:
         """Drop from the cache what is behind the first `known` ids; return how many it then holds."""
         memory = self._llama_cpp.llama_get_memory(self._context)
-        if self._llama_cpp.llama_memory_seq_rm(memory, 0, known, -1):
+        gone_back = self._llama_cpp.llama_memory_seq_rm(memory, 0, known, -1)  # states of recurrent layers cannot
+        if gone_back and known and self._sliding:  # a kept state has only those that a window at its end sees
+            first = self._llama_cpp.llama_memory_seq_pos_min(memory, 0)
+            gone_back = 0 <= first <= max(0, known - self._sliding + 1)
+        if gone_back:
             return known
-        self._llama_cpp.llama_memory_clear(memory, True)  # states of recurrent layers cannot go back
+        self._llama_cpp.llama_memory_clear(memory, True)
         return 0
 
     def _decode(self, part: Sequence[int], first: int) -> None:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -27,6 +27,7 @@ from pi_gguf.common.files import (
     check_free_disk,
     disk_errors,
     human_bytes,
+    one_writer,
     open_plain,
     remove,
     replace_when_complete,
@@ -47,6 +48,8 @@ _PAGE = 4096
 _LONGEST_HEAD = 2**20
 _BLOCK = 2**22
 _SUFFIX = ".state"
+_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.state")
+_SHORTEST_KEY = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Kept:
     @property
     def key(self) -> str:
         """What `pi-gguf documents` calls it."""
-        return self.path.name.removesuffix(_SUFFIX).split("-")[-1][:12]
+        reader, _, read = self.path.name.partition("-")
+        return reader[:4] + read[:8]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -87,24 +91,28 @@ class Kept:
         }  # fmt: skip
 
 
-def states_folder(given: str | Path | None = None) -> Path | None:
-    """Return where states are kept: as given, by `PI_GGUF_CACHE`, or in the user's cache folder; None without one."""
-    if given is None:
-        given = os.environ.get("PI_GGUF_CACHE") or None
-    base = Path(given) if given is not None else user_cache()
-    return base / "documents" if base else None
+def user_states(given: str | Path | None = None, limit: int = LIMIT) -> States | None:
+    """Return the states in a folder, by `PI_GGUF_CACHE`, or in the user's cache; None, and it is said, without one."""
+    base = given or os.environ.get("PI_GGUF_CACHE") or user_cache()
+    if base:
+        return States(Path(base) / "documents", limit)
+    say("there is no cache folder, so that nothing that is read is kept: PI_GGUF_CACHE may name one")
+    return None
 
 
-def user_states() -> States | None:
-    """Return the user's own states; None for a user without a cache folder."""
-    folder = states_folder()
-    return States(folder) if folder else None
+def file_mark(path: Path) -> str:
+    """Return what changes where a file is replaced, written to or removed."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "gone"
+    return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def file_digest(path: Path) -> str:
-    """Return the checksum of a whole file; it is remembered for as long as size and times of the file stay."""
-    status = path.stat()
-    mark = f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+def file_digest(path: Path, mark: str) -> str:
+    """Return the checksum of a file, remembered for its mark; the mark itself where the file was changed since then."""
+    if mark != file_mark(path):
+        return mark
     base = user_cache()
     memo = base and base / "digests" / xxhash.xxh3_128_hexdigest(mark.encode())
     if memo:
@@ -112,7 +120,7 @@ def file_digest(path: Path) -> str:
             if re.fullmatch(r"[0-9a-f]{32}", known := file.read(33).decode()):
                 return known
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file, progress_bar(f"checksum {path.name}", status.st_size, "bytes") as advance:
+    with path.open("rb") as file, progress_bar(f"checksum {path.name}", path.stat().st_size, "bytes") as advance:
         while block := file.read(_BLOCK):
             digest.update(block)
             advance(len(block))
@@ -137,13 +145,22 @@ class States:
         self.folder, self.limit = folder, limit
 
     def entries(self) -> list[Kept]:
-        """Return what is kept, the last used first; what is no state, or is cut off, is left out."""
-        found = []
+        """Return what is kept, the last used first."""
+        return sorted((kept for kept, _ in self._heads()), key=lambda kept: -kept.used)
+
+    def _heads(self, reader: str = "*") -> Iterator[tuple[Kept, np.ndarray]]:
+        """Yield the states of a reader with their ids; what is damaged is removed, what cannot be read left out."""
+        paths: list[Path] = []
         with contextlib.suppress(OSError):
-            for path in self.folder.glob(f"*{_SUFFIX}"):
-                with contextlib.suppress(OSError, ValueError):
-                    found.append(_open_head(path)[0])
-        return sorted(found, key=lambda kept: -kept.used)
+            paths += self.folder.glob(f"{reader}-*{_SUFFIX}")
+        for path in paths:
+            if not _NAME.fullmatch(path.name):
+                continue
+            head = None
+            with _removed_if_damaged(path), open_plain(path) as file:
+                head = _read_head(file, path)
+            if head:
+                yield head
 
     def keep(
         self, identity: Mapping[str, str], ids: Sequence[int], size: int, fill: Callable[[np.ndarray], int],
@@ -176,53 +193,61 @@ class States:
             check_free_disk(self.folder, need)
             with replace_when_complete(path) as partial:
                 _write(partial, encoded, numbers, size, fill)
-            return _open_head(path)[0]
+            with open_plain(path) as file:
+                return _read_head(file, path)[0]
         except (OSError, ValueError, PiGgufError) as error:
             say(f"what was read of {document} is not kept: {error}")
             return None
 
     @contextlib.contextmanager
-    def longest(self, identity: Mapping[str, str], ids: Sequence[int]) -> Iterator[Found | None]:
-        """Give the sound state that has most of `ids` in common with what it has read; None without one."""
-        wanted = np.asarray(ids, np.int32)
+    def longest(self, identity: Mapping[str, str], ids: Sequence[int], window: int) -> Iterator[Found | None]:
+        """Give the sound state that has most of `ids` in common with what it has read; None without one.
+
+        Args:
+            identity: what must be the same.
+            ids: what is to be read.
+            window: tokens that a state may have at most.
+        """
+        mine, wanted = _digest(identity), np.asarray(ids, np.int32)
+        candidates = [
+            (common, -kept.tokens, kept.path)
+            for kept, ids in self._heads(mine[:16])
+            if kept.identity == mine and kept.tokens <= window and (common := common_length(ids, wanted)) >= WORTH_IT
+        ]
         with contextlib.ExitStack() as held:
-            for path, _ in sorted(self._candidates(identity, wanted), key=lambda one: -one[1]):
-                try:
+            for _, _, path in sorted(candidates, reverse=True):
+                found = None
+                with _removed_if_damaged(path):
                     found = held.enter_context(_opened(path))
-                except (OSError, ValueError) as error:
-                    say(f"{path}: not used and removed: {error}")
-                    remove(path)
-                    continue
-                with contextlib.suppress(OSError):
-                    os.utime(path)
-                yield found
-                return
+                if found:
+                    with contextlib.suppress(OSError):
+                        os.utime(path)
+                    yield found
+                    return
             yield None
 
-    def _candidates(self, identity: Mapping[str, str], wanted: np.ndarray) -> Iterator[tuple[Path, int]]:
-        """Yield the states of this identity with how many ids they have in common with `wanted`."""
-        for path in self.folder.glob(f"{_digest(identity)[:16]}-*{_SUFFIX}"):
-            try:
-                kept, ids = _open_head(path)
-            except (OSError, ValueError):
-                continue
-            common = common_length(ids, wanted)
-            if kept.identity == _digest(identity) and common >= WORTH_IT:
-                yield path, common
-
     def named(self, name: str) -> list[Kept]:
-        """Return the states of a document, by its name or the beginning of a key.
+        """Return the states of a document and of its parts, by its name, or by four characters of a key or more.
 
         Raises:
             OptionError: none is kept.
         """
-        found = [kept for kept in self.entries() if name in (kept.document, kept.key) or kept.key.startswith(name)]
-        if not found:
+        every = self.entries()
+        found = [kept for kept in every if name in (kept.document, kept.document.rpartition(", part ")[0])]
+        if not found and len(name) >= _SHORTEST_KEY:
+            found = [kept for kept in every if kept.key.startswith(name)]
+        if not name or not found:
             raise OptionError(f"{name}: nothing of this name is kept", "pi-gguf documents list shows what is")
         return found
 
     def prune(self, limit: int, besides: Path | None = None) -> list[Kept]:
-        """Remove the least recently used until all take no more than `limit` bytes; return what went."""
+        """Remove the least recently used until all take no more than `limit` bytes; return what went.
+
+        What a writer that was killed has left goes in any case.
+        """
+        for left in self.folder.glob(f"*{_SUFFIX}.partial"):
+            with contextlib.suppress(PiGgufError, OSError), one_writer(left.with_suffix("")):
+                pass
         gone, total = [], 0
         for kept in self.entries():
             if kept.path == besides:
@@ -250,12 +275,8 @@ def common_length(one: np.ndarray, other: np.ndarray) -> int:
     return int(different[0]) if len(different) else length
 
 
-def identity_text(identity: Mapping[str, str]) -> str:
-    return json.dumps(dict(sorted(identity.items())))
-
-
 def _digest(identity: Mapping[str, str]) -> str:
-    return str(xxhash.xxh3_128_hexdigest(identity_text(identity).encode()))
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(dict(sorted(identity.items()))).encode()))
 
 
 def _state_at(head_bytes: int, tokens: int) -> int:
@@ -297,36 +318,50 @@ def _checksum(data: mmap.mmap) -> bytes:
         return xxhash.xxh3_128_digest(rest)
 
 
-def _open_head(path: Path) -> tuple[Kept, np.ndarray]:
+@contextlib.contextmanager
+def _removed_if_damaged(path: Path) -> Iterator[None]:
+    """Remove a state that is none, and say so; one that cannot be read, or is gone, is let be."""
+    try:
+        yield
+    except ValueError as error:
+        say(f"{path}: not used and removed: {error}")
+        with contextlib.suppress(OSError):
+            path.unlink()
+    except OSError:
+        pass
+
+
+def _read_head(file: BinaryIO, path: Path) -> tuple[Kept, np.ndarray]:
     """Read what a state's file says of itself, and its ids; its checksum is not looked at.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is none, or is cut off.
     """
-    with open_plain(path) as file:
-        status = os.fstat(file.fileno())
-        fixed = file.read(_FIXED)
-        length = int.from_bytes(fixed[-8:], "little")
-        if len(fixed) < _FIXED or not fixed.startswith(_MAGIC) or length > _LONGEST_HEAD:
-            raise ValueError("it is no state of this version")
+    status = os.fstat(file.fileno())
+    fixed = file.read(_FIXED)
+    length = int.from_bytes(fixed[-8:], "little")
+    if len(fixed) < _FIXED or not fixed.startswith(_MAGIC) or length > _LONGEST_HEAD:
+        raise ValueError("it is no state of this version")
+    try:
         head = json.loads(file.read(length))
         tokens, size = int(head["tokens"]), int(head["state"])
-        if min(tokens, size) < 0 or status.st_size != _state_at(length, tokens) + size:
-            raise ValueError("it is cut off")
-        ids = np.frombuffer(file.read(4 * tokens), np.int32)
-    kept = Kept(
-        path, _digest(head["identity"]), str(head["document"]), str(head["model"]), tokens, size, status.st_size,
-        status.st_mtime, bool(head["whole"]),
-    )  # fmt: skip
-    return kept, ids
+        kept = Kept(
+            path, _digest(head["identity"]), str(head["document"]), str(head["model"]), tokens, size, status.st_size,
+            status.st_mtime, bool(head["whole"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError("its header is damaged") from error
+    if min(tokens, size) < 0 or status.st_size != _state_at(length, tokens) + size:
+        raise ValueError("it is cut off")
+    return kept, np.frombuffer(file.read(4 * tokens), np.int32)
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Found]:
     """Give a state whose every byte is as it was written."""
-    kept, ids = _open_head(path)
     with open_plain(path) as file:
+        kept, ids = _read_head(file, path)
         mapped = mmap.mmap(file.fileno(), kept.nbytes, access=mmap.ACCESS_READ)  # closed with the last array of it
         if mapped[len(_MAGIC) : _FIXED - 8] != _checksum(mapped):
             raise ValueError("its checksum is wrong")

@@ -35,9 +35,9 @@ FACTOR_TENSORS = {
 NOPE_FACTOR = 2.0**40
 """Linear scaling by this is no rotation at all: position 2^21 turns by 2^-19 of a radian."""
 
-_LONGROPE_TENSORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+LONGROPE_TENSORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
-FACTOR_TENSOR_NAMES = ("rope_freqs.weight", *_LONGROPE_TENSORS)
+FACTOR_TENSOR_NAMES = ("rope_freqs.weight", *LONGROPE_TENSORS)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class RopeScaling:
         if own is None or not self.needs_factor_tensors:
             return {}
         names = (
-            _LONGROPE_TENSORS if self.rope_type == "default" and own.rope_type == "longrope" else FACTOR_TENSORS[arch]
+            LONGROPE_TENSORS if self.rope_type == "default" and own.rope_type == "longrope" else FACTOR_TENSORS[arch]
         )
         return {name: own.divisors(self.rope_theta, rotary_dim, short="short" in name) for name in names}
 

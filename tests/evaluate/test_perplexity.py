@@ -254,7 +254,7 @@ def test_growing_prompts_ask_after_each_distance_and_read_each_key_once(llama, g
         return asked[-1][2]
 
     def watched_chunks(self, ids, last):
-        before = list(self._evaluated if backend == "hf" else self._session.ids)
+        before = list(self._evaluated if backend == "hf" else self.session.ids)
         yield from chunks(self, ids, last)
         read.append(len(ids) - common_prefix(before, ids))
 

@@ -76,7 +76,7 @@ def test_the_size_of_the_cache_is_known_before(path):
         ({"n_ctx": 0}, "n_ctx must be at least 1"),
         ({"type_v": "q8_0", "flash_attn": False}, "needs flash attention"),
         ({"device": "tpu"}, "device must be"),
-        ({"gpu_layers": -1}, "gpu_layers must be at least 0, got -1"),
+        ({"gpu_layers": -1}, "gpu_layers must be auto or at least 0, got -1"),
         ({"gpu_layers": 0, "device": "cpu"}, "gpu_layers is for a GPU, device is cpu"),
     ],
 )

@@ -31,15 +31,8 @@ def random_path(llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    pi_gguf.convert("bundled:tiny", path, quant="F32", check="none", certify=False)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    with pi_gguf.open(path) as model:
+def model(tiny_gguf):
+    with pi_gguf.open(tiny_gguf) as model:
         yield model
 
 
@@ -64,19 +57,19 @@ def theirs(path, prompt: str, **options: object) -> str:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_is_that_of_llama_cpp_python(path, random_path, prompt):
-    for file in (path, random_path):
+def test_greedy_text_is_that_of_llama_cpp_python(tiny_gguf, random_path, prompt):
+    for file in (tiny_gguf, random_path):
         with pi_gguf.open(file) as model:
             mine = text(model, prompt)
         assert mine == theirs(file, prompt, temperature=0.0) and mine
 
 
-def test_drawn_text_is_that_of_llama_cpp_python(path, model):
+def test_drawn_text_is_that_of_llama_cpp_python(tiny_gguf, model):
     for options in (
         {"temperature": 0.9, "seed": 3}, {"temperature": 1.5, "seed": 4, "top_k": 5, "top_p": 0.7, "min_p": 0.1},
         {"temperature": 1.5, "seed": 4, "stop": ["e"]}, {"temperature": 1.5, "seed": 4, "logit_bias": {10: 4.0}},
     ):  # fmt: skip
-        assert text(model, **options) == theirs(path, PROMPTS[0], **options), options
+        assert text(model, **options) == theirs(tiny_gguf, PROMPTS[0], **options), options
 
 
 def test_a_prompt_that_was_read_before_gives_the_same_text(model):
@@ -101,7 +94,7 @@ def test_drawing_from_one_token_is_greedy(model, only):
 
 def test_a_repeat_penalty_counts_the_prompt_and_what_was_written(model):
     ids = model.tokenize(PROMPTS[1])
-    plain, punished = (list(model._session.write(ids, 40, Sampling(repeat_penalty=penalty))) for penalty in (1.0, 1e6))
+    plain, punished = (list(model.session.write(ids, 40, Sampling(repeat_penalty=penalty))) for penalty in (1.0, 1e6))
     assert len(set(plain)) < len(plain), "it repeats itself by nature"
     ended = [*ids, *punished]
     assert len(set(ended[-len(punished) :])) == len(punished) and not set(punished) & set(ids)
@@ -109,12 +102,12 @@ def test_a_repeat_penalty_counts_the_prompt_and_what_was_written(model):
 
 def test_a_bias_forbids_a_token_and_forces_one(model):
     ids = model.tokenize(PROMPTS[0])
-    first = next(model._session.write(ids, 1, Sampling()))
+    first = next(model.session.write(ids, 1, Sampling()))
     for temperature in (0.0, 2.0):
         forbidden = Sampling(temperature=temperature, logit_bias={first: -math.inf})
-        assert first not in list(model._session.write(ids, 60, forbidden))
+        assert first not in list(model.session.write(ids, 60, forbidden))
         forced = Sampling(temperature=temperature, logit_bias={7: 1000.0})
-        assert list(model._session.write(ids, 3, forced)) == [7, 7, 7]
+        assert list(model.session.write(ids, 3, forced)) == [7, 7, 7]
     with pytest.raises(OptionError, match=rf"tokens from 0 to {model.n_vocab - 1}, got {model.n_vocab}"):
         text(model, logit_bias={model.n_vocab: 1.0})
     with pytest.raises(OptionError, match="no token with which the text can go on"):
@@ -150,7 +143,7 @@ def test_a_schema_holds_as_text_and_as_an_object(model):
 
 def test_a_grammar_that_the_vocabulary_cannot_write_is_an_error_and_not_the_end(random_path):
     with pi_gguf.open(random_path) as model:
-        letters = {i for i in range(model.n_vocab) if b"e" in model._session.piece(i)}
+        letters = {i for i in range(model.n_vocab) if b"e" in model.session.piece(i)}
         biases = dict.fromkeys(letters, -math.inf)
         with pytest.raises(OptionError, match="no token with which the text can go on"):
             text(model, grammar='root ::= "e"', logit_bias=biases)
@@ -178,7 +171,7 @@ def test_a_wrong_grammar_is_refused_with_the_reason(grammar, reason, capfd):
 
 def test_a_grammar_may_name_tokens_of_the_vocabulary(model, capfd):
     assert Sampling(grammar="root ::= <[7]>{2}").gbnf
-    assert list(model._session.write(model.tokenize("a"), 9, Sampling(grammar="root ::= <[7]>{2}"))) == [7, 7]
+    assert list(model.session.write(model.tokenize("a"), 9, Sampling(grammar="root ::= <[7]>{2}"))) == [7, 7]
     with pytest.raises(OptionError, match="names tokens that the vocabulary does not have"):
         text(model, grammar="root ::= <no such token>")
 
@@ -289,7 +282,7 @@ def test_the_second_turn_reads_only_what_is_new(model):
     assert [c[2] for c in watch.calls if c[2]] == list(range(1, 11))
     reads = [c[0] for c in watch.calls]
     assert reads == sorted(reads) and len(set(reads)) == -(-len(ids) // 512) + 1
-    cached = list(model._session.ids)
+    cached = list(model.session.ids)
     more = f"{prompt}{answer} And then the captain"
     again, new = Watch(), model.tokenize(more)
     written = text(model, more, on_progress=again)
@@ -300,12 +293,12 @@ def test_the_second_turn_reads_only_what_is_new(model):
         assert text(fresh, more) == written
 
 
-def test_reading_the_rest_equals_reading_all(model, path):
+def test_reading_the_rest_equals_reading_all(model, tiny_gguf):
     ids = model.tokenize("It was a dark and stormy night. " * 20)
     for known in (0, 1, 50, len(ids) - 1, len(ids)):
         logits(model, ids[:known] or ids[:1])
         reused = logits(model, ids)
-        with pi_gguf.open(path) as fresh:
+        with pi_gguf.open(tiny_gguf) as fresh:
             # Batches of other lengths are added up in another order: 4e-4 on a CPU with AMX.
             np.testing.assert_allclose(reused, logits(fresh, ids), atol=2e-3)
 
@@ -314,9 +307,7 @@ def test_where_the_cache_cannot_go_back_all_is_read(model, monkeypatch):
     ids = model.tokenize("It was a dark and stormy night")
     expected, watch = logits(model, ids), Watch()
     monkeypatch.setattr(llama_cpp_library(), "llama_memory_seq_rm", lambda *_: False)
-    np.testing.assert_allclose(
-        np.concatenate(list(model._session.read(ids, 1, on_progress=watch))), expected, atol=1e-4
-    )
+    np.testing.assert_allclose(np.concatenate(list(model.session.read(ids, 1, on_progress=watch))), expected, atol=1e-4)
     assert watch.calls[0] == (0, len(ids), 0)
 
 
@@ -334,9 +325,9 @@ def test_a_text_and_scores_may_be_asked_for_in_turn(model):
 
 def test_two_readings_at_once_are_a_mistake_that_is_noticed(model):
     one, two = model.tokenize("a b c " * 300), model.tokenize("d e f " * 300)
-    first = model._session.read(one, len(one))
+    first = model.session.read(one, len(one))
     next(first)
-    next(model._session.read(two, len(two)))
+    next(model.session.read(two, len(two)))
     with pytest.raises(RuntimeError, match="read something else in between"):
         next(first)
 
@@ -344,7 +335,7 @@ def test_two_readings_at_once_are_a_mistake_that_is_noticed(model):
 # Leaving
 
 
-def test_cancelling_stops_within_a_batch_and_the_session_goes_on(model, path):
+def test_cancelling_stops_within_a_batch_and_the_session_goes_on(model, tiny_gguf):
     long = "It was a dark night. " * 300
     ids = model.tokenize(long)
     event, seen = Event(), Watch()
@@ -361,7 +352,7 @@ def test_cancelling_stops_within_a_batch_and_the_session_goes_on(model, path):
         next(parts)
     assert end.value.value == "cancelled" and seen.calls[-1][0] == 512, "not a batch more"
     after = logits(model, ids)
-    with pi_gguf.open(path) as fresh:
+    with pi_gguf.open(tiny_gguf) as fresh:
         np.testing.assert_allclose(after, logits(fresh, ids), atol=1e-4)
 
 
@@ -399,7 +390,7 @@ def test_an_interrupted_batch_is_read_again(model, monkeypatch):
         patch.setattr(llama_cpp_library(), "llama_decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             logits(model, ids)
-    assert model._session.ids == ids[:5]
+    assert model.session.ids == ids[:5]
     np.testing.assert_allclose(logits(model, ids), expected, atol=1e-4)
 
 
@@ -419,9 +410,9 @@ def test_logits_that_are_no_numbers_are_an_error(model, monkeypatch):
 # Caches and adapters
 
 
-def test_a_quantized_cache_reads_the_rest_as_it_reads_all(path):
+def test_a_quantized_cache_reads_the_rest_as_it_reads_all(tiny_gguf):
     ids = list(range(5, 205))
-    with pi_gguf.open(path, type_k="q8_0", type_v="q8_0") as model:
+    with pi_gguf.open(tiny_gguf, type_k="q8_0", type_v="q8_0") as model:
         expected = text(model), logits(model, ids)
         logits(model, ids[:100])
         np.testing.assert_allclose(logits(model, ids), expected[1], atol=1e-3)
@@ -431,17 +422,23 @@ def test_a_quantized_cache_reads_the_rest_as_it_reads_all(path):
 # The command line
 
 
-def test_run_takes_the_sampling(path, tmp_path, cli):
+def test_run_takes_the_sampling(tiny_gguf, tmp_path, cli):
     schema = tmp_path / "ship.schema.json"
     schema.write_text('{"type": "object", "properties": {"ship": {"enum": [1, 2]}}, "required": ["ship"]}')
-    code, out, err = cli("run", path, "--prompt", "Once", "--json-schema", schema, "--temperature", "2", "--seed", "3")
+    code, out, err = cli(
+        "run", tiny_gguf, "--prompt", "Once", "--json-schema", schema, "--temperature", "2", "--seed", "3"
+    )
     assert code == 0 and json.loads(out)["ship"] in (1, 2), err
     grammar = tmp_path / "answer.gbnf"
     grammar.write_text('root ::= "yes STOP" [a-z]+')
-    code, out, _ = cli("run", path, "--prompt", "Once", "--grammar", grammar, "--stop", " STOP", "--stop", "x")
+    code, out, _ = cli("run", tiny_gguf, "--prompt", "Once", "--grammar", grammar, "--stop", " STOP", "--stop", "x")
     assert (code, out) == (0, "yes\n")
     few = ("--temperature", "2", "--top-k", "1", "--max-tokens", "9", "--prompt", "Once")
-    assert cli("run", path, *few)[1] == cli("run", path, *few[-4:])[1] != cli("run", path, *few[:2], *few[-4:])[1]
+    assert (
+        cli("run", tiny_gguf, *few)[1]
+        == cli("run", tiny_gguf, *few[-4:])[1]
+        != cli("run", tiny_gguf, *few[:2], *few[-4:])[1]
+    )
 
 
 @pytest.mark.parametrize(
