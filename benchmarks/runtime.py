@@ -1,10 +1,10 @@
 """What the runtime costs beside llama.cpp's own loop, and how long one waits for an answer about a document.
 
 In: GGUF files. Out: `benchmarks/runtime.json`, for each file: tokens/s read and written in the same opened context by
-us, by llama-cpp-python's `generate`, and by a bare loop of `llama_decode` and a greedy sampler, in turn, medians and best
-(all must write the same tokens); seconds to the first token of an answer about a document, of the first question, of a second one, and in a new process;
-seconds to bring back what was kept against reading its file once, both from memory; and tokens/s by type of the cache.
-Lengths that a file's window does not hold are left out.
+us, by llama-cpp-python's `generate`, and by a bare loop of `llama_decode` and a greedy sampler, in turn, medians and
+the best (all must write the same tokens); seconds to the first token of an answer about a document, of the first
+question, of a second one, and in a new process; seconds to bring back what was kept against reading its file once, both
+from memory; and tokens/s by type of the cache. Lengths that a file's window does not hold are left out.
 
 Example (half an hour for two files; --toy is a trial of seconds):
     python benchmarks/runtime.py SmolLM2-135M-Instruct.Q4_1.gguf tiny-32k.gguf
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from pi_gguf import bundled  # noqa: E402
 from pi_gguf.common.provenance import provenance  # noqa: E402
 from pi_gguf.documents.formats import Document  # noqa: E402
-from pi_gguf.llamacpp.library import llama_cpp_library  # noqa: E402
+from pi_gguf.llamacpp.library import compute, llama_cpp_library  # noqa: E402
 from pi_gguf.runtime.model import Model  # noqa: E402
 from pi_gguf.runtime.reading import ROOM, Reading  # noqa: E402
 from pi_gguf.runtime.session import Sampling  # noqa: E402
@@ -67,7 +67,6 @@ Times = tuple[float, float, list[int]]
 
 def ours(model: Model, ids: list[int], tokens: int) -> Times:
     """Read and write as `Model.complete` does, text and all."""
-    model.session.clear()
     written: list[int] = []
     started = time.perf_counter()
     first = started
@@ -81,7 +80,6 @@ def ours(model: Model, ids: list[int], tokens: int) -> Times:
 
 def binding(model: Model, ids: list[int], tokens: int) -> Times:
     """Read and write as llama-cpp-python does, by its `eval` and `sample`, in the same context."""
-    model.session.clear()
     model._llama.reset()
     written: list[int] = []
     started = time.perf_counter()
@@ -94,15 +92,12 @@ def binding(model: Model, ids: list[int], tokens: int) -> Times:
         written.append(token)
         if len(written) > tokens:
             break
-    seconds = time.perf_counter() - first
-    model.session.clear()
-    return first - started, seconds, written
+    return first - started, time.perf_counter() - first, written
 
 
 def plainly(model: Model, ids: list[int], tokens: int) -> Times:
     """Let llama.cpp read and write in a loop of its own calls, in the same context."""
     llama_cpp, context, batch = llama_cpp_library(), model._llama.ctx, model.session._batch
-    model.session.clear()
     sampler = llama_cpp.llama_sampler_init_greedy()
     written: list[int] = []
     started = time.perf_counter()
@@ -123,13 +118,20 @@ def plainly(model: Model, ids: list[int], tokens: int) -> Times:
         assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(part, 1)) == 0
     seconds = time.perf_counter() - first
     llama_cpp.llama_sampler_free(sampler)
-    model.session.clear()
     return first - started, seconds, written
 
 
 def novel_ids(model: Model, length: int) -> list[int]:
     text = max(bundled.novels("heldout").values(), key=len)
     return [*model.bos, *model.tokenize(text[: 8 * length], add_special=False)][:length]
+
+
+def run_alone(loop: Callable[..., Times], model: Model, ids: list[int], tokens: int) -> Times:
+    """Run a loop from an empty cache; the others in the thread that ours computes in, or two teams would be awake."""
+    model.session.clear()
+    found = loop(model, ids, tokens) if loop is ours else compute(loop, model, ids, tokens)
+    model.session.clear()
+    return found
 
 
 def by_theirs(rates: dict[str, float]) -> dict[str, float]:
@@ -143,10 +145,10 @@ def measure_loops(model: Model, length: int, size: Size) -> dict[str, Any]:
         "pi-gguf": ours, "llama-cpp-python": binding, "llama.cpp": plainly,
     }  # fmt: skip
     runs: dict[str, list[Times]] = {who: [] for who in loops}
-    plainly(model, ids[:64], 1)  # what comes first only
+    run_alone(plainly, model, ids[:64], 1)  # what comes first only
     for turn in range(size.rounds * (3 if length < 2048 else 1)):
         for who in (*loops,) if turn % 2 else reversed(tuple(loops)):
-            runs[who].append(loops[who](model, ids, size.tokens))
+            runs[who].append(run_alone(loops[who], model, ids, size.tokens))
     wrote = runs["pi-gguf"][0][2]
     assert all(run[2] == wrote for found in runs.values() for run in found), "they write different tokens"
     found: dict[str, Any] = {}
@@ -247,9 +249,9 @@ def measure_caches(path: Path, size: Size) -> dict[str, Any]:
         for type_k, type_v, flash in CACHES:
             with Model(path, n_ctx=2 * size.cache, type_k=type_k, type_v=type_v, flash_attn=flash) as model:
                 ids = novel_ids(model, size.cache)
-                ours(model, ids[:32], 1)
+                run_alone(ours, model, ids[:32], 1)
                 name = f"K {type_k}, V {type_v}{', flash attention' if flash else ''}"
-                runs.setdefault(name, []).append(ours(model, ids, size.tokens))
+                runs.setdefault(name, []).append(run_alone(ours, model, ids, size.tokens))
     return {
         name: {
             "read": round(statistics.median(size.cache / run[0] for run in found), 1),
