@@ -340,7 +340,7 @@ class Session:
         """Return the logits of the last batch (outputs, V), valid up to the next."""
         found = self._llama_cpp.llama_get_logits(self._context)
         values = (ctypes.c_float * (outputs * self.n_vocab)).from_address(ctypes.addressof(found.contents))
-        return np.frombuffer(values, np.float32).reshape(outputs, -1)
+        return np.ctypeslib.as_array(values).reshape(outputs, -1)
 
 
 class _Chooser:
