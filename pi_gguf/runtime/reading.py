@@ -280,6 +280,11 @@ class Reading:
         cost = model.reading_cost(known + _PROBE, len(self.ids)) / model.reading_cost(known, known + _PROBE)
         return known, elapsed * cost
 
+    @property
+    def unread(self) -> int:
+        """How many tokens of the document have to be read before a question."""
+        return len(self.ids) - self.model.session.known(self.ids)
+
     def read(self, *, cancelled: Cancelled = never, on_progress: Progress = silent) -> None:
         """Read what was not read before, and keep it.
 
