@@ -145,6 +145,7 @@ class Fit:
     k_max: int | None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields in JSON's types."""
         return asdict(self)
 
     def lines(self) -> list[str]:
@@ -194,6 +195,7 @@ class Answer:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields in JSON's types."""
         return asdict(self)
 
 
