@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,22 @@ class Size:
         tokens: written after each.
         rounds: times that each reads and writes; three times as often below 2048 tokens.
         cache: tokens read with each type of cache.
+        cpu: whether loops run in one thread and its CPU seconds count, as on a machine that others use too.
     """
 
     lengths: tuple[int, ...] = (512, 4096, 32768)
     tokens: int = 64
     rounds: int = 3
     cache: int = 2048
+    cpu: bool = False
+
+    def open(self, path: Path, **options: Any) -> Model:
+        return Model(path, n_threads=1 if self.cpu else None, **options)
 
 
 TOY = Size((64, 512), 4, 1, 64)
+
+_clock = time.perf_counter
 
 Times = tuple[float, float, list[int]]
 """Seconds to read and to write, and the tokens written."""
@@ -68,31 +75,31 @@ Times = tuple[float, float, list[int]]
 def ours(model: Model, ids: list[int], tokens: int) -> Times:
     """Read and write as `Model.complete` does, text and all."""
     written: list[int] = []
-    started = time.perf_counter()
+    started = _clock()
     first = started
     for token in model.session.write(ids, tokens + 1, Sampling()):
         model.session.piece(token)
         if not written:
-            first = time.perf_counter()
+            first = _clock()
         written.append(token)
-    return first - started, time.perf_counter() - first, written
+    return first - started, _clock() - first, written
 
 
 def binding(model: Model, ids: list[int], tokens: int) -> Times:
     """Read and write as llama-cpp-python does, by its `eval` and `sample`, in the same context."""
     model._llama.reset()
     written: list[int] = []
-    started = time.perf_counter()
+    started = _clock()
     first = started
     for token in model._llama.generate(ids, temp=0.0, reset=False):
         if model.is_end(token):
             break
         if not written:
-            first = time.perf_counter()
+            first = _clock()
         written.append(token)
         if len(written) > tokens:
             break
-    return first - started, time.perf_counter() - first, written
+    return first - started, _clock() - first, written
 
 
 def plainly(model: Model, ids: list[int], tokens: int) -> Times:
@@ -100,7 +107,7 @@ def plainly(model: Model, ids: list[int], tokens: int) -> Times:
     llama_cpp, context, batch = llama_cpp_library(), model._llama.ctx, model.session._batch
     sampler = llama_cpp.llama_sampler_init_greedy()
     written: list[int] = []
-    started = time.perf_counter()
+    started = _clock()
     first = started
     for start in range(0, len(ids), batch):
         part = (llama_cpp.llama_token * len(ids[start : start + batch]))(*ids[start : start + batch])
@@ -110,13 +117,13 @@ def plainly(model: Model, ids: list[int], tokens: int) -> Times:
         if model.is_end(token):
             break
         if not written:
-            first = time.perf_counter()
+            first = _clock()
         written.append(token)
         if len(written) > tokens:
             break
         part = (llama_cpp.llama_token * 1)(token)
         assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(part, 1)) == 0
-    seconds = time.perf_counter() - first
+    seconds = _clock() - first
     llama_cpp.llama_sampler_free(sampler)
     return first - started, seconds, written
 
@@ -247,7 +254,7 @@ def measure_caches(path: Path, size: Size) -> dict[str, Any]:
     runs: dict[str, list[Times]] = {}
     for _ in range(size.rounds):
         for type_k, type_v, flash in CACHES:
-            with Model(path, n_ctx=2 * size.cache, type_k=type_k, type_v=type_v, flash_attn=flash) as model:
+            with size.open(path, n_ctx=2 * size.cache, type_k=type_k, type_v=type_v, flash_attn=flash) as model:
                 ids = novel_ids(model, size.cache)
                 run_alone(ours, model, ids[:32], 1)
                 name = f"K {type_k}, V {type_v}{', flash attention' if flash else ''}"
@@ -266,7 +273,7 @@ def measure(path: Path, size: Size) -> dict[str, Any]:
         lengths = [length for length in size.lengths if length <= model.n_ctx]
     found: dict[str, Any] = {"window": model.n_ctx, "loops": {}}
     for length in lengths:  # a window that holds it, as the scores' buffers grow with it
-        with Model(path, n_ctx=min(model.window, length + size.tokens + 1)) as opened:
+        with size.open(path, n_ctx=min(model.window, length + size.tokens + 1)) as opened:
             tokens = min(length, opened.n_ctx - size.tokens - 1)
             found["loops"][str(length)] = measure_loops(opened, tokens, size)
         print(path.name, length, found["loops"][str(length)], flush=True)
@@ -281,15 +288,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     parser.add_argument("--toy", action="store_true", help="lengths of 64 and 512 tokens, once")
+    parser.add_argument("--lengths", help="of prompts, in tokens, e.g. 512,4096")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="loops run in one thread, and its CPU seconds count: for a machine that others use too",
+    )
     parser.add_argument("--rounds", type=int, help="times that each is measured")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "runtime.json")
     args = parser.parse_args()
     size = TOY if args.toy else Size()
-    size = Size(size.lengths, size.tokens, args.rounds or size.rounds, size.cache)
+    lengths = tuple(map(int, args.lengths.split(","))) if args.lengths else size.lengths
+    size = replace(size, lengths=lengths, rounds=args.rounds or size.rounds, cpu=args.cpu_time)
+    if args.cpu_time:
+        global _clock
+        _clock = time.process_time
     files: dict[str, Any] = {}
     for path in args.files:
         files[path.name] = measure(path, size)
-        args.out.write_text(json.dumps({"runtime": files, **provenance(seed=0, device="cpu")}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"runtime": files, "clock": _clock.__name__, **provenance(seed=0, device="cpu")}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
