@@ -268,19 +268,22 @@ def measure_caches(path: Path, size: Size) -> dict[str, Any]:
     }
 
 
-def measure(path: Path, size: Size) -> dict[str, Any]:
+def measure(path: Path, size: Size, parts: list[str], found: dict[str, Any]) -> dict[str, Any]:
+    """Return what was found before with these parts made anew."""
     with Model(path) as model:
         lengths = [length for length in size.lengths if length <= model.n_ctx]
-    found: dict[str, Any] = {"window": model.n_ctx, "loops": {}}
-    for length in lengths:  # a window that holds it, as the scores' buffers grow with it
+    found["window"] = model.n_ctx
+    for length in lengths if "loops" in parts else ():  # a window that holds it, as the scores' buffers grow with it
         with size.open(path, n_ctx=min(model.window, length + size.tokens + 1)) as opened:
             tokens = min(length, opened.n_ctx - size.tokens - 1)
-            found["loops"][str(length)] = measure_loops(opened, tokens, size)
+            found.setdefault("loops", {})[str(length)] = measure_loops(opened, tokens, size)
         print(path.name, length, found["loops"][str(length)], flush=True)
-    found["document"] = measure_document(path, lengths[-1], size.rounds)
-    print(path.name, "document", {k: v for k, v in found["document"].items() if k != "runs"}, flush=True)
-    found["caches"] = measure_caches(path, size)
-    print(path.name, "caches", found["caches"], flush=True)
+    if "document" in parts:
+        found["document"] = measure_document(path, lengths[-1], size.rounds)
+        print(path.name, "document", {k: v for k, v in found["document"].items() if k != "runs"}, flush=True)
+    if "caches" in parts:
+        found["caches"] = measure_caches(path, size)
+        print(path.name, "caches", found["caches"], flush=True)
     return found
 
 
@@ -288,6 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     parser.add_argument("--toy", action="store_true", help="lengths of 64 and 512 tokens, once")
+    parser.add_argument("--parts", default="loops,document,caches", help="what is measured; others stay in --out")
     parser.add_argument("--lengths", help="of prompts, in tokens, e.g. 512,4096")
     parser.add_argument(
         "--cpu-time",
@@ -303,9 +307,9 @@ def main() -> None:
     if args.cpu_time:
         global _clock
         _clock = time.process_time
-    files: dict[str, Any] = {}
+    files: dict[str, Any] = json.loads(args.out.read_text())["runtime"] if args.out.exists() else {}
     for path in args.files:
-        files[path.name] = measure(path, size)
+        files[path.name] = measure(path, size, args.parts.split(","), files.get(path.name, {}))
         args.out.write_text(
             json.dumps({"runtime": files, "clock": _clock.__name__, **provenance(seed=0, device="cpu")}, indent=1)
             + "\n"
