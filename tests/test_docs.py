@@ -14,7 +14,9 @@ from pathlib import Path
 import click
 import pytest
 
+import pi_gguf
 from pi_gguf.cli.app import main
+from pi_gguf.gguf.header import Entry, read_header, write_changed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import record_terminal
@@ -23,6 +25,7 @@ import write_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PYTHON = (ROOT / "docs" / "python.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
 SMALL = {
     "plan": "--context 512",
@@ -86,13 +89,39 @@ def test_the_readmes_commands_run_one_after_another(shell, llama, tmp_path):
     (tmp_path / "my-texts" / "one.txt").write_text("The ship was called the Northern Star, and she was old. " * 400)
     (tmp_path / "long-document.txt").write_text("The captain went on board.")
     given = list(commands(README))
-    assert [line.split()[1] for line in given] == ["plan", "convert", "inspect", "inspect", "run"]
+    assert [line.split()[1] for line in given] == ["plan", "convert", "inspect", "inspect", "ask"]
     for line in given:
         out = shell("bash", "-c", f"{line} {SMALL.get(line.split()[1], '')}")
         assert out.strip(), line
         if line.startswith("pi-gguf inspect"):
             assert "512 tokens (original 64)" in out
     (program,) = blocks(README, "python")
+    assert shell(sys.executable, "-c", program).strip()
+
+
+@pytest.fixture(scope="module")
+def talker(llama, tmp_path_factory):
+    """A file with a window of 2048 tokens and a chat template."""
+    folder = tmp_path_factory.mktemp("talker")
+    pi_gguf.convert(str(llama), folder / "plain.gguf", context=2048, steps=0, quant="F32", check="none")
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    changed = read_header(folder / "plain.gguf").changed({"tokenizer.chat_template": Entry.of(template)})
+    write_changed(changed, folder / "talker.gguf")
+    return folder / "talker.gguf"
+
+
+DOCUMENT_PROGRAMS = blocks(PYTHON.partition("\n## A document\n")[2].partition("\n## ")[0], "python")
+
+
+def test_the_page_has_a_program_for_each_way_to_ask():
+    for word in ("model.read(", "book.ask(", "book.fit()", "Reading(", "Conversation(", "Stream("):
+        assert any(word in program for program in DOCUMENT_PROGRAMS), word
+
+
+@pytest.mark.parametrize("program", DOCUMENT_PROGRAMS)
+def test_the_programs_about_a_document_run(program, shell, talker, tmp_path):
+    (tmp_path / "my-llama-32k.gguf").symlink_to(talker)
+    (tmp_path / "book.txt").write_text("Old Tom keeps the lighthouse, and a boy comes to see him.\n\n" * 4)
     assert shell(sys.executable, "-c", program).strip()
 
 
@@ -164,6 +193,8 @@ def test_the_tables_are_the_recorded_ones():
 
 def test_the_pages_of_models_and_files_are_those_of_the_code():
     assert write_pages.MODELS.read_text() == write_pages.models()
+    page = write_pages.RUN.read_text()
+    assert page == write_pages.fits(page) and "| Llama 3.1 8B | 4.6 | 4.0 |" in page
     page = write_pages.ARCHITECTURE.read_text()
     assert page == write_pages.architecture(page)
     for path in (ROOT / "pi_gguf").rglob("*.py"):

@@ -145,9 +145,65 @@ def divergence_table(record: dict[str, Any]) -> str:
     return markdown_table(["file and setting", *ways], rows)
 
 
+def loops_table(record: dict[str, Any]) -> str:
+    """Return tokens a second, read and written, by us and by others in turn in one context: medians."""
+    rows = [
+        [
+            file, f"{int(length):,}", what, *(f"{rate:,.1f}" for rate in run["medians"].values()),
+            *(f"{ratio:.2f}" for ratio in (*run["ratios"].values(), *run["ratios of the best"].values())),
+        ]
+        for file, found in record["runtime"].items()
+        for length, runs in found["loops"].items()
+        for what, run in runs.items()
+    ]  # fmt: skip
+    header = [
+        "file",
+        "at",
+        "",
+        "pi-gguf",
+        "llama-cpp-python",
+        "bare loop",
+        "ratio",
+        "to bare",
+        "of the best",
+        "to bare",
+    ]
+    return markdown_table(header, rows)
+
+
+def waits_table(record: dict[str, Any]) -> str:
+    """Return seconds to the first token of an answer about a document."""
+    rows = [
+        [
+            file, f"{run['tokens']:,}", f"{run['first']:.2f}",
+            f"{run['second']:.3f} ({run['second / first']:.2%})",
+            f"{run['after a restart']:.3f} ({run['after a restart / first']:.2%})",
+            f"{run['after a restart, with opening']:.3f} ({run['with opening / first']:.2%})",
+            f"{run['kept']['bytes'] / 2**20:.0f}", f"{run['kept']['ratio']:.2f}",
+        ]
+        for file, found in record["runtime"].items()
+        for run in (found["document"],)
+    ]  # fmt: skip
+    header = [
+        "file", "tokens", "first question, s", "second", "after a restart", "with opening the file", "kept, MiB",
+        "restore / read",
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def caches_table(record: dict[str, Any]) -> str:
+    """Return tokens a second by types of the KV cache."""
+    rows = [
+        [file, name, f"{run['read']:,.0f}", f"{run['write']:,.0f}"]
+        for file, found in record["runtime"].items()
+        for name, run in found["caches"].items()
+    ]
+    return markdown_table(["file", "cache", "read", "write"], rows)
+
+
 _SEVERAL = {
     "training": training_table, "memory": memory_table, "kernels": kernels_table, "speed": speed_table,
-    "divergence": divergence_table,
+    "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "caches": caches_table,
 }  # fmt: skip
 
 

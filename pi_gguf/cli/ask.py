@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pi_gguf.runtime.model import Model
     from pi_gguf.runtime.reading import Answer, Reading
     from pi_gguf.runtime.states import Kept, States
+
+T = TypeVar("T")
+
+_CUT = "the answer is not whole: it ends at the limit; --max-tokens raises it, as far as the window has room"
 
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -88,6 +92,8 @@ def ask(
     with Model(file, **options) as model, Reading(model, text, part=part, form=form, states=states) as book:
         fit = _read(book)
         for question in questions or _lines(f"{text.name}> "):
+            if len(questions) > 1 or not (questions or sys.stdin.isatty()):
+                say(f"> {question}")
             answer = _show_answer(book.ask(question, max_tokens=max_tokens, **settings), quiet=as_json)
             answers.append(answer)
     if as_json:
@@ -99,8 +105,7 @@ def _read(book: Reading) -> Any:
     fit = book.fit()
     for line in fit.lines():
         say(line)
-    left = fit.tokens - fit.known
-    if left > 0:
+    if left := book.unread:
         with progress_bar(f"read {fit.document}", left, "tokens") as advance:
             book.read(on_progress=_advancing(advance, left))
     return fit
@@ -121,20 +126,26 @@ def _advancing(advance: Callable[..., None], total: int) -> Callable[[int, int, 
 
 def _show_answer(answer: Generator[str, None, Answer], *, quiet: bool) -> Answer:
     """Print an answer as it comes, and where its quotations stand."""
-    found: Answer
-    while True:
-        try:
-            part = next(answer)
-        except StopIteration as end:
-            found = end.value
-            break
-        if not quiet:
-            print_all(part, end="")
+    found = _print_parts(answer, quiet=quiet)
     if not quiet:
-        print_all("")
         for line in _quote_lines(found.quotes):
             say(line)
+    if found.ended == "length":
+        say(_CUT)
     return found
+
+
+def _print_parts(parts: Generator[str, None, T], *, quiet: bool = False) -> T:
+    """Print what comes, and a line feed; return what the generator returned."""
+    while True:
+        try:
+            part = next(parts)
+        except StopIteration as end:
+            if not quiet:
+                print_all("")
+            return cast(T, end.value)
+        if not quiet:
+            print_all(part, end="")
 
 
 def _quote_lines(quotes: list[Any]) -> list[str]:
@@ -143,7 +154,7 @@ def _quote_lines(quotes: list[Any]) -> list[str]:
         text = quote.text if len(quote.text) <= 60 else f"{quote.text[:57]}..."
         where = "not in the document" if quote.found == "none" else quote.place
         lines.append(f'  "{" ".join(text.split())}": {where}{", about" if quote.found == "near" else ""}')
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 @telling
@@ -203,9 +214,8 @@ def _say(talk: Conversation, line: str, settings: dict[str, Any]) -> None:
 
     with ctrl_c_stops() as stop:
         try:
-            for part in talk.say(line, cancelled=stop.is_set, **settings):
-                print_all(part, end="")
-            print_all("")
+            if _print_parts(talk.say(line, cancelled=stop.is_set, **settings)) == "length":
+                say(_CUT)
         except PiGgufError as error:
             say(f"error: {error}\nhint: {error.hint}")
             return
@@ -295,12 +305,16 @@ def _kept_table(found: list[Kept]) -> str:
     rows = [
         (
             one.key, one.document, one.model, f"{one.tokens:,}{'' if one.whole else ' so far'}",
-            human_bytes(one.nbytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used)),
+            human_bytes(one.nbytes), _date(one),
         )
         for one in found
     ]  # fmt: skip
     total = human_bytes(sum(one.nbytes for one in found))
     return text_table(f"{total} kept", ("key", "document", "model", "tokens", "size", "used"), rows, numbers=False)
+
+
+def _date(one: Kept) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used))
 
 
 @click.command("list")
@@ -328,7 +342,8 @@ def show_documents(name: str, **options: Any) -> None:
       pi-gguf documents show book.epub
     """
     for one in _some_states(options).named(name):
-        print_all("\n".join(f"{key}: {value}" for key, value in {**one.to_json(), "path": one.path}.items()))
+        shown = {**one.to_json(), "used": _date(one), "path": one.path}
+        print_all("\n".join(f"{key}: {value}" for key, value in shown.items()))
 
 
 @click.command("remove")

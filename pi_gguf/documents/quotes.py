@@ -1,22 +1,25 @@
 """An answer and the document it is about -> what the answer quotes, and where in the document that stands.
 
 Letter by letter where it stands so. Otherwise with white space, case, accents and points, quotation marks and hyphens
-left aside, and then by likeness. Needs rapidfuzz, of the extra `documents`, for the last.
+left aside, and then by likeness. Needs rapidfuzz, of the extra `documents`, for the last, and says once that
+it is missing.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import unicodedata
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Literal
 
+from pi_gguf.common.progress import say
 from pi_gguf.documents.formats import Document
-from pi_gguf.documents.markup import documents_extra
 
 LIKENESS = 0.8
 """Share of characters in common from which on a passage is near: sentences of other novels reach 0.7 by chance."""
@@ -91,9 +94,6 @@ def find_quotes(answer: str, document: Document) -> list[Quote]:
 
     Returns:
         One for each quotation, in their order.
-
-    Raises:
-        OptionError: rapidfuzz is not installed.
 
     Example:
         >>> text = "Call me Ishmael. Some years ago - never mind how long precisely - I went to sea."
@@ -217,11 +217,22 @@ def _find_part(part: str, text: str, last: bool = False) -> tuple[int, int, floa
     return _find_like(part, text) if _width(part) >= _LEAST_LIKE else None
 
 
+@cache
+def _can_compare() -> bool:
+    """Tell whether rapidfuzz is installed, and say once if it is not: an answer is worth more than its quotations."""
+    if importlib.util.find_spec("rapidfuzz") is None:
+        say("only quotations that are word for word are found; others: pip install 'pi-gguf[documents]'")
+        return False
+    return True
+
+
 def _find_like(part: str, text: str) -> tuple[int, int, float] | None:
     """Return the passage that is most like a folded quotation, as `_find_part` does."""
-    with documents_extra():
-        from rapidfuzz import fuzz
-        from rapidfuzz.distance import Indel
+    if not _can_compare():
+        return None
+    from rapidfuzz import fuzz
+    from rapidfuzz.distance import Indel
+
     best = fuzz.partial_ratio_alignment(part, text, score_cutoff=100 * LIKENESS)
     if best is None:
         return None

@@ -172,6 +172,7 @@ class Fit:
     k_max: int | None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields in JSON's types."""
         return asdict(self)
 
     def lines(self) -> list[str]:
@@ -221,6 +222,7 @@ class Answer:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields in JSON's types."""
         return asdict(self)
 
 
@@ -313,6 +315,11 @@ class Reading:
         elapsed = time.perf_counter() - started
         cost = model.reading_cost(known + _PROBE, len(self.ids)) / model.reading_cost(known, known + _PROBE)
         return known, elapsed * cost
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of the document have to be read before a question."""
+        return len(self.ids) - self.model.session.known(self.ids)
 
     def read(self, *, cancelled: Cancelled = never, on_progress: Progress = silent) -> None:
         """Read what was not read before, and keep it.

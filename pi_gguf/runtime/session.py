@@ -369,14 +369,13 @@ class Session:
 
     def _decode(self, part: Sequence[int], first: int) -> None:
         """Read a batch behind what the cache holds, with logits of the positions from `first`."""
-        tokens = np.asarray(part, np.int32)
-        positions = np.arange(len(self.ids), len(self.ids) + len(part), dtype=np.int32)
-        wanted = (positions >= first).astype(np.int8)
-        batch = self._llama_cpp.llama_batch()  # without numbers of sequences it is that of sequence 0
-        batch.n_tokens = len(part)
-        for name, values in (("token", tokens), ("pos", positions), ("logits", wanted)):
-            kind = dict(batch._fields_)[name]
-            setattr(batch, name, ctypes.cast(values.ctypes.data, kind))
+        at, count, library = len(self.ids), len(part), self._llama_cpp
+        batch = library.llama_batch(  # without numbers of sequences it is that of sequence 0
+            n_tokens=count,
+            token=(library.llama_token * count)(*part),
+            pos=(library.llama_pos * count)(*range(at, at + count)),
+            logits=(ctypes.c_int8 * count)(*(position >= first for position in range(at, at + count))),
+        )
         if compute(self._llama_cpp.llama_decode, self._context, batch, interrupted=self._interrupted) != 0:
             raise ResourceError(f"{self._name}: llama.cpp could not read a batch ({last_error()})")
         self.ids += part
@@ -384,7 +383,8 @@ class Session:
     def _logits(self, outputs: int) -> np.ndarray:
         """Return the logits of the last batch (outputs, V), valid up to the next."""
         found = self._llama_cpp.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(found, shape=(outputs * self.n_vocab,)).reshape(outputs, -1)
+        values = (ctypes.c_float * (outputs * self.n_vocab)).from_address(ctypes.addressof(found.contents))
+        return np.ctypeslib.as_array(values).reshape(outputs, -1)
 
 
 class _Chooser:
@@ -411,6 +411,9 @@ class _Chooser:
             llama_cpp.llama_sampler_chain_add(drawn, sampler)
         for token in prompt[-PENALIZED:]:
             llama_cpp.llama_sampler_accept(drawn, token)
+        lengths = [llama_cpp.llama_sampler_chain_n(chain) for chain in self._chains]
+        self._plain = sampling.temperature == 0 and lengths == [0, 1]
+        """Whether the first of the most probable tokens is taken, which needs no rows for llama.cpp."""
 
     def __enter__(self) -> _Chooser:
         return self
@@ -421,6 +424,8 @@ class _Chooser:
 
     def choose(self, logits: np.ndarray) -> int | None:
         """Return the next token of `logits` (V,); None where none may come, at which llama.cpp itself would end."""
+        if self._plain:
+            return int(logits.argmax())
         structures, (allowed, drawn) = self._llama_cpp, self._chains
         self._row["id"], self._row["logit"] = self._ids, logits
         data = ctypes.cast(self._row.ctypes.data, structures.llama_token_data_p)

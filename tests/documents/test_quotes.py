@@ -199,3 +199,17 @@ def test_sentences_of_another_novel_are_not_found(novels):
 
 def test_the_examples_are_true():
     assert doctest.testmod(quotes) == doctest.TestResults(failed=0, attempted=3)
+
+
+def test_without_rapidfuzz_what_is_word_for_word_is_found_and_the_rest_is_told_once(monkeypatch, capsys):
+    text = "It was a dark and stormy night; the rain fell in torrents."
+    answer = (
+        'He says "it was a dark, and stormy night" and "the rains fell in the torrents", "the rain fell in a flood".'
+    )
+    assert [quote.found for quote in find_quotes(answer, Document("a.txt", "txt", text))][1] == "near"
+    monkeypatch.setattr(quotes.importlib.util, "find_spec", lambda name: None)
+    quotes._can_compare.cache_clear()
+    found = [quote.found for quote in find_quotes(answer, Document("a.txt", "txt", text))]
+    quotes._can_compare.cache_clear()
+    assert found[1:] == ["none", "none"]
+    assert capsys.readouterr().err.count("pip install 'pi-gguf[documents]'") == 1
