@@ -162,6 +162,7 @@ def longrope(pairs: int) -> dict[str, Any]:
     return {**ORIGINAL, "rope_type": "longrope", **lists}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "own"),
     [

@@ -123,6 +123,6 @@ def test_a_price_that_cannot_be_measured_is_said(llama, tmp_path, capfd, monkeyp
     checkpoint = load_checkpoint(str(llama)).extended(CONTEXT)
     assert Validation(checkpoint, every=0, early_stop=False, text=[str(short)]).price(checkpoint, "cpu") is None
     assert f"price at 64 tokens: not measured, {short} has" in capfd.readouterr().err
-    monkeypatch.setattr("pi_gguf.tune.validation.free_memory", lambda device: 1000)
+    monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1000)
     assert Validation(checkpoint, every=0, early_stop=False, text=()).price(checkpoint, "cpu") is None
     assert "and 1000 B are free" in capfd.readouterr().err
