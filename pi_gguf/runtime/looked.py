@@ -34,7 +34,7 @@ class Looker(Protocol):
 
     def tokenize(self, text: str, *, add_special: bool = True, special: bool = True) -> list[int]: ...
 
-    def beside(self, watch: Watch) -> AbstractContextManager[Session]: ...
+    def beside(self, watch: Watch, known: int) -> AbstractContextManager[Session]: ...
 
 
 def check_scores(model: Looker) -> None:
@@ -103,12 +103,8 @@ def look(model: Looker, ids: Sequence[int], answer: Sequence[int], bounds: Seque
         )
     text = [*ids, *answer]
     looks = _Looks(text, len(ids), bounds)
-    with model.beside(looks.watch) as beside:
+    with model.beside(looks.watch, len(ids) - 1) as beside:
         looks.session = beside
-        state = np.empty(model.session.state_bytes(), np.uint8)
-        model.session.save(state)
-        beside.restore(state, model.session.ids)
-        del state
         for _ in beside.read(text[:-1], len(answer)):
             looks.watch.check()
     total = looks.sums.sum()
@@ -134,16 +130,29 @@ class _Looks:
         self.watch = ScoreWatch(self._add)
 
     def _add(self, scores: np.ndarray) -> None:
-        begin, (_, tokens, places) = len(self.session.ids), scores.shape
+        begin, tokens = len(self.session.ids), scores.shape[1]
         end = self._bounds[-1]
-        if places < begin + tokens or scores[:, 0, begin + 1 :].any():
-            raise GgufError("llama.cpp keeps tokens in another order than they were read in")
+        if not in_order(scores, begin):
+            return
         skipped = max(0, self._asked - 1 - begin)  # what is read of the question
         if skipped >= tokens:
             return
         seen = scores[:, skipped:, :end]
         next_tokens = self._text[begin + skipped + 1 : begin + tokens + 1]
         self.sums += weigh(seen, self._text[:end] == next_tokens[:, None], self._bounds)
+
+
+def in_order(scores: np.ndarray, begin: int) -> bool:
+    """Tell whether a layer's cache has the tokens in the order in which they were read.
+
+    Not so one with a sliding window, of which only what is near was copied; it does not look far anyway.
+
+    Args:
+        scores: attention (H, tokens, places of the cache).
+        begin: how many tokens were read before these.
+    """
+    tokens, places = scores.shape[1:]
+    return bool(places >= begin + tokens and scores[:, 0, begin].any() and not scores[:, 0, begin + 1 :].any())
 
 
 def weigh(seen: np.ndarray, copied: np.ndarray, bounds: np.ndarray) -> np.ndarray:

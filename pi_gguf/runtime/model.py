@@ -163,10 +163,25 @@ class Model(LanguageModel):
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
 
     @contextlib.contextmanager
-    def beside(self, watch: Watch) -> Iterator[Session]:
-        """Open a session beside the model's own, without flash attention, in which a watch sees what is computed."""
+    def beside(self, watch: Watch, known: int) -> Iterator[Session]:
+        """Open a session beside the model's own that has read the same, in which a watch sees what is computed.
+
+        It computes without flash attention; what was read with it has to be read again there.
+
+        Args:
+            watch: sees it.
+            known: how many ids are needed. With sliding windows the model's own cache forgets the others: of such only
+                what the last token sees is copied.
+        """
+        if llama_cpp_library().llama_model_n_swa(self._llama.model):
+            self.session.rewind(min(known, len(self.session.ids)))
         with open_beside(self._llama, watch) as llama:
-            yield Session(llama, batch=self._batch)
+            beside = Session(llama, batch=self._batch)
+            state = np.empty(self.session.state_bytes(), np.uint8)
+            self.session.save(state)
+            beside.restore(state, self.session.ids)
+            del state
+            yield beside
 
     @cached_property
     def identity(self) -> dict[str, str]:

@@ -6,13 +6,16 @@ import json
 
 import numpy as np
 import pytest
+from small_adapters import make_adapter
+from small_families import make_model
 
 import pi_gguf
 from pi_gguf.bundled import novels
 from pi_gguf.bundled.passkey import INTRODUCTION, QUESTION, key_sentence
 from pi_gguf.documents.formats import Document
 from pi_gguf.errors import GgufError, OptionError, TextError
-from pi_gguf.runtime.looked import token_bounds, weigh
+from pi_gguf.llamacpp.watch import ScoreWatch
+from pi_gguf.runtime.looked import in_order, token_bounds, weigh
 from pi_gguf.runtime.reading import Answer, Reading
 from pi_gguf.runtime.states import States
 
@@ -92,6 +95,63 @@ def test_what_is_looked_at_is_the_same_when_the_answer_came_from_a_kept_document
         again = book.passages(answer)
     assert [passage for passage, _ in again] == [passage for passage, _ in found]
     np.testing.assert_allclose([share for _, share in again], [share for _, share in found], atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["an adapter", "sliding windows", "a quantized K cache"])
+def test_what_is_computed_beside_is_what_the_model_computes(case, llama, tmp_path):
+    base, lora = llama, []
+    if case == "an adapter":
+        adapter = make_adapter(llama, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+        lora = [tmp_path / "lora.gguf"]
+        pi_gguf.convert(str(llama), lora[0], quant="F32", lora=[str(adapter)], adapter_only=True)
+    elif case == "sliding windows":
+        base = make_model(tmp_path / "gemma", "gemma3_text", {"sliding_window": 16})
+    pi_gguf.convert(str(base), tmp_path / "m.gguf", quant="F32", check="none")
+    ids, seen = [int(i) for i in np.random.default_rng(0).integers(3, 400, 60)], []
+    type_k = "q8_0" if case == "a quantized K cache" else "f16"
+    with pi_gguf.open(tmp_path / "m.gguf", lora=lora, type_k=type_k) as model:
+        own = np.concatenate(list(model.logits_chunks(ids, 3)))
+        with model.beside(ScoreWatch(seen.append), 57) as beside:
+            assert beside.ids == (ids[:57] if case == "sliding windows" else ids)
+            np.testing.assert_allclose(np.concatenate(list(beside.read(ids, 3))), own, atol=2e-3)
+            copied = list(seen)
+            beside.clear()
+            seen.clear()
+            list(beside.read(ids, 1))
+    assert len(copied) == len(seen) == model.info.hyperparameter("block_count")
+    pairs = [(few, whole) for few, whole in zip(copied, seen, strict=True) if in_order(few, 57)]
+    assert len(pairs) == (1 if case == "sliding windows" else 2)
+    for few, whole in pairs:
+        assert few.shape[1] == 3 and whole.shape[1] == 60
+        np.testing.assert_allclose(few[:, :, :60], whole[:, -3:, :60], atol=1e-3)
+        np.testing.assert_allclose(whole.sum(-1), 1, atol=1e-3)
+
+
+def test_shares_are_those_of_the_definition(path):
+    document, _ = hidden("31418", 0.4, 1200)
+    answer, rows = Answer(QUESTION, " 31418.\n"), []
+    with pi_gguf.open(path) as model, Reading(model, document, form="plain") as book:
+        found = dict(book.passages(answer))
+        ids = [*book.ids, *model.tokenize(QUESTION, add_special=False)]
+        written = model.tokenize(answer.text, add_special=False)
+        with model.beside(ScoreWatch(rows.append), 0) as beside:
+            beside.clear()
+            list(beside.read([*ids, *written][:-1], 1))
+        pieces = list(map(model.session.piece, book.document_ids))
+    assert len(rows) == 4 and len(ids) < 512
+    text, passages = document.text, document.passages()
+    read = b"".join(pieces).decode()
+    assert read.removeprefix(" ") == text and text.isascii() and len(passages) >= 3
+    ends = np.cumsum(list(map(len, pieces))) - (len(read) - len(text))
+    where = [max(p for p in passages if p.start < max(end, 1)) for end in ends]
+    expected = dict.fromkeys(passages, 0.0)
+    for i, token in enumerate(written):
+        same = [at for at, other in enumerate(book.document_ids) if other == token]
+        for head in np.concatenate(rows)[:, len(ids) - 1 + i]:
+            for at in range(16, len(book.document_ids)):
+                expected[where[at]] += head[same].sum() / max(len(same), 1) * head[at]
+    total = sum(expected.values())
+    assert found == pytest.approx({passage: share / total for passage, share in expected.items()}, abs=2e-3)
 
 
 def test_passages_of_a_part_are_those_of_the_whole_document(path):
