@@ -217,9 +217,10 @@ def restore(path: Path, folder: Path, times: int) -> dict[str, Any]:
 
 def wanted(path: Path) -> list[int]:
     """Return the ids that a kept state has read."""
-    from pi_gguf.runtime.states import _open_head
+    from pi_gguf.runtime.states import _read_head
 
-    return list(_open_head(path)[1].tolist())
+    with path.open("rb") as file:
+        return list(_read_head(file, path)[1].tolist())
 
 
 def in_a_new_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -63,10 +63,15 @@ reading = with_options(
 @caching
 @sampling
 @opening
+@click.option(
+    "--where",
+    is_flag=True,
+    help="say for each answer at which passages the model looked most; needs as much memory as the KV cache once more",
+)
 @click.option("--json", "as_json", is_flag=True, help="print JSON: fit, answers, and where their quotations stand")
 def ask(
-    file: str, document: str, questions: tuple[str, ...], max_tokens: int | None, form: str | None, as_json: bool,
-    **options: Any,
+    file: str, document: str, questions: tuple[str, ...], max_tokens: int | None, form: str | None, where: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Ask a GGUF file about a document: txt, md, html, pdf, docx, epub, or - for standard input.
 
@@ -80,6 +85,7 @@ def ask(
     """
     from pi_gguf.documents.formats import read_document
     from pi_gguf.errors import OptionError
+    from pi_gguf.runtime.looked import check_scores
     from pi_gguf.runtime.model import Model
     from pi_gguf.runtime.reading import Reading
 
@@ -90,14 +96,27 @@ def ask(
     text = read_document(document)
     answers = []
     with Model(file, **options) as model, Reading(model, text, part=part, form=form, states=states) as book:
+        if where:
+            check_scores(model)
         fit = _read(book)
         for question in questions or _lines(f"{text.name}> "):
             if len(questions) > 1 or not (questions or sys.stdin.isatty()):
                 say(f"> {question}")
             answer = _show_answer(book.ask(question, max_tokens=max_tokens, **settings), quiet=as_json)
-            answers.append(answer)
+            looked = _looked(book, answer) if where and answer.text else []
+            for place in looked:
+                say(f"  looked at {place['place']} ({place['share']:.0%})")
+            answers.append({**answer.to_json(), **({"looked": looked} if where else {})})
     if as_json:
-        print_all(json.dumps({**fit.to_json(), "answers": [answer.to_json() for answer in answers]}, indent=1))
+        print_all(json.dumps({**fit.to_json(), "answers": answers}, indent=1))
+
+
+def _looked(book: Reading, answer: Answer) -> list[dict[str, Any]]:
+    """Return the three passages at which the model looked most."""
+    return [
+        {"start": start, "end": end, "place": book.document.place_of(start, end), "share": share}
+        for (start, end), share in book.passages(answer)[:3]
+    ]
 
 
 def _read(book: Reading) -> Any:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi_gguf.errors import GgufError
-from pi_gguf.llamacpp.library import NativePath, last_error, llama_cpp_library, log
-from pi_gguf.llamacpp.watch import ProductWatch
+from pi_gguf.errors import GgufError, ResourceError
+from pi_gguf.llamacpp.library import NativePath, compute, last_error, llama_cpp_library, log
+from pi_gguf.llamacpp.watch import Watch
 
 
-def open_llama(path: str | Path, *, fast_buffers: bool, watch: ProductWatch | None = None, **options: Any) -> Any:
+def open_llama(path: str | Path, *, fast_buffers: bool, watch: Watch | None = None, **options: Any) -> Any:
     """Open a file with llama-cpp-python's `Llama`, without its chat templates: it compiles each as soon as it opens.
 
     Args:
@@ -23,6 +25,8 @@ def open_llama(path: str | Path, *, fast_buffers: bool, watch: ProductWatch | No
     """
 
     class Llama(llama_cpp_library().Llama):  # type: ignore[misc]
+        adapters: Sequence[Any] = ()
+
         @property
         def model_params(self) -> Any:
             return self._model_params
@@ -73,5 +77,47 @@ def apply_adapters(llama: Any, paths: Sequence[str | Path]) -> None:
                 f"{path}: llama.cpp does not apply it to {llama.model_path} ({last_error()})",
                 "it must be an adapter of this very model, written with --adapter-only",
             )
-    scales = (ctypes.c_float * len(paths))(*[1.0] * len(paths))
-    llama_cpp.llama_set_adapters_lora(llama.ctx, adapters, len(paths), scales)
+    llama.adapters = adapters
+    _use_adapters(llama, llama.ctx)
+
+
+def _use_adapters(llama: Any, context: Any) -> None:
+    scales = (ctypes.c_float * len(llama.adapters))(*[1.0] * len(llama.adapters))
+    llama_cpp_library().llama_set_adapters_lora(context, llama.adapters or None, len(llama.adapters), scales)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Another context of an opened model, with as much of `Llama` as a session takes."""
+
+    ctx: Any
+    model: Any
+    model_path: str
+
+
+@contextlib.contextmanager
+def open_beside(llama: Any, watch: Watch) -> Iterator[Beside]:
+    """Open another context of an opened model, without flash attention, in which a watch sees what is computed.
+
+    Its window is the same: by it llama.cpp chooses among LongRoPE's factors.
+
+    Args:
+        llama: what `open_llama` returned.
+        watch: sees it.
+
+    Raises:
+        ResourceError: llama.cpp does not get the memory.
+    """
+    llama_cpp = llama_cpp_library()
+    params = type(llama.context_params).from_buffer_copy(llama.context_params)
+    params.cb_eval = watch.callback
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    log.clear()
+    context = compute(llama_cpp.llama_init_from_model, llama.model, params)
+    if not context:
+        raise ResourceError(f"{llama.model_path}: llama.cpp opens no second window ({last_error()})")
+    try:
+        _use_adapters(llama, context)
+        yield Beside(context, llama.model, llama.model_path)
+    finally:
+        compute(llama_cpp.llama_free, context)

@@ -1,8 +1,9 @@
-"""See what a model multiplies its weights with, while llama.cpp evaluates it."""
+"""See what a model multiplies its weights with, or where it looks, while llama.cpp evaluates it."""
 
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container
 from functools import cache
 from typing import Any
@@ -99,30 +100,20 @@ def _products() -> tuple[int, int]:
     wrong = [field for field, fit in fits.items() if not fit]
     if wrong:
         raise OptionError(
-            f"imatrix: the installed llama.cpp lays out a tensor's {', '.join(wrong)} otherwise than it is read here",
+            f"the installed llama.cpp lays out a tensor's {', '.join(wrong)} otherwise than it is read here",
             "install the llama-cpp-python of constraints.txt",
         )
     return products
 
 
-Receive = Callable[[str, "np.ndarray", "np.ndarray | None", int], None]
-
-
-class ProductWatch:
-    """Sees what a model multiplies its weights with, while llama.cpp evaluates it.
-
-    Args:
-        names: weights to watch, by their names in the file.
-        receive: called for each product with the weight's name; its inputs, float32 (tokens, slots, columns); for a
-            weight of several matrices which of them each took, int (tokens, used), where the k-th has the input of
-            slot k modulo the slots, None for a single matrix; and how many matrices there are.
+class Watch(ABC):
+    """Sees results while llama.cpp evaluates a model.
 
     Raises:
         OptionError: the installed llama.cpp is laid out otherwise.
     """
 
-    def __init__(self, names: Container[str], receive: Receive) -> None:
-        self._names, self._receive = names, receive
+    def __init__(self) -> None:
         self._one, self._chosen = _products()
         self._error: BaseException | None = None
         self.stopping = False
@@ -139,18 +130,43 @@ class ProductWatch:
         if self.stopping:
             return ask
         try:
-            result = _Tensor.from_address(address)
-            if result.op not in (self._one, self._chosen):
-                return False
-            weight = _Tensor.from_address(result.src[0])
-            name = _weight_name(weight.name.decode(errors="replace"))
-            if name not in self._names:
-                return False
-            if not ask:
-                self._see(name, result, weight)
+            return self._result(address, ask)
         except BaseException as error:  # nothing may pass through llama.cpp's own code
             self._error, self.stopping = error, True
             return ask
+
+    @abstractmethod
+    def _result(self, address: int, ask: bool) -> bool:
+        """Tell whether a result is of interest, and see it when it is there, that is, without `ask`."""
+
+
+Receive = Callable[[str, "np.ndarray", "np.ndarray | None", int], None]
+
+
+class ProductWatch(Watch):
+    """Sees what a model multiplies its weights with.
+
+    Args:
+        names: weights to watch, by their names in the file.
+        receive: called for each product with the weight's name; its inputs, float32 (tokens, slots, columns); for a
+            weight of several matrices which of them each took, int (tokens, used), where the k-th has the input of
+            slot k modulo the slots, None for a single matrix; and how many matrices there are.
+    """
+
+    def __init__(self, names: Container[str], receive: Receive) -> None:
+        super().__init__()
+        self._names, self._receive = names, receive
+
+    def _result(self, address: int, ask: bool) -> bool:
+        result = _Tensor.from_address(address)
+        if result.op not in (self._one, self._chosen):
+            return False
+        weight = _Tensor.from_address(result.src[0])
+        name = _weight_name(weight.name.decode(errors="replace"))
+        if name not in self._names:
+            return False
+        if not ask:
+            self._see(name, result, weight)
         return True
 
     def _see(self, name: str, result: _Tensor, weight: _Tensor) -> None:
@@ -166,6 +182,27 @@ class ProductWatch:
             matrix = (np.arange(outer)[:, None] % weight.ne[3]) * weight.ne[2] + np.arange(inner) % weight.ne[2]
             slots = inputs.transpose(2, 0, 1, 3).reshape(tokens, outer * inner, columns)
             self._receive(name, slots, np.broadcast_to(matrix.reshape(-1), slots.shape[:2]), matrices)
+
+
+class ScoreWatch(Watch):
+    """Sees where the heads of a model look; without flash attention only, which makes no scores.
+
+    Args:
+        receive: called for each layer with its attention, float32 (heads, tokens, places of the cache); each row adds
+            up to one, or to less where a head may look nowhere.
+    """
+
+    def __init__(self, receive: Callable[[np.ndarray], None]) -> None:
+        super().__init__()
+        self._receive = receive
+
+    def _result(self, address: int, ask: bool) -> bool:
+        name = _Tensor.from_address(address).name
+        if not name.startswith(b"kq_soft_max"):
+            return False
+        if not ask:
+            self._receive(_values(address, np.dtype(np.float32), "F32", name.decode(errors="replace"))[0])
+        return True
 
 
 def _values(address: int, dtype: np.dtype[Any], kind: str, name: str) -> np.ndarray:

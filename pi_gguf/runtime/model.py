@@ -25,10 +25,10 @@ from pi_gguf.gguf.file import GgufInfo, read_gguf
 from pi_gguf.gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
 from pi_gguf.llamacpp.cache import CACHE_TYPES, QUANTIZED_CACHES, head_size, predict_kv_cache
 from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library, log
-from pi_gguf.llamacpp.opening import apply_adapters, open_llama
+from pi_gguf.llamacpp.opening import apply_adapters, open_beside, open_llama
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED
 from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work, machine
-from pi_gguf.llamacpp.watch import ProductWatch
+from pi_gguf.llamacpp.watch import Watch
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.runtime.offload import choose_kv, choose_layers, gpu_memory
 from pi_gguf.runtime.reading import Reading
@@ -101,7 +101,7 @@ class Model(LanguageModel):
         kv: Literal["auto"] | None = None,
         n_threads: int | None = None,
         lora: Sequence[str | Path] = (),
-        watch: ProductWatch | None = None,
+        watch: Watch | None = None,
     ) -> None:
         info = read_gguf(Path(path))
         check_loadable(info)
@@ -142,7 +142,7 @@ class Model(LanguageModel):
         )  # fmt: skip
         fewer = gpu_layers == "auto" and layers != 0
         self._llama = _open_what_fits(opening, layers, info) if fewer else opening(n_gpu_layers=layers)
-        self._watch = watch
+        self._watch, self._batch = watch, batch
         self.session = Session(self._llama, batch=batch, interrupted=self._stop)
 
     def __enter__(self) -> Model:
@@ -155,6 +155,27 @@ class Model(LanguageModel):
         """Give back the weights and the cache; nothing can be asked afterwards."""
         self.session.close()
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
+
+    @contextlib.contextmanager
+    def beside(self, watch: Watch, known: int) -> Iterator[Session]:
+        """Open a session beside the model's own that has read the same, in which a watch sees what is computed.
+
+        It computes without flash attention; what was read with it has to be read again there.
+
+        Args:
+            watch: sees it.
+            known: how many ids are needed. With sliding windows the model's own cache forgets the others: of such only
+                what the last token sees is copied.
+        """
+        if llama_cpp_library().llama_model_n_swa(self._llama.model):
+            self.session.rewind(min(known, len(self.session.ids)))
+        with open_beside(self._llama, watch) as llama:
+            beside = Session(llama, batch=self._batch)
+            state = np.empty(self.session.state_bytes(), np.uint8)
+            self.session.save(state)
+            beside.restore(state, self.session.ids)
+            del state
+            yield beside
 
     @cached_property
     def identity(self) -> dict[str, str]:

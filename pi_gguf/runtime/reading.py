@@ -11,18 +11,18 @@ import contextlib
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.progress import duration, say
-from pi_gguf.documents.formats import Document
+from pi_gguf.documents.formats import Document, Passage
 from pi_gguf.documents.quotes import Quote, find_quotes
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.gguf.certificate import Certificate
 from pi_gguf.gguf.file import GgufInfo
 from pi_gguf.measure.language_model import common_prefix
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Session, Stopped, check_fits, never, silent, stream
+from pi_gguf.runtime.looked import Looker, answer_ids, check_scores, look, token_bounds
+from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, check_fits, never, silent, stream
 from pi_gguf.runtime.states import Kept, States
 from pi_gguf.runtime.turns import Turns
 
@@ -46,30 +46,30 @@ TASK = (
 FORMS = ("chat", "question", "plain")
 
 
-class Reader(Protocol):
+class Reader(Looker, Protocol):
     """What a reading needs of an open `Model`."""
 
-    path: Path
     info: GgufInfo
     n_ctx: int
-    kv_cache_bytes: int
     turns: Turns
-    session: Session
 
     @property
-    def bos(self) -> list[int]: ...
+    def bos(self) -> list[int]:
+        """The begin token, where the model wants one."""
 
     @property
-    def identity(self) -> dict[str, str]: ...
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a kept state to be this model's."""
 
     @property
-    def has_chat_template(self) -> bool: ...
+    def has_chat_template(self) -> bool:
+        """Whether the file states how a conversation is written."""
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str: ...
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return a conversation as the file's chat template writes it."""
 
-    def tokenize(self, text: str, *, add_special: bool = True, special: bool = True) -> list[int]: ...
-
-    def reading_cost(self, start: int, end: int) -> float: ...
+    def reading_cost(self, start: int, end: int) -> float:
+        """Return the operations that reading some tokens takes, roughly."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,7 @@ class Reading:
         self.model, self.document, self._states = model, document, states
         self.form = choose_form(model, form, system)
         start, end = _part(document, part)
+        self._range = start, end
         self._name = document.name if part[1] == 1 else f"{document.name}, part {part[0]} of {part[1]}"
         form_ids = [model.tokenize(text, add_special=False) for text in (self.form.before, self.form.between)]
         begin = model.bos if self.form.before == "" else []
@@ -425,7 +426,7 @@ class Reading:
             raise TextError("the question is empty", "write one")
         stop = (*sampling.pop("stop", ()), *self.form.stop)
         how = Sampling(**sampling, stop=stop)
-        ids = [*self.ids, *self.model.tokenize(question, add_special=False, special=False), *self._after]
+        ids = self._asked(question)
         hint = f"{self.model.n_ctx - len(self.ids)} are left behind {self._name}: ask shorter, or smaller --max-tokens"
         room = check_fits("document and question", len(ids), self.model.n_ctx, max_tokens, hint)
         started, first, written = time.perf_counter(), 0.0, 0
@@ -458,3 +459,36 @@ class Reading:
         return Answer(
             question, text, find_quotes(text, self.document), ended, written, first, time.perf_counter() - started
         )
+
+    def _asked(self, question: str) -> list[int]:
+        return [*self.ids, *self.model.tokenize(question, add_special=False, special=False), *self._after]
+
+    def passages(self, answer: Answer) -> list[tuple[Passage, float]]:
+        """Return where the model looked while it wrote an answer: passages, the most looked at first, and their shares.
+
+        A share is of what the heads of all layers see of the document, each weighted by how much it sees there of the
+        token that is written next: heads that copy. The shares add up to 1.
+
+        Args:
+            answer: as `ask` returned it.
+
+        Raises:
+            GgufError: the model's attention cannot be seen.
+            OptionError: the model was opened with flash attention, which makes no scores.
+            ResourceError: there is no memory for a second cache.
+            TextError: the answer is empty, or the reading was closed.
+        """
+        if not self.ids or not answer.text:
+            raise TextError(f"{self._name}: {'the answer is empty' if self.ids else 'its reading was closed'}", "ask")
+        model, (start, end) = self.model, self._range
+        check_scores(model)
+        text = self.document.text[start:end]
+        passages = [passage for passage in self.document.passages() if start <= passage.start < end]
+        tokens = model.tokenize(text, add_special=False, special=False)
+        first = len(self.document_ids) - len(tokens)
+        bounds = token_bounds(list(map(model.session.piece, tokens)), text, [p.start - start for p in passages])
+        with model.turns():
+            self._read(never, silent)
+            ids, written = self._asked(answer.question), answer_ids(model, answer.text)
+            shares = look(model, ids, written, [first + bound for bound in bounds])
+        return sorted(zip(passages, map(float, shares), strict=True), key=lambda found: -found[1])
