@@ -344,7 +344,7 @@ def list_documents(as_json: bool, **options: Any) -> None:
 
     \b
     Example:
-      pi-gguf documents list
+      pi-gguf documents list --json
     """
     found = _some_states(options).entries()
     print_all(json.dumps([one.to_json() for one in found], indent=1) if as_json else _kept_table(found))

@@ -131,7 +131,7 @@ def test_a_conversation_is_read_as_transformers_tokenizes_it(plain_file, llama, 
     )["input_ids"]
     with pi_gguf.open(path, n_ctx=512) as model:
         assert isinstance("".join(model.chat(MESSAGES, max_tokens=3)), str)
-        assert model._session.ids[: len(expected)] == expected
+        assert model.session.ids[: len(expected)] == expected
 
 
 @pytest.mark.parametrize(
