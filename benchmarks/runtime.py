@@ -199,11 +199,11 @@ def restore(path: Path, folder: Path, times: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {"restore": [], "read the file": []}
     buffer = bytearray(2**22)
     with Model(path) as model:
-        with states.longest(model.identity, wanted(kept.path)) as state:
+        with states.longest(model.identity, wanted(kept.path), model.n_ctx) as state:
             ids = state.ids if state else []
         for _ in range(times):
             started = time.perf_counter()
-            with states.longest(model.identity, ids) as state:
+            with states.longest(model.identity, ids, model.n_ctx) as state:
                 assert state and model.session.restore(state.state, state.ids)
             found["restore"].append(time.perf_counter() - started)
             started = time.perf_counter()

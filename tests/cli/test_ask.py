@@ -86,7 +86,8 @@ def test_a_bar_ends_at_its_end(tiny_gguf, book, cli, monkeypatch):
     book.write_text(words(900))
     assert cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)[0] == 0
     ((title, total, steps),) = bars
-    assert title == "read book.txt" and sum(steps) == total == kept(cli)[0]["tokens"] and min(steps) >= 0
+    assert title == "read book.txt" and sum(steps) == total and min(steps) >= 0
+    assert total == kept(cli)[0]["tokens"] - 256, "all but what was read to see how fast that goes"
 
 
 def test_json_has_the_fit_and_the_answers(tiny_gguf, book, cli):
