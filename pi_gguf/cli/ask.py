@@ -254,9 +254,10 @@ def _command(talk: Conversation, line: str, about: Callable[[str], Conversation]
         if word == "read" and rest.strip():
             return about(rest.strip())
         if word == "save" and rest.strip():
-            check_writable(Path(rest.strip()), overwrite=False)
-            write_text(Path(rest.strip()), talk.to_markdown())
-            say(f"wrote {rest.strip()}")
+            path = Path(rest.strip()).expanduser()
+            check_writable(path, overwrite=False)
+            write_text(path, talk.to_markdown())
+            say(f"wrote {path}")
         elif word == "undo":
             say("the last turn is taken back" if talk.undo() else "nothing was said yet")
         elif word == "tokens":
