@@ -83,6 +83,7 @@ def shell(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_run_one_after_another(shell, llama, tmp_path):
     (tmp_path / "my-llama").symlink_to(llama)
     (tmp_path / "my-texts").mkdir()

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import write_tables  # noqa: E402
 
 
+@pytest.mark.slow
 def test_it_runs_at_toy_size(tmp_path):
     path, out = tmp_path / "tiny.gguf", tmp_path / "runtime.json"
     pi_gguf.convert("bundled:tiny", path, context=4096, steps=0, quant="F16", check="none")

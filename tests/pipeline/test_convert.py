@@ -150,6 +150,7 @@ def test_the_check_finds_another_tokenizer(llama, tmp_path, monkeypatch):
         check_gguf(path, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED_MODELS.is_dir(), reason="needs real foreign checkpoints in ../shared/assets/models")
 @pytest.mark.parametrize(("name", "window"), [("stories260K", 512), ("stories15M", 256)])
 def test_real_foreign_checkpoints_convert_and_run(name, window, tmp_path):

@@ -122,6 +122,7 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(llama, tmp_path, text):
     code, _, err = run_extend(llama, tmp_path / "whole", text).wait()
     assert code == 0, err

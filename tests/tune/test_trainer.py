@@ -423,6 +423,7 @@ def finish(command):
     return out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_killed_run_goes_on_to_the_same_losses(train, llama, tmp_path, text):
     finish(run_extend(llama, tmp_path / "whole", text, "--train", train))

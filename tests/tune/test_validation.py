@@ -88,6 +88,7 @@ def test_a_run_ends_early_when_k_max_is_the_window(tmp_path, cli):
     assert len(json.loads((tmp_path / "out" / "losses.json").read_text())) == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_while_keys_are_lost(tmp_path):
     out = pi_gguf.extend(
         "bundled:tiny", tmp_path / "out", context=4096, steps=2, train_window=64, batch_tokens=64, learning_rate=1e-9,
