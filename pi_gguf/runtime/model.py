@@ -57,6 +57,9 @@ _TEMPLATE_NAMES = {
 
 _BATCH = 512
 
+_PLAIN_ATTENTION = 2
+"""An operation of plain attention on a CPU takes as long as so many of the products with weights (docs/log.md)."""
+
 _SCORES_BYTES = 2**25
 """Memory for the attention scores of a batch, about, where they are made as a whole."""
 
@@ -384,6 +387,7 @@ class Model(LanguageModel):
         weights = sum(math.prod(t.shape) for t in self.info.tensors if len(t.shape) > 1)
         width = self.info.hyperparameter("attention.head_count") * head_size(self.info, "key_length")
         attention = 4 * self.info.hyperparameter("block_count") * width
+        attention *= 1 if self.flash_attn else _PLAIN_ATTENTION
         return 2.0 * weights * (end - start) + attention * (end**2 - start**2) / 2
 
     def _special_tokens(self) -> dict[str, str]:
