@@ -132,12 +132,13 @@ def _read(book: Reading) -> Any:
 
 def _advancing(advance: Callable[..., None], total: int) -> Callable[[int, int, int], None]:
     """Return what moves a bar by what was read since it was told last; what `fit` has read counts."""
-    before = 0
+    before, started = 0, time.perf_counter()
 
     def told(read: int, to_read: int, _: int) -> None:
         nonlocal before
         now = total - to_read + read
-        advance(max(0, now - before))
+        speed = read / (time.perf_counter() - started)
+        advance(max(0, now - before), text=f"{speed:,.0f} tokens/s" if read else None)
         before = now
 
     return told

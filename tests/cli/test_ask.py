@@ -75,18 +75,19 @@ def test_questions_are_answered_on_standard_output(tiny_gguf, book, cli):
 
 
 def test_a_bar_ends_at_its_end(tiny_gguf, book, cli, monkeypatch):
-    bars = []
+    bars, said = [], []
 
     @contextlib.contextmanager
     def bar(title, total, unit):
         bars.append((title, total, []))
-        yield bars[-1][2].append
+        yield lambda amount, text: bars[-1][2].append(amount) or said.append(text)
 
     monkeypatch.setattr("pi_gguf.cli.ask.progress_bar", bar)
     book.write_text(words(900))
     assert cli("ask", tiny_gguf, book, "Who is it?", *WINDOW, *SHORT)[0] == 0
     ((title, total, steps),) = bars
     assert title == "read book.txt" and sum(steps) == total and min(steps) >= 0
+    assert said[-1].endswith(" tokens/s") and int(said[-1].removesuffix(" tokens/s").replace(",", "")) > 0
     assert total == kept(cli)[0]["tokens"] - 256, "all but what was read to see how fast that goes"
 
 
