@@ -16,7 +16,7 @@ import click
 from pi_gguf.cli.building import Lazy, telling
 from pi_gguf.cli.run import opening, sampling, take_sampling, with_options
 from pi_gguf.common.endings import ctrl_c_stops, print_all
-from pi_gguf.common.progress import progress_bar, say
+from pi_gguf.common.progress import progress_bar, say, visible
 from pi_gguf.common.tables import text_table
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def ask(
       pi-gguf ask my-32k.gguf book.epub "Who keeps the lighthouse?"
     """
     from pi_gguf.documents.formats import read_document
-    from pi_gguf.errors import OptionError
+    from pi_gguf.errors import OptionError, PiGgufError
     from pi_gguf.runtime.looked import check_scores
     from pi_gguf.runtime.model import Model
     from pi_gguf.runtime.reading import Reading
@@ -94,7 +94,8 @@ def ask(
     if document == "-" and not questions and not sys.stdin.isatty():
         raise OptionError("standard input has the document, so that questions must be arguments", "give one or more")
     text = read_document(document)
-    answers = []
+    answers: list[dict[str, Any]] = []
+    failed: PiGgufError | None = None
     with Model(file, **options) as model, Reading(model, text, part=part, form=form, states=states) as book:
         if where:
             check_scores(model)
@@ -102,21 +103,31 @@ def ask(
         for question in questions or _lines(f"{text.name}> "):
             if len(questions) > 1 or not (questions or sys.stdin.isatty()):
                 say(f"> {question}")
-            answer = _show_answer(book.ask(question, max_tokens=max_tokens, **settings), quiet=as_json)
-            looked = _looked(book, answer) if where and answer.text else []
-            for place in looked:
-                say(f"  looked at {place['place']} ({place['share']:.0%})")
-            answers.append({**answer.to_json(), **({"looked": looked} if where else {})})
+            try:
+                answer = _show_answer(book.ask(question, max_tokens=max_tokens, **settings), quiet=as_json)
+                answers.append(answer.to_json())
+                if where and answer.text:
+                    answers[-1]["looked"] = _show_looked(book, answer)
+            except PiGgufError as error:  # the other answers are worth having
+                answers.append({"question": question, "error": str(error)})
+                if failed:
+                    say(f"error: {failed}\nhint: {failed.hint}")
+                failed = error
     if as_json:
         print_all(json.dumps({**fit.to_json(), "answers": answers}, indent=1))
+    if failed:
+        raise failed
 
 
-def _looked(book: Reading, answer: Answer) -> list[dict[str, Any]]:
-    """Return the three passages at which the model looked most."""
-    return [
+def _show_looked(book: Reading, answer: Answer) -> list[dict[str, Any]]:
+    """Say at which three passages the model looked most, and return them."""
+    found = [
         {"start": start, "end": end, "place": book.document.place_of(start, end), "share": share}
         for (start, end), share in book.passages(answer)[:3]
     ]
+    for one in found:
+        say(f"  looked at {one['place']} ({one['share']:.0%})")
+    return found
 
 
 def _read(book: Reading) -> Any:
@@ -165,7 +176,7 @@ def _print_parts(parts: Generator[str, None, T], *, quiet: bool = False) -> T:
                 print_all("")
             return cast(T, end.value)
         if not quiet:
-            print_all(part, end="")
+            print_all(visible(part) if sys.stdout.isatty() else part, end="")
 
 
 def _quote_lines(quotes: list[Any]) -> list[str]:
@@ -232,6 +243,7 @@ def _about(model: Model, path: str, system: str | None, part: tuple[int, int], s
 def _say(talk: Conversation, line: str, settings: dict[str, Any]) -> None:
     from pi_gguf.errors import PiGgufError
 
+    said = len(talk.messages)
     with ctrl_c_stops() as stop:
         try:
             if _print_parts(talk.say(line, cancelled=stop.is_set, **settings)) == "length":
@@ -239,6 +251,9 @@ def _say(talk: Conversation, line: str, settings: dict[str, Any]) -> None:
         except PiGgufError as error:
             say(f"error: {error}\nhint: {error.hint}")
             return
+    if len(talk.messages) == said:
+        say("no answer came; what you said is left out")
+        return
     for line in _quote_lines(talk.quotes()):
         say(line)
 

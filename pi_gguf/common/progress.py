@@ -231,7 +231,12 @@ def duration(seconds: float) -> str:
 def say(message: str) -> None:
     """Print a line for the user on standard error; of many processes the first one speaks."""
     if process_rank() == 0 and not _quiet:
-        _print(message, sys.stderr)
+        _print(visible(message), sys.stderr)
+
+
+def visible(text: str) -> str:
+    """Return a text with its control codes written out: documents, models and names of files are of strangers."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print(line: str, stream: TextIO) -> None:

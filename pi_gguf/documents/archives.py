@@ -52,14 +52,20 @@ class Archive:
         info = self._zip.getinfo(entry)
         if info.flag_bits & 1:
             raise TextError(f"{self._name}: {entry} is encrypted", "save it without a password")
-        self._left -= info.file_size  # no more than an entry states is ever unpacked of it
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise TextError(f"{self._name}: {entry} is compressed as no docx or epub is", "save it again")
+        self._left -= info.file_size
         if self._left < 0 or info.file_size > most:
             raise TextError(
                 f"{self._name}: {entry} unpacks to {human_bytes(info.file_size)}, of {human_bytes(min(most, LIMIT))} "
                 "that a document may have",
                 "give a part of it",
             )
-        return self._zip.read(info)
+        with self._zip.open(info) as data:
+            unpacked = data.read(info.file_size)  # no more than it states is unpacked; its checksum is verified
+            if data.read(1):
+                raise TextError(f"{self._name}: {entry} unpacks to more than it states", "save or download it again")
+            return unpacked
 
     def tree(self, entry: str) -> Any:
         """Unpack and parse a small XML entry."""

@@ -28,6 +28,8 @@ from pi_gguf.texts import not_utf8
 
 KINDS = "a txt, md, html, pdf, docx or epub file"
 
+_WHITE = re.compile(r"\s*")
+
 _PDFIUM = threading.Lock()
 """pdfium is not to be called by two threads at once."""
 
@@ -122,7 +124,7 @@ class Document:
             while end - start > most:
                 cut = self._cut(start, least, most)
                 yield Passage(start, start + len(self.text[start:cut].rstrip()))
-                start = cut + len(self.text[cut:end]) - len(self.text[cut:end].lstrip())
+                start = _WHITE.match(self.text, cut, end).end()  # type: ignore[union-attr]
             if start < end:
                 yield Passage(start, end)
 
@@ -206,11 +208,11 @@ def _markdown_headings(text: str) -> list[Place]:
     """Return the headings with number signs, outside of code."""
     found: list[Place] = []
     fence = ""
-    for line in re.finditer(r"^ {0,3}(?:(```+|~~~+)|#{1,6}[ \t]+(.*?)[ \t#]*$)", text, re.MULTILINE):
+    for line in re.finditer(r"^ {0,3}(?:(```+|~~~+)|#{1,6}[ \t]+(.*)$)", text, re.MULTILINE):
         if line[1]:
             fence = "" if fence and line[1].startswith(fence) else fence or line[1]
-        elif not fence and line[2]:
-            found.append(Place(line.start(), "heading", line[2]))
+        elif not fence and (title := line[2].rstrip(" \t#")):
+            found.append(Place(line.start(), "heading", title))
     return found
 
 
@@ -274,7 +276,8 @@ def _page_text(pdf: Any, number: int, path: str) -> str:
 
 
 def _is_html(head: bytes) -> bool:
-    start = rb"(?:\xef\xbb\xbf)?(?:\s|<\?xml[^>]*\?>|<!--.*?-->)*<(?:!doctype\s+html|html)\b"
+    # Atomic groups: no other way of cutting comments is tried, of which there are two to the power of their number.
+    start = rb"(?:\xef\xbb\xbf)?(?>\s+|<\?xml[^>]*\?>|<!--(?>.*?-->))*+<(?:!doctype\s+html|html)\b"
     return re.match(start, head, re.IGNORECASE | re.DOTALL) is not None
 
 

@@ -73,27 +73,32 @@ class Conversation:
         if not text.strip():
             raise TextError("there is nothing to say", "write something")
         how = Sampling(**sampling)
+        with self.model.turns(cancelled) as mine:
+            if not mine:
+                return "cancelled"
+            return (yield from self._say(text, max_tokens, cancelled, on_progress, how))
+
+    def _say(
+        self, text: str, max_tokens: int | None, cancelled: Cancelled, on_progress: Progress, how: Sampling
+    ) -> Generator[str, None, str]:
         self.messages.append({"role": "user", "content": text})
         parts: list[str] = []
         try:
             ids = self._ids()
             hint = "take back the last turns with /undo, or begin anew"
             room = check_fits("conversation", len(ids), self.model.n_ctx, max_tokens, hint)
-            with self.model.turns(cancelled) as mine:
-                if not mine:
-                    return "cancelled"
-                if self.reading:
-                    self.reading.read(cancelled=cancelled, on_progress=on_progress)
-                tokens = self.model.session.write(
-                    ids, max_tokens or room, how, cancelled=cancelled, on_progress=on_progress
-                )
-                answer = stream(tokens, self.model.session.piece, how.stop)
-                while True:
-                    try:
-                        parts.append(next(answer))
-                    except StopIteration as end:
-                        return str(end.value)
-                    yield parts[-1]
+            if self.reading:
+                self.reading.read(cancelled=cancelled, on_progress=on_progress)
+            tokens = self.model.session.write(
+                ids, max_tokens or room, how, cancelled=cancelled, on_progress=on_progress
+            )
+            answer = stream(tokens, self.model.session.piece, how.stop)
+            while True:
+                try:
+                    parts.append(next(answer))
+                except StopIteration as end:
+                    return str(end.value)
+                yield parts[-1]
         except Stopped:
             return "cancelled"
         finally:

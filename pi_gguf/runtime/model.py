@@ -57,6 +57,9 @@ _TEMPLATE_NAMES = {
 
 _BATCH = 512
 
+_NO_ROOM = ("alloc", "memory", "buffer")
+"""Words of llama.cpp's error where a GPU has no room."""
+
 _PLAIN_ATTENTION = 2
 """An operation of plain attention on a CPU takes as long as so many of the products with weights (docs/log.md)."""
 
@@ -121,7 +124,7 @@ class Model(LanguageModel):
         if kv not in (None, "auto"):
             raise OptionError(f"kv must be auto, got {kv}", "or leave it out and give --type-k and --type-v")
         if kv:
-            chosen = choose_kv(info, self.n_ctx, psutil.virtual_memory().available)
+            chosen = choose_kv(info, self.n_ctx, psutil.virtual_memory().available, flash_attn=flash_attn)
             type_k, type_v = self._types = chosen.type_k, chosen.type_v
             if chosen.why:
                 say(chosen.why)
@@ -513,8 +516,8 @@ def _open_what_fits(opening: Callable[..., Any], layers: int, info: GgufInfo) ->
     while True:
         try:
             return opening(n_gpu_layers=-1 if left > info.hyperparameter("block_count") else left)
-        except GgufError:
-            if left == 0:
+        except GgufError as error:
+            if left == 0 or not any(word in str(error).lower() for word in _NO_ROOM):
                 raise
             left = 3 * left // 4
             say(f"{info.path}: the GPU has no room; {left} layers are tried on it")

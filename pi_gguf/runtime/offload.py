@@ -43,17 +43,19 @@ class KvChoice:
     why: str = ""
 
 
-def choose_kv(info: GgufInfo, n_ctx: int, free_bytes: int) -> KvChoice:
+def choose_kv(info: GgufInfo, n_ctx: int, free_bytes: int, *, flash_attn: bool | None = None) -> KvChoice:
     """Return the most exact types with which cache and weights fit; the smallest where none do.
 
     Args:
         info: of the file.
         n_ctx: tokens to open it for.
         free_bytes: of memory.
+        flash_attn: False leaves out a V in fewer bits, which needs it.
     """
     weights = sum(tensor.nbytes for tensor in info.tensors)
     fits = all(head_size(info, name) % 32 == 0 for name in ("key_length", "value_length"))
-    choices = KV_CHOICES if fits else KV_CHOICES[:1]
+    choices = [pair for pair in KV_CHOICES if flash_attn is not False or pair[1] not in QUANTIZED_CACHES]
+    choices = choices if fits else choices[:1]
     type_k, type_v = next(
         (pair for pair in choices if predict_kv_cache(info, n_ctx, *pair) + weights <= free_bytes), choices[-1]
     )

@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import sys
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -504,3 +505,30 @@ def test_zip_entries_outside_the_book_are_never_written(tmp_path):
 
 def test_the_examples_are_true():
     assert doctest.testmod(formats) == doctest.TestResults(failed=0, attempted=2)
+
+
+@pytest.mark.usefixtures("never_a_hang")
+def test_a_stack_of_comments_or_number_signs_is_read(tmp_path):
+    """What is tried one way and another would take hours."""
+    for text in ("<!-- a -->\n" * 300 + "text", "# " + "#" * 1_000_000 + "x"):
+        path = tmp_path / "a.md"
+        path.write_text(text)
+        assert read_document(path).format == "md"
+    path.write_text("<!-- a -->\n" * 30 + "<!DOCTYPE html><p>It is.</p>")
+    assert read_document(path).format == "html"
+
+
+def test_an_entry_that_unpacks_to_more_than_it_states_is_refused(tmp_path):
+    """Its size is stated as 10 bytes; in lzma all of it would be unpacked before anything is said."""
+    for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED):
+        path = tmp_path / f"{method}.docx"
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("word/document.xml", b"0" * 5_000_000)
+        data = path.read_bytes()
+        path.write_bytes(data.replace((5_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little")))
+        tracemalloc.start()
+        with pytest.raises(TextError):
+            read_document(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3_000_000, method

@@ -43,6 +43,8 @@ def test_the_cache_is_the_most_exact_that_fits(info):
     assert "K in q8_0, V in f16" in chosen.why and "half its speed" not in chosen.why
     chosen = choose_kv(info, CONTEXT, 1000)
     assert (chosen.type_k, chosen.type_v) == KV_CHOICES[-1] and "half its speed" in chosen.why
+    chosen = choose_kv(info, CONTEXT, 1000, flash_attn=False)
+    assert (chosen.type_k, chosen.type_v) == KV_CHOICES[1]
 
 
 def test_heads_that_are_no_blocks_keep_the_exact_cache(tmp_path):
@@ -67,7 +69,7 @@ def test_as_many_layers_as_fit(info):
 def test_a_smaller_cache_is_opened_and_said(path, info, capfd, monkeypatch):
     free = weights(info) + predict_kv_cache(info, CONTEXT, "q8_0", "f16")
     real = module.choose_kv
-    monkeypatch.setattr(module, "choose_kv", lambda info, n_ctx, _: real(info, n_ctx, free))
+    monkeypatch.setattr(module, "choose_kv", lambda info, n_ctx, _, **more: real(info, n_ctx, free, **more))
     with pi_gguf.open(path, kv="auto") as model:
         assert model.kv_cache_bytes == predict_kv_cache(info, CONTEXT, "q8_0", "f16")
         small = "".join(model.complete("It was", max_tokens=3))
@@ -95,10 +97,13 @@ def test_fewer_layers_are_tried_where_there_is_no_room(info, room, tried, capfd)
 
 def test_what_does_not_open_at_all_is_said(info):
     def opening(n_gpu_layers):
-        raise GgufError(f"broken with {n_gpu_layers}", "")
+        asked.append(n_gpu_layers)
+        raise GgufError("an adapter of another model", "")
 
-    with pytest.raises(GgufError, match="broken with 0"):
+    asked = []
+    with pytest.raises(GgufError, match="an adapter of another model"):
         module._open_what_fits(opening, 3, info)
+    assert asked == [3], "no room is not what is wrong"
 
 
 def test_without_a_gpu_there_is_none(path, cli):
