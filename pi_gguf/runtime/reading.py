@@ -442,6 +442,8 @@ class Reading:
         ended = "cancelled"
         with self.model.turns(cancelled) as mine, contextlib.suppress(Stopped):
             if mine:
+                if self.unread == 0:  # what cannot go back to its end, such as recurrent layers, is brought back
+                    self.model.session.rewind(len(self.ids))
                 self.read(cancelled=cancelled, on_progress=on_progress)
                 tokens = self.model.session.write(
                     ids, max_tokens or min(512, room), how, cancelled=cancelled, on_progress=note

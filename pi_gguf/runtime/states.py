@@ -350,7 +350,7 @@ def _read_head(file: BinaryIO, path: Path) -> tuple[Kept, np.ndarray]:
             path, _digest(head["identity"]), str(head["document"]), str(head["model"]), tokens, size, status.st_size,
             status.st_mtime, bool(head["whole"]),
         )  # fmt: skip
-    except (KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError("its header is damaged") from error
     if min(tokens, size) < 0 or status.st_size != _state_at(length, tokens) + size:
         raise ValueError("it is cut off")

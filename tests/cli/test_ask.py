@@ -326,3 +326,13 @@ def test_a_second_question_is_not_stopped_by_the_ctrl_c_of_the_first(chat_path, 
     typed("Who is it?\nAnd now?\n")
     assert cli("chat", chat_path, *WINDOW, *SHORT)[0] == 0
     assert len(calls) == 3 + 8
+
+
+def test_an_error_keeps_the_other_answers(tiny_gguf, book, cli):
+    book.write_text(words(900))
+    questions = ("Who is it?", "word " * 3000, "And the sea?")
+    code, out, err = cli("ask", tiny_gguf, book, *questions, *WINDOW, *SHORT, "--json")
+    found = json.loads(out)["answers"]
+    assert code != 0 and [one["question"] for one in found] == list(questions)
+    assert "do not fit the window" in found[1]["error"] and found[0]["tokens"] == found[2]["tokens"] == 8
+    assert err.count("do not fit the window") == 1

@@ -228,3 +228,8 @@ def test_a_command_takes_the_choice(cli, llama: Any, tmp_path: Any):
     assert code == 2 and "exists" in err
     code, _, err = cli(*command, "--progress", "lines")
     assert code == 2 and "'bar', 'plain', 'none'" in err
+
+
+def test_control_codes_are_written_out(capfd):
+    progress.say("page \x1b]52;c;aGk=\x07 of\ta\nbook\x9b2J")
+    assert capfd.readouterr().err == "page \\x1b]52;c;aGk=\\x07 of\ta\nbook\\x9b2J\n"
