@@ -18,7 +18,7 @@ from pi_gguf.cli.make import show_convert, show_extend, show_imatrix, show_plan,
 from pi_gguf.cli.prove import show_card, show_certify, show_inspect, show_repair
 from pi_gguf.cli.run import models, run
 from pi_gguf.common.endings import Signals, prepare_streams, print_all, signals, translated
-from pi_gguf.common.progress import named_frame
+from pi_gguf.common.progress import named_frame, visible
 from pi_gguf.errors import Interrupted
 
 _COMMANDS = {
@@ -123,13 +123,8 @@ def _run_main(state: Signals) -> int:
 
 
 def _refuse(message: str, hint: str, code: int) -> int:
-    _print_error(f"error: {_as_line(message)}\nhint: {_as_line(hint)}")
+    _print_error(f"error: {visible(message, '')}\nhint: {visible(hint, '')}")
     return code
-
-
-def _as_line(text: str) -> str:
-    """Return a text that a terminal shows on one line, as it is: names of files may hold breaks and control codes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print_error(text: str) -> None:

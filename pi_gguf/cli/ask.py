@@ -29,8 +29,6 @@ T = TypeVar("T")
 
 _CUT = "the answer is not whole: it ends at the limit; --max-tokens raises it, as far as the window has room"
 
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
 caching = with_options(
     [
         click.option("--cache-dir", metavar="FOLDER", help="where what was read is kept; PI_GGUF_CACHE, or the user's "
@@ -427,9 +425,11 @@ documents = Lazy(
 
 def _take_states(options: dict[str, Any]) -> States | None:
     """Return where what was read is kept, by the options of `caching`; None for nowhere."""
+    from pi_gguf.common.files import parse_bytes
     from pi_gguf.runtime.states import user_states
 
-    given, limit, keep = options.pop("cache_dir"), _read_size(options.pop("cache_size")), options.pop("keep", True)
+    given, keep = options.pop("cache_dir"), options.pop("keep", True)
+    limit = parse_bytes(options.pop("cache_size"), "cache-size", least=0)
     return user_states(given, limit) if keep else None
 
 
@@ -440,15 +440,6 @@ def _some_states(options: dict[str, Any]) -> States:
     if states is None:
         raise OptionError("there is no cache folder", "give --cache-dir, or set PI_GGUF_CACHE")
     return states
-
-
-def _read_size(text: str) -> int:
-    from pi_gguf.errors import OptionError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)b?", text.strip().lower())
-    if not match:
-        raise OptionError(f"cache-size must be a size, got {text}", "e.g. 500M or 20G (decimal)")
-    return int(float(match[1]) * _SIZES[match[2]])
 
 
 def _read_part(text: str) -> tuple[int, int]:

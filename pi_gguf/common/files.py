@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -447,6 +448,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def parse_bytes(text: str, option: str, least: int = 1) -> int:
+    """Return the bytes that a size such as 500M or 1.5G (decimal) says.
+
+    Raises:
+        OptionError: it says none, by the option's name.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper(), re.ASCII)
+    found = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else -1
+    if found < least:
+        raise OptionError(f"{option} must be a number of bytes such as 500M or 4G, got {text!r}", "K, M, G are decimal")
+    return found
 
 
 def human_bytes(n: float) -> str:

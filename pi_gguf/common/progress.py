@@ -234,9 +234,9 @@ def say(message: str) -> None:
         _print(visible(message), sys.stderr)
 
 
-def visible(text: str) -> str:
+def visible(text: str, besides: str = "\n\t") -> str:
     """Return a text with its control codes written out: documents, models and names of files are of strangers."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in besides else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print(line: str, stream: TextIO) -> None:

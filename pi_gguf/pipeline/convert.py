@@ -12,7 +12,16 @@ from pi_gguf.adapters.adapted import AdaptedCheckpoint, with_adapters
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.hub import model_name, public_source
 from pi_gguf.checkpoint.record import Record
-from pi_gguf.common.files import check_free_disk, check_writable, disk_errors, has_more, publish, remove, writes
+from pi_gguf.common.files import (
+    check_free_disk,
+    check_writable,
+    disk_errors,
+    has_more,
+    parse_bytes,
+    publish,
+    remove,
+    writes,
+)
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import process_count, say
@@ -212,7 +221,7 @@ def _read_options(
     overrides = [_read_override(text) for text in write.tensor_type]
     certify = (proof.check != "none" if proof.certify is None else proof.certify) and not write.adapter_only
     requirements = read_requirements(proof.require)
-    max_bytes = None if write.split_max_size is None else _read_size(write.split_max_size)
+    max_bytes = None if write.split_max_size is None else parse_bytes(write.split_max_size, "split-max-size")
     _check_options(
         out, quant, proof.check, overrides=bool(overrides), strict_tokenizer=proof.strict_tokenizer,
         required=bool(requirements), certified=certify and not dry_run,
@@ -382,14 +391,6 @@ def _certify(
         return None
     store(path, certificate)
     return certificate
-
-
-def _read_size(text: str) -> int:
-    """Read a number of bytes such as 500M or 4G."""
-    match = re.fullmatch(r"(\d+)([KMG]?)", text.upper())
-    if not match or int(match[1]) < 1:
-        raise OptionError(f"split-max-size must be a number of bytes such as 500M or 4G, got {text!r}")
-    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
 
 
 def _check_options(

@@ -343,7 +343,10 @@ class Model(LanguageModel):
             GgufError: the file has no chat template, or none that can be run.
         """
         if not self.has_chat_template:
-            raise GgufError(f"{self.path}: tokenizer.chat_template is missing", "use complete for a base model")
+            raise GgufError(
+                f"{self.path}: tokenizer.chat_template is missing",
+                "it is a base model: pi-gguf run or Model.complete goes on from a text, pi-gguf ask takes a document",
+            )
         template = self.info.metadata["tokenizer.chat_template"]
         return render_chat(template, messages, self._special_tokens(), str(self.path))
 

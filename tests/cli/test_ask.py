@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from books import CHATML, with_template, words
 
+from pi_gguf.documents.quotes import Quote
 from pi_gguf.gguf.certificate import Certificate, store
 from pi_gguf.runtime import reading as module
 from pi_gguf.runtime.session import Session
@@ -150,7 +151,13 @@ def test_a_document_that_does_not_fit_is_refused_and_its_parts_are_read(tiny_ggu
         ("none.txt", None, (), 5, "none.txt: cannot be read (No such file"),
         ("book.pdf", b"%PDF-1.7\nbroken", (), 5, "book.pdf"),
         ("book.txt", b"\n \n", (), 5, "book.txt"),
-        ("book.txt", b"text", ("--cache-size", "many"), 2, "cache-size must be a size, got many"),
+        (
+            "book.txt",
+            b"text",
+            ("--cache-size", "many"),
+            2,
+            "cache-size must be a number of bytes such as 500M or 4G, got 'many'",
+        ),
         ("book.txt", b"text", ("--temperature", "-1"), 2, "temperature must be at least 0"),
         ("book.txt", b"text", ("--form", "verse"), 2, "form must be one of"),
         ("book.txt", b"text", ("--max-tokens", "0"), 2, "max_tokens must be at least 1, got 0"),
@@ -336,3 +343,18 @@ def test_an_error_keeps_the_other_answers(tiny_gguf, book, cli):
     assert code != 0 and [one["question"] for one in found] == list(questions)
     assert "do not fit the window" in found[1]["error"] and found[0]["tokens"] == found[2]["tokens"] == 8
     assert err.count("do not fit the window") == 1
+
+
+def test_no_answer_shows_no_quotation_of_the_one_before(chat_path, book, cli, typed, monkeypatch):
+    write, quote = Session.write, "She is the one who went on board"
+
+    def stopped(self, ids, *args, **options):
+        if "And now?" in b"".join(map(self.piece, ids)).decode(errors="ignore"):
+            return "cancelled"
+        return (yield from write(self, ids, *args, **options))
+
+    monkeypatch.setattr(Session, "write", stopped)
+    monkeypatch.setattr("pi_gguf.runtime.chat.Conversation.quotes", lambda self: [Quote(quote, 0, 1, "none")])
+    typed("Who is it?\nAnd now?\n/tokens\n")
+    code, _, err = cli("chat", chat_path, "--document", book, *WINDOW, "--max-tokens", "5")
+    assert code == 0 and err.count(quote) == 1 and err.count("no answer came") == 1

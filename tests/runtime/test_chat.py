@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from books import CHATML, THINKING, TRIMMING, Told, document, with_template, words
 
@@ -214,3 +216,13 @@ def test_a_template_that_writes_the_first_message_otherwise_later(opened):
         say(talk, "b", on_progress=before)
         ids = talk_ids(talk, 3)
         assert model.detokenize(ids) == expected and before.most < 200, "the document is not read again"
+
+
+def test_two_threads_say_one_thing_after_the_other(opened, never_a_hang):
+    with opened() as model:
+        talk = Conversation(model)
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda text: say(talk, text)[0], SAID[:2]))
+        said = [one["content"] for one in talk.messages]
+        assert [one["role"] for one in talk.messages] == ["user", "assistant"] * 2
+        assert {said[0]: said[1], said[2]: said[3]} == dict(zip(SAID[:2], found, strict=True))

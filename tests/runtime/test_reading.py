@@ -18,6 +18,7 @@ from small_families import make_model
 import pi_gguf
 from pi_gguf.documents.formats import Document
 from pi_gguf.errors import GgufError, OptionError, TextError
+from pi_gguf.llamacpp.library import llama_cpp_library
 from pi_gguf.runtime import reading as module
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.reading import Reading
@@ -582,3 +583,20 @@ def test_a_closed_model_is_an_error_for_who_still_reads(tiny_gguf):
     model.close()
     with pytest.raises(RuntimeError, match="it was closed"):
         list(begun)
+
+
+def test_a_cache_that_cannot_go_back_is_brought_back_from_the_disk(tiny_gguf, tmp_path, monkeypatch):
+    """As with recurrent layers: what follows the document cannot be dropped alone."""
+    states = States(tmp_path / "documents")
+    with opened(tiny_gguf) as model:
+        expected = [answer(Reading(model, document()).ask(text, max_tokens=6)).text for text in ASKED[:2]]
+        model.session.clear()
+        drop = llama_cpp_library().llama_memory_seq_rm
+        monkeypatch.setattr(
+            llama_cpp_library(), "llama_memory_seq_rm",
+            lambda memory, seq, known, end: known >= len(model.session.ids) and drop(memory, seq, known, end),
+        )  # fmt: skip
+        book, told = Reading(model, document(), states=states), [Told(), Told()]
+        for text, one, wanted in zip(ASKED[:2], told, expected, strict=True):
+            assert answer(book.ask(text, max_tokens=6, on_progress=one)).text == wanted
+        assert told[0].most > 400 and told[1].most < 60, "the document is not read again"
