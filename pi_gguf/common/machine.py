@@ -56,6 +56,13 @@ def _cpu_flags() -> str:
         return ""
 
 
+def efficiency(device: str) -> float:
+    """Return the share of a plain matrix product's speed that training reaches."""
+    if device == "cuda":
+        return _GPU_EFFICIENCY
+    return _AMX_EFFICIENCY if _has_amx() else _CPU_EFFICIENCY
+
+
 @cache
 def operations_a_second(device: str) -> float:
     """Measure a matrix product on the device for a moment, and take training's usual share of it."""
@@ -74,9 +81,7 @@ def operations_a_second(device: str) -> float:
         return time.perf_counter() - started
 
     run(3)
-    of_cpu = _AMX_EFFICIENCY if _has_amx() else _CPU_EFFICIENCY
-    efficiency = _GPU_EFFICIENCY if device == "cuda" else of_cpu
-    return efficiency * 10 * 2 * side**3 / run(10)
+    return efficiency(device) * 10 * 2 * side**3 / run(10)
 
 
 def torch_device(device: str) -> str:

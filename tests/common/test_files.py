@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 from helpers import contents
 
-from pi_gguf.common.files import check_writable, one_writer, publish, replace_when_complete, temporary, write_text
+from pi_gguf.common.files import (
+    check_writable,
+    one_writer,
+    parse_bytes,
+    publish,
+    replace_when_complete,
+    temporary,
+    write_text,
+)
 from pi_gguf.errors import OptionError, ResourceError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # children end at once
@@ -417,3 +425,12 @@ def test_a_file_of_settings_that_no_checkpoint_has_is_not_read(cli, llama_copy, 
         code, _, err = cli("convert", llama_copy, tmp_path / "o.gguf", "--quant", "F16", "--check", "none")
         assert code == 3 and f"{name}: of 1,099,511,627,776 bytes" in err
         path.write_bytes(whole)
+
+
+def test_sizes_are_read_in_decimal_units():
+    sizes = {"500M": 5 * 10**8, "1.5G": 15 * 10**8, "2k": 2000, "3TB": 3 * 10**12, " 20 ": 20}
+    assert {text: parse_bytes(text, "cache-size") for text in sizes} == sizes
+    assert parse_bytes("0", "cache-size", least=0) == 0
+    for wrong in ("0", "", "M", "-1", "4X", "1e9", "\u0664G"):
+        with pytest.raises(OptionError, match="split-max-size must be a number of bytes such as 500M or 4G, got "):
+            parse_bytes(wrong, "split-max-size")

@@ -115,3 +115,12 @@ def test_without_a_gpu_there_is_none(path, cli):
     assert code == 2 and "must be a number or auto, got 'many'" in err
     code, _, err = cli("run", path, "--gpu-layers", "auto", "--kv", "auto", "--prompt", "It was", "--max-tokens", "2")
     assert code == 0, err
+
+
+def test_plain_attention_takes_longer_than_its_operations(path):
+    with pi_gguf.open(path) as model:
+        near, far = model.reading_cost(0, 100), model.reading_cost(4000, 4100)
+        weights = 2 * near - model.reading_cost(0, 200) / 2  # attention grows with the square
+        model.flash_attn = True
+        flash = model.reading_cost(4000, 4100)
+        assert near < far and (far - weights) / (flash - weights) == pytest.approx(2)
