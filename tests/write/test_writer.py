@@ -100,7 +100,7 @@ def test_a_model_in_several_files_is_the_same_model(cli, wide, tmp_path, quant):
     assert pi_gguf.convert(str(wide), out, quant=quant, check="none", split_max_size="1G").files == [str(out)]
 
 
-@pytest.mark.parametrize(("size", "says"), [("2.5G", "such as 500M or 4G"), ("0", "such as"), ("9K", "at least")])
+@pytest.mark.parametrize(("size", "says"), [("2,5G", "such as 500M or 4G"), ("0", "such as"), ("9K", "at least")])
 def test_a_size_of_files_that_cannot_be(cli, wide, tmp_path, size, says):
     code, _, err = cli("convert", wide, tmp_path / "out.gguf", "--split-max-size", size)
     assert code == 2 and says in err and not list(tmp_path.iterdir())
