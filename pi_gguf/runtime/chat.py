@@ -14,7 +14,9 @@ from pi_gguf.documents.quotes import Quote, find_quotes
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.reading import DOCUMENT, INTRODUCTION, TASK, Reading, choose_form
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, check_fits, never, silent, stream
+from pi_gguf.runtime.sampling import Sampling
+from pi_gguf.runtime.session import Cancelled, Progress, Stopped, check_fits, never, silent
+from pi_gguf.runtime.text import stream
 
 
 @dataclass

@@ -30,21 +30,14 @@ from pi_gguf.llamacpp.quantizer import UNQUANTIZED
 from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work, machine
 from pi_gguf.llamacpp.watch import Watch
 from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.runtime.batch import Batch
 from pi_gguf.runtime.offload import choose_kv, choose_layers, gpu_memory
 from pi_gguf.runtime.reading import Reading
-from pi_gguf.runtime.session import (
-    Cancelled,
-    Progress,
-    Sampling,
-    SamplingKeywords,
-    Session,
-    Stopped,
-    check_fits,
-    never,
-    silent,
-    stream,
-)
+from pi_gguf.runtime.sampling import Sampling, SamplingKeywords
+from pi_gguf.runtime.sequence import CachedSequence
+from pi_gguf.runtime.session import Cancelled, Progress, Session, Stopped, check_fits, never, silent
 from pi_gguf.runtime.states import States, file_digest, file_mark, user_states
+from pi_gguf.runtime.text import stream
 from pi_gguf.runtime.turns import Turns
 from pi_gguf.scaling.rope import LONGROPE_TENSORS
 from pi_gguf.vocabulary.templates import render_chat
@@ -86,6 +79,7 @@ class Model(LanguageModel):
             `type_k` and `type_v` when None.
         n_threads: threads; all cores when None.
         lora: GGUF adapters to apply, of this model.
+        sequences: how many texts the one cache can hold at a time; this class uses the first (`server.engine` all).
         watch: sees what the weights are multiplied with.
 
     Raises:
@@ -107,6 +101,7 @@ class Model(LanguageModel):
         kv: Literal["auto"] | None = None,
         n_threads: int | None = None,
         lora: Sequence[str | Path] = (),
+        sequences: int = 1,
         watch: Watch | None = None,
     ) -> None:
         info = read_gguf(Path(path))
@@ -144,12 +139,13 @@ class Model(LanguageModel):
         opening = partial(
             _open, path, info, lora, n_ctx=self.n_ctx, n_ubatch=batch, type_k=CACHE_TYPES[type_k][0],
             type_v=CACHE_TYPES[type_v][0], flash_attn=self.flash_attn, op_offload=gpu, n_threads=threads,
-            n_threads_batch=threads, watch=watch,
+            n_threads_batch=threads, sequences=sequences, watch=watch,
         )  # fmt: skip
         fewer = gpu_layers == "auto" and layers != 0
         self._llama = _open_what_fits(opening, layers, info) if fewer else opening(n_gpu_layers=layers)
         self._watch, self._batch = watch, batch
         self.session = Session(self._llama, batch=batch, interrupted=self._stop)
+        self.sequences = [self.session, *(CachedSequence(self._llama, number) for number in range(1, sequences))]
 
     def __enter__(self) -> Model:
         return self
@@ -159,8 +155,13 @@ class Model(LanguageModel):
 
     def close(self) -> None:
         """Give back the weights and the cache; nothing can be asked afterwards."""
-        self.session.close()
+        for sequence in self.sequences:
+            sequence.close()
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
+
+    def batch(self) -> Batch:
+        """Return what reads several of the model's sequences at once."""
+        return Batch(self._llama, self._batch)
 
     @contextlib.contextmanager
     def beside(self, watch: Watch, known: int) -> Iterator[Session]:
@@ -271,8 +272,8 @@ class Model(LanguageModel):
             max_tokens: limit in tokens; up to 256, as the window allows, when None.
             cancelled: asked before each batch and token whether to stop, e.g. `threading.Event().is_set`.
             on_progress: told how many tokens of the prompt were read, how many must be, and how many were written.
-            sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repeat_penalty, seed, stop, grammar,
-                json_schema, logit_bias.
+            sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repeat_penalty,
+                frequency_penalty, presence_penalty, seed, stop, grammar, json_schema, logit_bias.
 
         Returns:
             Why it ended: `stop` at an end token or a stop string, `length` at the limit, or `cancelled`.

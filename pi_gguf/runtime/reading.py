@@ -22,8 +22,10 @@ from pi_gguf.gguf.certificate import Certificate
 from pi_gguf.gguf.file import GgufInfo
 from pi_gguf.measure.language_model import common_prefix
 from pi_gguf.runtime.looked import Looker, answer_ids, check_scores, look, token_bounds
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, check_fits, never, silent, stream
+from pi_gguf.runtime.sampling import Sampling
+from pi_gguf.runtime.session import Cancelled, Progress, Stopped, check_fits, never, silent
 from pi_gguf.runtime.states import Kept, States
+from pi_gguf.runtime.text import stream
 from pi_gguf.runtime.turns import Turns
 
 ROOM = 1024
