@@ -1,4 +1,7 @@
 """A GGUF file for many at a time: OpenAI's API, and a page for long documents. Needs the extra `serve`.
 
 engine: `Engine`, continuous batching: many texts read and written in one context of llama.cpp
+markdown: Markdown that a model wrote, as HTML that a page may show
+
+The page is in the folder desk: its style and modules, written by hand, served as they are.
 """
