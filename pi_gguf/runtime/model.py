@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -40,7 +41,7 @@ from pi_gguf.runtime.states import States, file_digest, file_mark, user_states
 from pi_gguf.runtime.text import stream
 from pi_gguf.runtime.turns import Turns
 from pi_gguf.scaling.rope import LONGROPE_TENSORS
-from pi_gguf.vocabulary.templates import render_chat
+from pi_gguf.vocabulary.templates import CUT, cut, render_chat
 
 _TEMPLATE_NAMES = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
@@ -164,7 +165,9 @@ class Model(LanguageModel):
         return Batch(self._llama, self._batch)
 
     @contextlib.contextmanager
-    def beside(self, watch: Watch, known: int) -> Iterator[Session]:
+    def beside(
+        self, watch: Watch, known: int, held: tuple[Sequence[int], np.ndarray] | None = None
+    ) -> Iterator[Session]:
         """Open a session beside the model's own that has read the same, in which a watch sees what is computed.
 
         It computes without flash attention; what was read with it has to be read again there.
@@ -173,16 +176,26 @@ class Model(LanguageModel):
             watch: sees it.
             known: how many ids are needed. With sliding windows the model's own cache forgets the others: of such only
                 what the last token sees is copied.
+            held: ids and the state after them, where that is not the session's own.
         """
-        if llama_cpp_library().llama_model_n_swa(self._llama.model):
-            self.session.rewind(min(known, len(self.session.ids)))
         with open_beside(self._llama, watch) as llama:
             beside = Session(llama, batch=self._batch)
-            state = np.empty(self.session.state_bytes(), np.uint8)
-            self.session.save(state)
-            beside.restore(state, self.session.ids)
-            del state
+            ids, state = held or self._held(known)
+            if len(state):
+                beside.restore(state, ids)
+            del state, held
             yield beside
+
+    def _held(self, known: int) -> tuple[Sequence[int], np.ndarray]:
+        if llama_cpp_library().llama_model_n_swa(self._llama.model):
+            self.session.rewind(min(known, len(self.session.ids)))
+        state = np.empty(self.session.state_bytes(), np.uint8)
+        self.session.save(state)
+        return self.session.ids, state
+
+    def looking_bytes(self) -> int:
+        """Return what `beside` takes of memory, about."""
+        return self.kv_cache_bytes + self.session.state_bytes()
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -303,7 +316,7 @@ class Model(LanguageModel):
 
     def chat(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         max_tokens: int | None = None,
         cancelled: Cancelled = never,
@@ -328,8 +341,7 @@ class Model(LanguageModel):
             GgufError: the file has no chat template, or none that can be run.
             OptionError: conversation and `max_tokens` do not fit the window. Or a value of the sampling.
         """
-        # The template has written the begin token where it is wanted.
-        ids, how = self.tokenize(self.render(messages), add_special=False), Sampling(**sampling)
+        ids, how = self.chat_ids(messages), Sampling(**sampling)  # the template writes the begin token where it is due
         return (yield from self._continue(ids, max_tokens, how, cancelled, on_progress))
 
     @property
@@ -337,8 +349,14 @@ class Model(LanguageModel):
         """Whether the file states how a conversation is written."""
         return "tokenizer.chat_template" in self.info.metadata
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
         """Return a conversation as the file's chat template writes it, up to where the assistant answers.
+
+        Special tokens that a message spells out are cut by `templates.CUT`, by which `rendered_ids` knows them.
+
+        Args:
+            messages: objects with `role` and `content`.
+            tools: what the template shows the model as tools.
 
         Raises:
             GgufError: the file has no chat template, or none that can be run.
@@ -349,7 +367,28 @@ class Model(LanguageModel):
                 "it is a base model: pi-gguf run or Model.complete goes on from a text, pi-gguf ask takes a document",
             )
         template = self.info.metadata["tokenizer.chat_template"]
-        return render_chat(template, messages, self._special_tokens(), str(self.path))
+        plain, shown = cut(list(messages), self._controls), cut(tools and list(tools), self._controls)
+        return render_chat(template, plain, self._special_tokens(), str(self.path), tools=shown)
+
+    def rendered_ids(self, text: str) -> list[int]:
+        """Return the tokens of what `render` returned, or of a part of it: what messages spell out stays text."""
+        return [token for part in text.split(CUT) for token in self.tokenize(part, add_special=False)]
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+        """Return the tokens of a conversation, as `render` writes it."""
+        return self.rendered_ids(self.render(messages, tools))
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        """What spells out a token that is no text."""
+        llama_cpp, vocab = llama_cpp_library(), self.session.vocab
+        no_text = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        names = {
+            llama_cpp.llama_vocab_get_text(vocab, i).decode(errors="replace")
+            for i in range(self.n_vocab)
+            if llama_cpp.llama_vocab_get_attr(vocab, i) & no_text
+        } - {""}
+        return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
 
     def read(
         self,

@@ -34,6 +34,24 @@ def silent(_read: int, _to_read: int, _written: int) -> None:
     pass
 
 
+class TooLong(OptionError):
+    """A prompt and what is to be written after it do not fit the window.
+
+    Args:
+        what: of the prompt.
+        tokens: that it has.
+        writing: how many are to be written.
+        window: that is open, in tokens.
+        hint: what to do.
+    """
+
+    def __init__(self, what: str, tokens: int, writing: int, window: int, hint: str) -> None:
+        super().__init__(
+            f"{what} of {tokens} tokens and {writing} to write do not fit the window of {window} tokens", hint
+        )
+        self.tokens, self.writing, self.window = tokens, writing, window
+
+
 def check_fits(what: str, tokens: int, window: int, max_tokens: int | None, hint: str) -> int:
     """Return how many tokens of a window are left behind a prompt.
 
@@ -45,14 +63,13 @@ def check_fits(what: str, tokens: int, window: int, max_tokens: int | None, hint
         hint: what to do where it does not fit.
 
     Raises:
-        OptionError: it does not fit, with both numbers; nothing is ever cut.
+        OptionError: `max_tokens` is none.
+        TooLong: it does not fit; nothing is ever cut.
     """
     if max_tokens is not None and max_tokens < 1:
         raise OptionError(f"max_tokens must be at least 1, got {max_tokens}")
     if tokens + (max_tokens or 1) > window:
-        raise OptionError(
-            f"{what} of {tokens} tokens and {max_tokens or 1} to write do not fit the window of {window} tokens", hint
-        )
+        raise TooLong(what, tokens, max_tokens or 1, window, hint)
     return window - tokens
 
 

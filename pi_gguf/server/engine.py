@@ -26,6 +26,7 @@ from pi_gguf.measure.language_model import common_prefix
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.sampling import Chooser, Sampling
 from pi_gguf.runtime.sequence import CachedSequence
+from pi_gguf.runtime.session import TooLong
 from pi_gguf.runtime.states import States
 from pi_gguf.runtime.text import StopText
 
@@ -52,25 +53,6 @@ class QueueFull(PiGgufError):
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(f"{waiting} requests wait already", f"try again in {retry_after} s")
         self.retry_after = retry_after
-
-
-class TooLong(OptionError):
-    """A prompt does not fit the window.
-
-    Args:
-        what: of the prompt.
-        tokens: that it has.
-        window: that is open, in tokens.
-        max_tokens: how many were to be written; None where that was not said.
-    """
-
-    def __init__(self, what: str, tokens: int, window: int, max_tokens: int | None) -> None:
-        writing = max_tokens or 1
-        super().__init__(
-            f"{what} of {tokens} tokens and {writing} to write do not fit the window of {window} tokens",
-            f"shorten it by {tokens + writing - window} tokens",
-        )
-        self.tokens, self.window, self.max_tokens = tokens, window, max_tokens
 
 
 # What is asked for, and what is told
@@ -308,9 +290,10 @@ class Engine:
             raise OptionError(f"max_tokens must be at least 0, got {max_tokens}")
         if tokens == 0:
             raise TextError(f"{what} without a token", "write some")
-        if tokens + (1 if max_tokens is None else max_tokens) > self.model.n_ctx:
-            raise TooLong(what, tokens, self.model.n_ctx, max_tokens)
-        return self.model.n_ctx - tokens
+        window, writing = self.model.n_ctx, 1 if max_tokens is None else max_tokens
+        if tokens + writing > window:
+            raise TooLong(what, tokens, writing, window, f"shorten it by {tokens + writing - window} tokens")
+        return window - tokens
 
     async def run(self, job: Job) -> AsyncGenerator[Event, None]:
         """Do a job, and yield what comes of it; the last event is `Ended`. Leaving early frees its place.

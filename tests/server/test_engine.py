@@ -14,8 +14,9 @@ from pi_gguf import bundled
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.sampling import Sampling
+from pi_gguf.runtime.session import TooLong
 from pi_gguf.runtime.states import States
-from pi_gguf.server.engine import Choice, Ended, Engine, Job, PromptScored, QueueFull, Read, TooLong, Written
+from pi_gguf.server.engine import Choice, Ended, Engine, Job, PromptScored, QueueFull, Read, Written
 
 NOVEL = next(iter(bundled.novels("train").values()))
 TEXTS = [NOVEL[start : start + 700] for start in range(0, 8000, 1000)]
@@ -183,7 +184,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers(engine, model):
     long = Job([5] * 2000, 49)
     with pytest.raises(TooLong, match="2000 tokens and 49 to write do not fit the window of 2048 tokens") as caught:
         done(engine, long)
-    assert (caught.value.tokens, caught.value.window, caught.value.max_tokens) == (2000, WINDOW, 49)
+    assert (caught.value.tokens, caught.value.writing, caught.value.window) == (2000, 49, WINDOW)
     with pytest.raises(TextError):
         done(engine, Job([], 4))
     with pytest.raises(OptionError):
