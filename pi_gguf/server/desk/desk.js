@@ -127,7 +127,8 @@ function notice(title, text, { more = null, kind = "wrong" } = {}) {
 
 function refuse(name, error) {
   if (error instanceof Unreachable) return notice(name, "It was not added: the server does not answer.");
-  const said = `${capital(error.message)}.`;
+  const begin = `${name}: `;
+  const said = `${capital(error.message.startsWith(begin) ? error.message.slice(begin.length) : error.message)}.`;
   if (!(error.tokens > error.window)) return notice(name, `${said}${error.hint ? ` ${capital(error.hint)}.` : ""}`);
   const { tokens, window } = error;
   const parts = Math.ceil(tokens / (window - Math.min(1024, window / 8)));

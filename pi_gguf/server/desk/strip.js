@@ -26,13 +26,13 @@ export function lookedStrip(passages, quotes, entry, open) {
     "aria-valuemin": 1, "aria-valuemax": passages.length }, drawing);
   const best = [...passages.keys()].sort((a, b) => passages[b].share - passages[a].share);
   let at = best[0];
-  const describe = (one) => `${placeOf(one, entry)}: ${percent(one.share)}`;
+  const describe = (one) => `${percent(one.share)} of its looks: ${placeOf(one, entry)}`;
 
   function point(index) {
     at = Math.max(0, Math.min(passages.length - 1, index));
     const one = passages[at];
-    cursor.setAttribute("x", x(one.start) - 1);
-    cursor.setAttribute("width", Math.max(3, x(one.end) - x(one.start) + 2));
+    cursor.setAttribute("x", x(one.start) - 4);
+    cursor.setAttribute("width", x(one.end) - x(one.start) + 8);
     readout.textContent = describe(one);
     slider.setAttribute("aria-valuenow", at + 1);
     slider.setAttribute("aria-valuetext", `${describe(one)}, passage ${count(at + 1)} of ${count(passages.length)}`);
