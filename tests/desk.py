@@ -89,7 +89,8 @@ def browser() -> Iterator[Any]:
 
 WATCH = """
 window.violations = [];
-document.addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective + " " + event.blockedURI));
+document.addEventListener("securitypolicyviolation",
+  (event) => violations.push(event.violatedDirective + " " + event.blockedURI));
 window.alert = () => violations.push("alert");
 window.told = [];
 document.addEventListener("DOMContentLoaded", () => new MutationObserver(() => {

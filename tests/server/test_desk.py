@@ -77,8 +77,8 @@ def drop(page: Any, path: Path) -> None:
         """([name, bytes]) => {
             const data = new DataTransfer();
             data.items.add(new File([new Uint8Array(bytes)], name, { type: "application/pdf" }));
-            for (const type of ["dragover", "drop"])
-                document.body.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));
+            const options = { dataTransfer: data, bubbles: true, cancelable: true };
+            for (const type of ["dragover", "drop"]) document.body.dispatchEvent(new DragEvent(type, options));
         }""",
         [path.name, list(path.read_bytes())],
     )
@@ -156,7 +156,7 @@ def test_quotations_are_marked_listed_and_lead_to_their_passage(desk, pdf):
     page = desk.page
     add(page, str(pdf))
     bind(
-        page, 'It is said: "The pass key is ', "[0-9]", "[0-9]", "[0-9]", "[0-9]", "[0-9]", '. Remember it." Or *nearly*: ',
+        page, 'It is said: "The pass key is ', *["[0-9]"] * 5, '. Remember it." Or *nearly*: ',
         f'"The pass key was {KEY}; remember it."\n\nBut not: "The captain sold seven parrots in Lisbon."',
     )  # fmt: skip
     turn = ask(page)
@@ -405,7 +405,9 @@ def test_the_policy_would_refuse_what_got_through(chromium, server):
             inline.innerHTML = "<img src=x onerror='violations.push(\\"ran\\")'><p style='color: red'>";
             document.body.append(image, inline);
             fetch("http://example.org/").catch(() => {});
-            document.body.append(Object.assign(document.createElement("script"), { textContent: "violations.push('ran')" }));
+            const script = document.createElement("script");
+            script.textContent = "violations.push('ran')";
+            document.body.append(script);
         }"""
     )
     watched.page.wait_for_function("violations.length >= 5")
@@ -418,7 +420,7 @@ def test_what_a_browser_kept_is_not_trusted(desk):
     page = desk.page
     add(page, file("prose.txt", prose(2000)))
     kept = {"turns": [
-        {"question": HOSTILE, "answer": HOSTILE, "quotes": [{"text": "a", "found": "exact", "start": "x"}], "html": HOSTILE},
+        {"question": HOSTILE, "answer": HOSTILE, "quotes": [{"text": "a", "found": "exact", "start": "x"}]},
         {"question": 1}, None, {"question": "fine", "answer": "**fine**", "quotes": 3},
     ]}  # fmt: skip
     identity = page.url.partition("#")[2]
