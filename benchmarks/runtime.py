@@ -34,7 +34,7 @@ from pi_gguf.documents.formats import Document  # noqa: E402
 from pi_gguf.llamacpp.library import compute, llama_cpp_library  # noqa: E402
 from pi_gguf.runtime.model import Model  # noqa: E402
 from pi_gguf.runtime.reading import ROOM, Reading  # noqa: E402
-from pi_gguf.runtime.session import Sampling  # noqa: E402
+from pi_gguf.runtime.sampling import Sampling  # noqa: E402
 from pi_gguf.runtime.states import States  # noqa: E402
 
 QUESTIONS = ("Who is the story about?", "Where does it take place?")

@@ -155,7 +155,7 @@ sampling = with_options(
 
 def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of `sampling` out of a command's, files read; what cannot work is said before one is opened."""
-    from pi_gguf.runtime.session import Sampling, SamplingKeywords
+    from pi_gguf.runtime.sampling import Sampling, SamplingKeywords
 
     for name in ("grammar", "json_schema"):
         if options[name] is not None:

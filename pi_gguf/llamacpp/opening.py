@@ -15,11 +15,14 @@ from pi_gguf.llamacpp.library import NativePath, compute, last_error, llama_cpp_
 from pi_gguf.llamacpp.watch import Watch
 
 
-def open_llama(path: str | Path, *, fast_buffers: bool, watch: Watch | None = None, **options: Any) -> Any:
+def open_llama(
+    path: str | Path, *, fast_buffers: bool, sequences: int = 1, watch: Watch | None = None, **options: Any
+) -> Any:
     """Open a file with llama-cpp-python's `Llama`, without its chat templates: it compiles each as soon as it opens.
 
     Args:
         fast_buffers: whether weights are held in the forms that are fast on this CPU; `Llama` has no argument for it.
+        sequences: how many the context has; several share one cache. Nor for this.
         watch: sees what the weights are multiplied with; nor for this.
         options: as `Llama` has them.
     """
@@ -42,6 +45,7 @@ def open_llama(path: str | Path, *, fast_buffers: bool, watch: Watch | None = No
 
         @context_params.setter
         def context_params(self, params: Any) -> None:
+            params.n_seq_max, params.kv_unified = sequences, sequences > 1
             if watch:
                 params.cb_eval = watch.callback
             self._context_params = params
@@ -110,7 +114,7 @@ def open_beside(llama: Any, watch: Watch) -> Iterator[Beside]:
     """
     llama_cpp = llama_cpp_library()
     params = type(llama.context_params).from_buffer_copy(llama.context_params)
-    params.cb_eval = watch.callback
+    params.cb_eval, params.n_seq_max, params.kv_unified = watch.callback, 1, False
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     log.clear()
     context = compute(llama_cpp.llama_init_from_model, llama.model, params)

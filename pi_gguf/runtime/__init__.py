@@ -1,5 +1,9 @@
 """A GGUF file run by llama.cpp, as applications use it.
 
+sampling: how the next token is chosen
+text: tokens to text as it comes
+sequence: what a sequence holds in the cache
+batch: tokens of several sequences, read at once
 session: one sequence of tokens: read, written, kept from call to call
 turns: one thread at a time
 offload: types of the cache and layers on a GPU that fit

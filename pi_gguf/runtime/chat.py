@@ -6,7 +6,7 @@ as Markdown.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from pi_gguf.documents.quotes import Quote, find_quotes
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.reading import DOCUMENT, INTRODUCTION, TASK, Reading, choose_form
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, check_fits, never, silent, stream
+from pi_gguf.runtime.sampling import Sampling
+from pi_gguf.runtime.session import Cancelled, Progress, Stopped, check_fits, never, silent
+from pi_gguf.runtime.text import stream
 
 
 @dataclass
@@ -135,14 +137,31 @@ class Conversation:
         """Return the tokens of all that was said, up to where the model answers."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages += [dict(one) for one in self.messages or [{"role": "user", "content": ""}]]
-        if self.reading is None:
-            return self.model.tokenize(self.model.render(messages), add_special=False)
-        first = next(one for one in messages if one["role"] == "user")
-        first["content"] = f"{INTRODUCTION}{DOCUMENT}{TASK}{first['content']}"
-        _, shown, rest = self.model.render(messages).partition(DOCUMENT)
-        if not shown:
-            raise GgufError(f"{self.model.path}: its chat template leaves out the first message", "begin anew: /read")
-        between = self.reading.form.between
-        if not rest.startswith(between):  # a template that writes a message otherwise when others follow
-            return [*self.reading.document_ids, *self.model.tokenize(rest, add_special=False)]
-        return [*self.reading.ids, *self.model.tokenize(rest[len(between) :], add_special=False)]
+        return conversation_ids(self.model, messages, self.reading)
+
+
+def conversation_ids(
+    model: Model, messages: Sequence[Mapping[str, Any]], reading: Reading | None = None, *, tools: Any = None
+) -> list[int]:
+    """Return the tokens of a conversation as the file's chat template writes it, up to where the model answers.
+
+    Args:
+        model: an open model with a chat template.
+        messages: what was said, objects with `role` and `content`; one of them by `user`.
+        reading: a document that it is about, which stands in the first message of the user.
+        tools: what the template shows the model as tools.
+
+    Raises:
+        GgufError: the file has no chat template, or none that can be run or shows a document.
+    """
+    if reading is None:
+        return model.chat_ids(messages, tools)
+    first = next(i for i, one in enumerate(messages) if one["role"] == "user")
+    asked = {**messages[first], "content": f"{INTRODUCTION}{DOCUMENT}{TASK}{messages[first]['content']}"}
+    _, shown, rest = model.render([*messages[:first], asked, *messages[first + 1 :]], tools).partition(DOCUMENT)
+    if not shown:
+        raise GgufError(f"{model.path}: its chat template leaves out the first message", "begin anew: /read")
+    between = reading.form.between
+    if not rest.startswith(between):  # a template that writes a message otherwise when others follow
+        return [*reading.document_ids, *model.rendered_ids(rest)]
+    return [*reading.ids, *model.rendered_ids(rest[len(between) :])]

@@ -24,13 +24,25 @@ _SINKS = 16
 """First tokens of what is read, at which heads look that look at nothing."""
 
 
+class Speller(Protocol):
+    """What knows the bytes of tokens."""
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """Return the bytes of a token."""
+
+
 class Looker(Protocol):
     """What looking needs of an open `Model`."""
 
     path: Path
-    kv_cache_bytes: int
     flash_attn: bool
-    session: Session
+
+    @property
+    def session(self) -> Speller:
+        """What knows the bytes of tokens."""
+
+    def looking_bytes(self) -> int:
+        """Return what `beside` takes of memory, about."""
 
     def tokenize(self, text: str, *, add_special: bool = True, special: bool = True) -> list[int]:
         """Return token ids."""
@@ -97,7 +109,7 @@ def look(model: Looker, ids: Sequence[int], answer: Sequence[int], bounds: Seque
         GgufError: the model has no attention that could be seen.
         ResourceError: there is no memory for the context beside.
     """
-    needed, free = model.kv_cache_bytes + model.session.state_bytes(), psutil.virtual_memory().available
+    needed, free = model.looking_bytes(), psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(
             f"{model.path}: seeing where it looks takes {human_bytes(needed)}, {human_bytes(free)} of memory free",

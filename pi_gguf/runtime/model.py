@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -30,24 +31,17 @@ from pi_gguf.llamacpp.quantizer import UNQUANTIZED
 from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work, machine
 from pi_gguf.llamacpp.watch import Watch
 from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.runtime.batch import Batch
 from pi_gguf.runtime.offload import choose_kv, choose_layers, gpu_memory
 from pi_gguf.runtime.reading import Reading
-from pi_gguf.runtime.session import (
-    Cancelled,
-    Progress,
-    Sampling,
-    SamplingKeywords,
-    Session,
-    Stopped,
-    check_fits,
-    never,
-    silent,
-    stream,
-)
+from pi_gguf.runtime.sampling import Sampling, SamplingKeywords
+from pi_gguf.runtime.sequence import CachedSequence
+from pi_gguf.runtime.session import Cancelled, Progress, Session, Stopped, check_fits, never, silent
 from pi_gguf.runtime.states import States, file_digest, file_mark, user_states
+from pi_gguf.runtime.text import stream
 from pi_gguf.runtime.turns import Turns
 from pi_gguf.scaling.rope import LONGROPE_TENSORS
-from pi_gguf.vocabulary.templates import render_chat
+from pi_gguf.vocabulary.templates import CUT, cut, render_chat
 
 _TEMPLATE_NAMES = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "seperator": "sep_token",
@@ -86,6 +80,7 @@ class Model(LanguageModel):
             `type_k` and `type_v` when None.
         n_threads: threads; all cores when None.
         lora: GGUF adapters to apply, of this model.
+        sequences: how many texts the one cache can hold at a time; this class uses the first (`server.engine` all).
         watch: sees what the weights are multiplied with.
 
     Raises:
@@ -107,6 +102,7 @@ class Model(LanguageModel):
         kv: Literal["auto"] | None = None,
         n_threads: int | None = None,
         lora: Sequence[str | Path] = (),
+        sequences: int = 1,
         watch: Watch | None = None,
     ) -> None:
         info = read_gguf(Path(path))
@@ -144,12 +140,13 @@ class Model(LanguageModel):
         opening = partial(
             _open, path, info, lora, n_ctx=self.n_ctx, n_ubatch=batch, type_k=CACHE_TYPES[type_k][0],
             type_v=CACHE_TYPES[type_v][0], flash_attn=self.flash_attn, op_offload=gpu, n_threads=threads,
-            n_threads_batch=threads, watch=watch,
+            n_threads_batch=threads, sequences=sequences, watch=watch,
         )  # fmt: skip
         fewer = gpu_layers == "auto" and layers != 0
         self._llama = _open_what_fits(opening, layers, info) if fewer else opening(n_gpu_layers=layers)
         self._watch, self._batch = watch, batch
         self.session = Session(self._llama, batch=batch, interrupted=self._stop)
+        self.sequences = [self.session, *(CachedSequence(self._llama, number) for number in range(1, sequences))]
 
     def __enter__(self) -> Model:
         return self
@@ -159,11 +156,18 @@ class Model(LanguageModel):
 
     def close(self) -> None:
         """Give back the weights and the cache; nothing can be asked afterwards."""
-        self.session.close()
+        for sequence in self.sequences:
+            sequence.close()
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
 
+    def batch(self) -> Batch:
+        """Return what reads several of the model's sequences at once."""
+        return Batch(self._llama, self._batch)
+
     @contextlib.contextmanager
-    def beside(self, watch: Watch, known: int) -> Iterator[Session]:
+    def beside(
+        self, watch: Watch, known: int, held: tuple[Sequence[int], np.ndarray] | None = None
+    ) -> Iterator[Session]:
         """Open a session beside the model's own that has read the same, in which a watch sees what is computed.
 
         It computes without flash attention; what was read with it has to be read again there.
@@ -172,16 +176,26 @@ class Model(LanguageModel):
             watch: sees it.
             known: how many ids are needed. With sliding windows the model's own cache forgets the others: of such only
                 what the last token sees is copied.
+            held: ids and the state after them, where that is not the session's own.
         """
-        if llama_cpp_library().llama_model_n_swa(self._llama.model):
-            self.session.rewind(min(known, len(self.session.ids)))
         with open_beside(self._llama, watch) as llama:
             beside = Session(llama, batch=self._batch)
-            state = np.empty(self.session.state_bytes(), np.uint8)
-            self.session.save(state)
-            beside.restore(state, self.session.ids)
-            del state
+            ids, state = held or self._held(known)
+            if len(state):
+                beside.restore(state, ids)
+            del state, held
             yield beside
+
+    def _held(self, known: int) -> tuple[Sequence[int], np.ndarray]:
+        if llama_cpp_library().llama_model_n_swa(self._llama.model):
+            self.session.rewind(min(known, len(self.session.ids)))
+        state = np.empty(self.session.state_bytes(), np.uint8)
+        self.session.save(state)
+        return self.session.ids, state
+
+    def looking_bytes(self) -> int:
+        """Return what `beside` takes of memory, about."""
+        return self.kv_cache_bytes + self.session.state_bytes()
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -271,8 +285,8 @@ class Model(LanguageModel):
             max_tokens: limit in tokens; up to 256, as the window allows, when None.
             cancelled: asked before each batch and token whether to stop, e.g. `threading.Event().is_set`.
             on_progress: told how many tokens of the prompt were read, how many must be, and how many were written.
-            sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repeat_penalty, seed, stop, grammar,
-                json_schema, logit_bias.
+            sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repeat_penalty,
+                frequency_penalty, presence_penalty, seed, stop, grammar, json_schema, logit_bias.
 
         Returns:
             Why it ended: `stop` at an end token or a stop string, `length` at the limit, or `cancelled`.
@@ -302,7 +316,7 @@ class Model(LanguageModel):
 
     def chat(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         max_tokens: int | None = None,
         cancelled: Cancelled = never,
@@ -327,8 +341,7 @@ class Model(LanguageModel):
             GgufError: the file has no chat template, or none that can be run.
             OptionError: conversation and `max_tokens` do not fit the window. Or a value of the sampling.
         """
-        # The template has written the begin token where it is wanted.
-        ids, how = self.tokenize(self.render(messages), add_special=False), Sampling(**sampling)
+        ids, how = self.chat_ids(messages), Sampling(**sampling)  # the template writes the begin token where it is due
         return (yield from self._continue(ids, max_tokens, how, cancelled, on_progress))
 
     @property
@@ -336,8 +349,14 @@ class Model(LanguageModel):
         """Whether the file states how a conversation is written."""
         return "tokenizer.chat_template" in self.info.metadata
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
         """Return a conversation as the file's chat template writes it, up to where the assistant answers.
+
+        Special tokens that a message spells out are cut by `templates.CUT`, by which `rendered_ids` knows them.
+
+        Args:
+            messages: objects with `role` and `content`.
+            tools: what the template shows the model as tools.
 
         Raises:
             GgufError: the file has no chat template, or none that can be run.
@@ -348,7 +367,28 @@ class Model(LanguageModel):
                 "it is a base model: pi-gguf run or Model.complete goes on from a text, pi-gguf ask takes a document",
             )
         template = self.info.metadata["tokenizer.chat_template"]
-        return render_chat(template, messages, self._special_tokens(), str(self.path))
+        plain, shown = cut(list(messages), self._controls), cut(tools and list(tools), self._controls)
+        return render_chat(template, plain, self._special_tokens(), str(self.path), tools=shown)
+
+    def rendered_ids(self, text: str) -> list[int]:
+        """Return the tokens of what `render` returned, or of a part of it: what messages spell out stays text."""
+        return [token for part in text.split(CUT) for token in self.tokenize(part, add_special=False)]
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+        """Return the tokens of a conversation, as `render` writes it."""
+        return self.rendered_ids(self.render(messages, tools))
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        """What spells out a token that is no text."""
+        llama_cpp, vocab = llama_cpp_library(), self.session.vocab
+        no_text = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        names = {
+            llama_cpp.llama_vocab_get_text(vocab, i).decode(errors="replace")
+            for i in range(self.n_vocab)
+            if llama_cpp.llama_vocab_get_attr(vocab, i) & no_text
+        } - {""}
+        return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
 
     def read(
         self,

@@ -22,8 +22,10 @@ from pi_gguf.gguf.certificate import Certificate
 from pi_gguf.gguf.file import GgufInfo
 from pi_gguf.measure.language_model import common_prefix
 from pi_gguf.runtime.looked import Looker, answer_ids, check_scores, look, token_bounds
-from pi_gguf.runtime.session import Cancelled, Progress, Sampling, Stopped, check_fits, never, silent, stream
+from pi_gguf.runtime.sampling import Sampling
+from pi_gguf.runtime.session import Cancelled, Progress, Session, Stopped, TooLong, check_fits, never, silent
 from pi_gguf.runtime.states import Kept, States
+from pi_gguf.runtime.text import stream
 from pi_gguf.runtime.turns import Turns
 
 ROOM = 1024
@@ -52,6 +54,11 @@ class Reader(Looker, Protocol):
     info: GgufInfo
     n_ctx: int
     turns: Turns
+    kv_cache_bytes: int
+
+    @property
+    def session(self) -> Session:
+        """What reads and writes."""
 
     @property
     def bos(self) -> list[int]:
@@ -226,6 +233,17 @@ class Answer:
         return asdict(self)
 
 
+class DocumentTooLong(TooLong):
+    """A document, with room for a question and its answer, does not fit the window."""
+
+    def __init__(self, what: str, tokens: int, writing: int, window: int, hint: str) -> None:
+        super().__init__(what, tokens, writing, window, hint)
+        self.args = (
+            f"{what}: {tokens:,} tokens and {writing:,} for question and answer do not fit the window of {window:,} "
+            "tokens",
+        )
+
+
 class Reading:
     """A document that an open model has read. Use it as a context manager, or call `close`.
 
@@ -263,11 +281,8 @@ class Reading:
         self.room = min(ROOM, model.n_ctx // 8)
         if len(self.ids) > model.n_ctx - self.room:
             parts = -(-len(self.ids) * part[1] // (model.n_ctx - self.room)) if part[1] == 1 else part[1] + 1
-            raise OptionError(
-                f"{self._name}: {len(self.ids):,} tokens and {self.room:,} for question and answer do not fit the "
-                f"window of {model.n_ctx:,} tokens",
-                f"read it in parts, --part 1/{parts}, or take a file with a longer window",
-            )
+            hint = f"read it in parts, --part 1/{parts}, or take a file with a longer window"
+            raise DocumentTooLong(self._name, len(self.ids), self.room, model.n_ctx, hint)
         self._kept: Kept | None = None
 
     def __enter__(self) -> Reading:
@@ -293,11 +308,15 @@ class Reading:
             probe: read the first tokens to see how fast that goes; they need not be read again.
         """
         self._check_open()
-        model, session = self.model, self.model.session
-        with model.turns():
+        session = self.model.session
+        with self.model.turns():
             self._restore()
             known, seconds = self._probe() if probe else (session.known(self.ids), 0.0)
-        certificate = None
+        return self.fit_with(known, seconds)
+
+    def fit_with(self, known: int, seconds: float) -> Fit:
+        """Say what reading takes, where it is known how many tokens need not be read, and how long the others take."""
+        model, certificate = self.model, None
         with contextlib.suppress(GgufError):  # one of another file, or that is damaged
             certificate = Certificate.read(model.info.header)
         return Fit(
@@ -426,7 +445,7 @@ class Reading:
             raise TextError("the question is empty", "write one")
         stop = (*sampling.pop("stop", ()), *self.form.stop)
         how = Sampling(**sampling, stop=stop)
-        ids = self._asked(question)
+        ids = self.asked_ids(question)
         hint = f"{self.model.n_ctx - len(self.ids)} are left behind {self._name}: ask shorter, or smaller --max-tokens"
         room = check_fits("document and question", len(ids), self.model.n_ctx, max_tokens, hint)
         started, first, written = time.perf_counter(), 0.0, 0
@@ -462,7 +481,8 @@ class Reading:
             question, text, find_quotes(text, self.document), ended, written, first, time.perf_counter() - started
         )
 
-    def _asked(self, question: str) -> list[int]:
+    def asked_ids(self, question: str) -> list[int]:
+        """Return the tokens of the document and a question behind it, up to where the answer begins."""
         return [*self.ids, *self.model.tokenize(question, add_special=False, special=False), *self._after]
 
     def passages(self, answer: Answer) -> list[tuple[Passage, float]]:
@@ -482,15 +502,22 @@ class Reading:
         """
         if not self.ids or not answer.text:
             raise TextError(f"{self._name}: {'the answer is empty' if self.ids else 'its reading was closed'}", "ask")
-        model, (start, end) = self.model, self._range
+        model = self.model
         check_scores(model)
+        passages, bounds = self.passage_bounds()
+        with model.turns():
+            self._read(never, silent)
+            ids, written = self.asked_ids(answer.question), answer_ids(model, answer.text)
+            shares = look(model, ids, written, bounds)
+        return sorted(zip(passages, map(float, shares), strict=True), key=lambda found: -found[1])
+
+    def passage_bounds(self) -> tuple[list[Passage], list[int]]:
+        """Return what was read in passages; the number of the token of `ids` with which each begins, and where the
+        last one ends."""
+        model, (start, end) = self.model, self._range
         text = self.document.text[start:end]
         passages = [passage for passage in self.document.passages() if start <= passage.start < end]
         tokens = model.tokenize(text, add_special=False, special=False)
         first = len(self.document_ids) - len(tokens)
         bounds = token_bounds(list(map(model.session.piece, tokens)), text, [p.start - start for p in passages])
-        with model.turns():
-            self._read(never, silent)
-            ids, written = self._asked(answer.question), answer_ids(model, answer.text)
-            shares = look(model, ids, written, [first + bound for bound in bounds])
-        return sorted(zip(passages, map(float, shares), strict=True), key=lambda found: -found[1])
+        return passages, [first + bound for bound in bounds]

@@ -8,6 +8,7 @@ conversation, as transformers makes it. It is run in a process of its own, sandb
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ MAX_SOURCE = 2**19
 
 MAX_OUTPUT = 2**26
 """Characters of a conversation's text."""
+
+CUT = "\ufdd0"
+"""Cuts the name of a special token that stands in a message, which is no token there; Unicode has it for such uses."""
 
 _MEMORY_BYTES = 2**30
 _CPU_SECONDS = 5
@@ -66,7 +70,18 @@ def check_template(source: Any, name: str) -> None:
         raise CheckpointError(f"{name} is broken (no filter or test {unknown[0]!r})", "correct or remove it")
 
 
-def render_chat(template: Any, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], path: str) -> str:
+def cut(value: Any, names: re.Pattern[str]) -> Any:
+    """Return what a template is given with `CUT` behind the first character of each name that a text of it has."""
+    if isinstance(value, str):
+        return names.sub(lambda match: match[0][0] + CUT + match[0][1:], value.replace(CUT, ""))
+    if isinstance(value, Mapping):
+        return {key: cut(item, names) for key, item in value.items()}
+    return [cut(item, names) for item in value] if isinstance(value, list | tuple) else value
+
+
+def render_chat(
+    template: Any, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str], path: str, *, tools: Any = None
+) -> str:
     """Return the text of a conversation, up to where the answer begins.
 
     Args:
@@ -74,6 +89,7 @@ def render_chat(template: Any, messages: Sequence[Mapping[str, Any]], tokens: Ma
         messages: objects with `role` and `content`.
         tokens: special tokens by the names that templates know: `bos_token`, `eos_token` and so on.
         path: of the file, for messages.
+        tools: what the template shows as tools.
 
     Raises:
         GgufError: the template is broken, refuses the conversation, or takes too much memory or time.
@@ -83,7 +99,7 @@ def render_chat(template: Any, messages: Sequence[Mapping[str, Any]], tokens: Ma
         check_template(template, name)
     except CheckpointError as error:
         raise GgufError(str(error), _PLAIN) from error
-    variables = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True, **tokens}
+    variables = {"messages": list(messages), "tools": tools, "documents": None, "add_generation_prompt": True, **tokens}
     asked = json.dumps({"template": template, "variables": variables}).encode()
     try:
         done = run_child(

@@ -18,7 +18,9 @@ import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, TextError
 from pi_gguf.llamacpp.library import llama_cpp_library
 from pi_gguf.runtime.model import Model
-from pi_gguf.runtime.session import Sampling, SamplingKeywords, Session, StopText
+from pi_gguf.runtime.sampling import Chooser, Sampling, SamplingKeywords
+from pi_gguf.runtime.session import Session
+from pi_gguf.runtime.text import StopText
 
 PROMPTS = ("Once upon a time", "The captain looked at the sea and", "a", "1, 2, 3, 4,")
 
@@ -90,6 +92,17 @@ def test_a_seed_repeats_a_text_and_another_gives_another(model):
 @pytest.mark.parametrize("only", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.9999}])
 def test_drawing_from_one_token_is_greedy(model, only):
     assert text(model, temperature=2.0, seed=5, **only) == text(model)
+
+
+def test_a_frequency_penalty_grows_with_each_time_a_presence_penalty_does_not(model):
+    logits = np.zeros(model.n_vocab, np.float32)
+    logits[[7, 8, 9]] = 3.0, 2.5, 1.2  # 7 was read three times, 8 once, 9 never
+    for how, first in (({}, 7), ({"frequency_penalty": 0.4}, 8), ({"frequency_penalty": 1.4}, 9)):
+        with Chooser(model.session.vocab, model.n_vocab, Sampling(**how), [7, 7, 7, 8]) as chooser:
+            assert chooser.choose(logits) == first
+    for how, first in (({"presence_penalty": 1.7}, 7), ({"presence_penalty": 1.9}, 9)):
+        with Chooser(model.session.vocab, model.n_vocab, Sampling(**how), [7, 7, 7, 8]) as chooser:
+            assert chooser.choose(logits) == first
 
 
 def test_a_repeat_penalty_counts_the_prompt_and_what_was_written(model):
@@ -195,6 +208,8 @@ def test_a_wrong_schema_is_refused(schema):
         ({"top_p": 1.1}, "top-p must be"),
         ({"min_p": 1}, "min-p must be at least 0 and below 1, got 1"),
         ({"repeat_penalty": 0}, "repeat-penalty must be above 0, got 0"),
+        ({"frequency_penalty": 2.5}, "frequency-penalty must be from -2 to 2, got 2.5"),
+        ({"presence_penalty": -3}, "presence-penalty must be from -2 to 2, got -3"),
         ({"seed": -1}, "seed must be 0 to 4294967294, got -1"),
         ({"seed": 2**32 - 1}, "seed must be"),
         ({"stop": ["a", ""]}, "stop must not be empty"),
@@ -212,7 +227,7 @@ def test_values_that_cannot_work_are_refused(options, message):
 def test_keywords_are_the_fields():
     hints = typing.get_type_hints(Sampling)
     assert typing.get_type_hints(SamplingKeywords) == {f.name: hints[f.name] for f in fields(Sampling)}
-    assert len(hints) == 10
+    assert len(hints) == 12
 
 
 # Text

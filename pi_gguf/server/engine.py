@@ -1,0 +1,687 @@
+"""Many texts at a time in one context of llama.cpp: continuous batching.
+
+In: jobs, each a prompt and how it goes on. Out: events, as text comes. One thread reads batch after batch; each has the
+next token of every text that is written, and behind these as much as has room of what is still to be read. So a long
+prompt does not stop an answer, and what two texts have in common from their beginning is read and stored once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pi_gguf.errors import GgufError, OptionError, PiGgufError, ResourceError, TextError
+from pi_gguf.measure.language_model import common_prefix
+from pi_gguf.runtime.model import Model
+from pi_gguf.runtime.sampling import Chooser, Sampling
+from pi_gguf.runtime.sequence import CachedSequence
+from pi_gguf.runtime.session import TooLong
+from pi_gguf.runtime.states import States
+from pi_gguf.runtime.text import StopText
+
+T = TypeVar("T")
+
+QUEUE = 64
+"""Jobs that wait at most."""
+
+TOP = 20
+"""Most probable tokens that are told at most."""
+
+_AHEAD = 64
+"""Tokens of an answer for which the cache must have room before it begins; more may have to wait for others to end."""
+
+
+class QueueFull(PiGgufError):
+    """Too many wait already.
+
+    Args:
+        waiting: how many.
+        retry_after: after about how many seconds to come again.
+    """
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests wait already", f"try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+# What is asked for, and what is told
+
+
+@dataclass(frozen=True)
+class Job:
+    """A text to read, and how it goes on.
+
+    Args:
+        ids: the prompt, one token or more.
+        limit: tokens to write at most; with 0 the prompt is only read.
+        sampling: how each is chosen, and what ends the text.
+        top: tell the log-probabilities of what is written, and of so many most probable tokens, up to 20.
+        prompt_top: the same for the tokens of the prompt; all of it is then read.
+        special: whether special tokens are part of the text.
+        background: whether it lets all others go first.
+        kept: whether the prompt begins with a document that may be kept on disk.
+    """
+
+    ids: Sequence[int]
+    limit: int
+    sampling: Sampling = field(default_factory=Sampling)
+    top: int | None = None
+    prompt_top: int | None = None
+    special: bool = False
+    background: bool = False
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token with the natural logarithm of its probability, before what `Sampling` does to it.
+
+    Args:
+        token: its id.
+        piece: its bytes.
+        logprob: of it.
+        top: id, bytes and logarithm of the most probable ones, the first of them first.
+    """
+
+    token: int
+    piece: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Read:
+    """So many tokens of a prompt were read of those that must be; `known` more were in the cache."""
+
+    read: int
+    to_read: int
+    known: int
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """The tokens of the prompt; None for the first, which nothing predicts."""
+
+    choices: tuple[Choice | None, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Text that is certain; with `Job.top` the tokens chosen since then, whose text may follow later."""
+
+    text: str
+    choices: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a job.
+
+    Args:
+        why: stop, length or cancelled.
+        prompt: tokens of it.
+        known: how many of these were in the cache, or kept on disk.
+        written: tokens.
+        read_seconds: from the first batch to the first token.
+        write_seconds: from there to the end.
+        waited_seconds: from the asking to the first token.
+    """
+
+    why: str
+    prompt: int
+    known: int
+    written: int
+    read_seconds: float
+    write_seconds: float
+    waited_seconds: float
+
+
+Event = Read | PromptScored | Written | Ended
+
+
+@dataclass
+class Figures:
+    """What an engine has done, and does now; all but the first five only grow."""
+
+    slots: int
+    busy: int = 0
+    waiting: int = 0
+    cache_tokens: int = 0
+    cache_used: int = 0
+    read_tokens: int = 0
+    known_tokens: int = 0
+    written_tokens: int = 0
+    requests: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    preempted: int = 0
+    batches: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+
+# How far a job is
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A sequence of the context, and whose it is.
+
+    Args:
+        sequence: it.
+        cells: a number for each place of the cache that it holds; two sequences that share a place have one in common.
+        work: what it is used for now.
+        used: when it was given or left.
+    """
+
+    sequence: CachedSequence
+    cells: list[int] = field(default_factory=list)
+    work: _Work | None = None
+    used: float = 0.0
+
+
+@dataclass(eq=False)
+class _Work:
+    """A job on its way.
+
+    Args:
+        job: it.
+        tell: what is called with each event, or the error that ends it, from the engine's thread.
+        chooser: chooses its tokens.
+        asked: when.
+    """
+
+    job: Job
+    tell: Callable[[Event | Exception], None]
+    chooser: Chooser
+    asked: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False
+    slot: _Slot | None = None
+    admitted: int = 0
+    known: int | None = None
+    written: int = 0
+    began: float = 0.0
+    first: float = 0.0
+    ids: list[int] = field(init=False)
+    text: StopText = field(init=False)
+    scored: list[Choice | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids, self.text, self.scored = list(self.job.ids), StopText(self.job.sampling.stop), [None]
+
+    @property
+    def wanted(self) -> list[int]:
+        """What the cache may hold of it: not the last token, after which the next is chosen."""
+        if self.job.prompt_top is not None and not self.written:
+            return []  # each of its tokens is to be scored
+        return self.ids[:-1] if self.job.limit else self.ids
+
+    @property
+    def done(self) -> int:
+        """How many of its tokens are in the cache."""
+        return len(self.slot.sequence.ids) if self.slot else 0
+
+    def ended(self, why: str) -> Ended:
+        now = time.perf_counter()
+        first = self.first or now
+        began = self.began or now
+        return Ended(
+            why, len(self.job.ids), self.known or 0, self.written, first - began, now - first, first - self.asked
+        )
+
+
+class Engine:
+    """Reads and writes many texts at a time with one model, which is the engine's while it runs.
+
+    Args:
+        model: opened with one sequence more than texts are worked on at a time: one copies what is to be kept.
+        states: where documents are kept; None keeps nothing.
+        queue: jobs that may wait.
+    """
+
+    def __init__(self, model: Model, *, states: States | None = None, queue: int = QUEUE) -> None:
+        if len(model.sequences) < 2:
+            raise OptionError("the model must be opened with two sequences or more")
+        self.model, self.states, self._queue = model, states, queue
+        *mine, self._spare = model.sequences
+        self._slots = [_Slot(sequence) for sequence in mine]
+        self.slots = len(self._slots)
+        self._batch = model.batch()
+        self._waiting: deque[_Work] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._figures = Figures(self.slots, cache_tokens=model.n_ctx)
+        self._numbers, self._orders = itertools.count(), itertools.count(1)
+        self._lasting = 1.0
+        """Seconds that a job takes, about."""
+        self._closing = False
+        self._awake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End what goes on, as if it were cancelled, and let go of the model."""
+        with self._awake:
+            self._closing = True
+            self._awake.notify()
+        self._thread.join()
+
+    # Asked from other threads
+
+    def check(self, what: str, tokens: int, max_tokens: int | None) -> int:
+        """Return how many tokens are left behind a prompt.
+
+        Raises:
+            OptionError: `max_tokens` is none.
+            TextError: there is no token.
+            TooLong: prompt and `max_tokens` do not fit the window; nothing is ever cut.
+        """
+        if max_tokens is not None and max_tokens < 0:
+            raise OptionError(f"max_tokens must be at least 0, got {max_tokens}")
+        if tokens == 0:
+            raise TextError(f"{what} without a token", "write some")
+        window, writing = self.model.n_ctx, 1 if max_tokens is None else max_tokens
+        if tokens + writing > window:
+            raise TooLong(what, tokens, writing, window, f"shorten it by {tokens + writing - window} tokens")
+        return window - tokens
+
+    async def run(self, job: Job) -> AsyncGenerator[Event, None]:
+        """Do a job, and yield what comes of it; the last event is `Ended`. Leaving early frees its place.
+
+        Raises:
+            GgufError: the logits are no numbers.
+            OptionError: grammar or biases leave no token.
+            QueueFull: too many wait.
+            ResourceError: llama.cpp has no room to compute.
+            TooLong: it does not fit the window.
+        """
+        loop, told = asyncio.get_running_loop(), asyncio.Queue[Event | Exception]()
+
+        def tell(event: Event | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # a loop that was closed in between
+                loop.call_soon_threadsafe(told.put_nowait, event)
+
+        work = self._enter(job, tell)
+        try:
+            while True:
+                event = await told.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Ended):
+                    return
+        finally:
+            self._leave(work)
+
+    def _enter(self, job: Job, tell: Callable[[Event | Exception], None]) -> _Work:
+        self.check("a prompt", len(job.ids), job.limit)
+        session = self.model.session
+        with self._awake:
+            if self._closing:
+                raise ResourceError("the server ends", "start it again")
+            if len(self._waiting) >= self._queue and not job.background:
+                raise QueueFull(len(self._waiting), self._retry_after())
+        work = _Work(job, tell, Chooser(session.vocab, session.n_vocab, job.sampling, job.ids))
+        with self._awake:
+            self._waiting.append(work)
+            self._figures.requests += 1
+            self._awake.notify()
+        return work
+
+    def _retry_after(self) -> int:
+        return max(1, min(60, round(self._lasting * len(self._waiting) / self.slots)))
+
+    def _leave(self, work: _Work) -> None:
+        with self._awake:
+            work.cancelled = True
+            self._awake.notify()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function between two batches, in the engine's thread."""
+        future: Future[T] = Future()
+        with self._awake:
+            if self._closing:
+                raise ResourceError("the server ends", "start it again")
+            self._calls.append((future, function))
+            self._awake.notify()
+        return future
+
+    def figures(self) -> Figures:
+        """Return what was done, and is done now."""
+        with self._awake:
+            now = Figures(**vars(self._figures))
+            now.busy, now.waiting = sum(slot.work is not None for slot in self._slots), len(self._waiting)
+            now.cache_used = len(set().union(*(slot.cells for slot in self._slots)))
+        return now
+
+    def known(self, ids: Sequence[int]) -> int:
+        """Return how many of `ids` some sequence holds from their beginning."""
+        return max(slot.sequence.known(ids) for slot in self._slots)
+
+    def saved(self, ids: Sequence[int]) -> tuple[int, np.ndarray]:
+        """Return how many of `ids` are held, and the state after them as llama.cpp saves it; by `call` only."""
+        best = max(self._slots, key=lambda slot: slot.sequence.known(ids)).sequence
+        known, source = best.known(ids), best
+        if known < len(best.ids):
+            known, source = self._spare.copy(best, known), self._spare
+        try:
+            state = np.empty(source.state_bytes() if known else 0, np.uint8)
+            if known and source.save(state) != len(state):
+                raise ResourceError(f"{self.model.path.name}: llama.cpp does not give its state")
+            return known, state
+        finally:
+            self._spare.clear()
+
+    # The engine's own thread
+
+    def _run(self) -> None:
+        with self.model.turns():
+            while True:
+                with self._awake:
+                    while not (self._closing or self._calls or self._waiting or self._busy()):
+                        self._awake.wait()
+                    calls, closing = [self._calls.popleft() for _ in range(len(self._calls))], self._closing
+                self._drop_cancelled()
+                for future, function in calls:
+                    _answer(future, function)
+                if closing:
+                    break
+                try:
+                    self._admit()
+                    self._step()
+                except Exception as error:
+                    self._fail(error)
+            self._end_all()
+
+    def _busy(self) -> list[_Work]:
+        """The jobs that have a slot, in the order in which they got it."""
+        return sorted((slot.work for slot in self._slots if slot.work), key=lambda work: work.admitted)
+
+    def _end_all(self) -> None:
+        with self._awake:
+            left, calls = [*self._busy(), *self._waiting], list(self._calls)
+            self._waiting.clear()
+        for work in left:
+            self._finish(work, "cancelled")
+        for future, _ in calls:
+            future.cancel()
+        for slot in self._slots:
+            slot.sequence.clear()
+
+    def _fail(self, error: Exception) -> None:
+        """End all that goes on: what the cache holds is not known any more."""
+        for work in self._busy():
+            self._lose(work, error)
+        for slot in self._slots:
+            slot.sequence.clear()
+            slot.cells = []
+
+    def _lose(self, work: _Work, error: Exception) -> None:
+        self._free(work)
+        work.chooser.close()
+        self._figures.failed += 1
+        work.tell(error)
+
+    def _drop_cancelled(self) -> None:
+        with self._awake:
+            gone = [work for work in self._waiting if work.cancelled]
+            self._waiting = deque(work for work in self._waiting if not work.cancelled)
+        for work in [*gone, *(work for work in self._busy() if work.cancelled)]:
+            self._finish(work, "cancelled")
+
+    def _free(self, work: _Work) -> None:
+        """Take a job off its slot, which keeps what was read."""
+        if slot := work.slot:
+            slot.work, slot.used, work.slot = None, time.monotonic(), None
+
+    def _finish(self, work: _Work, why: str) -> None:
+        self._free(work)
+        work.chooser.close()
+        ended, figures = work.ended(why), self._figures
+        figures.cancelled += why == "cancelled"
+        figures.read_seconds += ended.read_seconds
+        figures.write_seconds += ended.write_seconds
+        if not work.job.background:
+            self._lasting += 0.2 * (ended.read_seconds + ended.write_seconds - self._lasting)
+        work.tell(ended)
+
+    # Who gets a sequence
+
+    def _admit(self) -> None:
+        """Give the jobs that wait a slot, as far as there are slots and the cache has room."""
+        while work := self._next():
+            slot = self._place(work)
+            while slot is None and not work.job.background and self._pause_background():
+                slot = self._place(work)
+            if slot is None:
+                return
+            with self._awake:
+                self._waiting.remove(work)
+            work.slot, slot.work, work.admitted = slot, work, next(self._orders)
+            work.began = work.began or time.perf_counter()
+            if work.known is None:
+                self._figures.known_tokens += work.done
+            work.known = min(work.done, work.done if work.known is None else work.known)
+            work.tell(Read(0, len(work.ids) - work.done, work.done))
+            if work.done == len(work.ids):
+                self._finish(work, "length")
+
+    def _next(self) -> _Work | None:
+        with self._awake:
+            return min(self._waiting, key=lambda work: work.job.background, default=None)
+
+    def _place(self, work: _Work) -> _Slot | None:
+        """Return a slot that holds as much of a job as is known; None while there is none, or no room in the cache."""
+        free = [slot for slot in self._slots if slot.work is None]
+        if not free:
+            return None
+        wanted = work.wanted
+        best = max(self._slots, key=lambda slot: (slot.sequence.known(wanted), slot.work is None))
+        common = best.sequence.known(wanted)
+        if best.work is None and 2 * common >= len(best.sequence.ids) > 0:
+            target = best
+        else:  # what others may ask for again is left as it is, as far as there are other slots
+            others = [slot for slot in free if slot is not best] or free
+            target = min(others, key=lambda slot: (bool(slot.sequence.ids), slot.used))
+        if not self._has_room(work, common, {target, best}):
+            return None
+        if target is best:
+            target.sequence.rewind(common)
+            target.cells = target.cells[: len(target.sequence.ids)]
+        elif common:
+            target.cells = best.cells[: target.sequence.copy(best.sequence, common)]
+        else:
+            target.sequence.clear()
+            target.cells = []
+        if work.job.kept:
+            self._restore(target, wanted)
+        return target
+
+    def _has_room(self, work: _Work, common: int, spared: set[_Slot]) -> bool:
+        """Tell whether the cache has room for a job beside what goes on; idle sequences give way for it."""
+        need = _need(work) - common
+        busy = self._busy()
+        promised = sum(_need(other) - other.done for other in busy)
+        held: set[int] = set().union(*(other.slot.cells for other in busy if other.slot))
+        if busy and len(held) + promised + need > self.model.n_ctx:
+            return False
+        while self._used() + promised + need > self.model.n_ctx and self._drop_idle(spared):
+            pass
+        return True
+
+    def _used(self) -> int:
+        return len(set().union(*(slot.cells for slot in self._slots)))
+
+    def _drop_idle(self, spared: set[_Slot]) -> bool:
+        """Empty the sequence that nobody has used for longest; False where none is left."""
+        idle = [slot for slot in self._slots if slot.work is None and slot.cells and slot not in spared]
+        if not idle:
+            return False
+        slot = min(idle, key=lambda slot: slot.used)
+        slot.sequence.clear()
+        slot.cells = []
+        return True
+
+    def _restore(self, slot: _Slot, wanted: Sequence[int]) -> None:
+        """Bring back what is kept on disk, where that is more than the sequence holds."""
+        if self.states is None or len(slot.sequence.ids) >= len(wanted):
+            return
+        with self.states.longest(self.model.identity, wanted, self.model.n_ctx) as found:
+            if not found or common_prefix(found.ids, wanted) <= len(slot.sequence.ids):
+                return
+            slot.sequence.clear()
+            slot.cells = []
+            while self._used() + len(found.ids) > self.model.n_ctx and self._drop_idle({slot}):
+                pass
+            if slot.sequence.restore(found.state, found.ids):
+                slot.sequence.rewind(common_prefix(found.ids, wanted))
+            slot.cells = self._cells(len(slot.sequence.ids))
+
+    def _cells(self, count: int) -> list[int]:
+        return list(itertools.islice(self._numbers, count))
+
+    def _pause_background(self) -> bool:
+        """Let a job in the background wait again, for one that is not; what it has read stays while there is room."""
+        background = [work for work in self._busy() if work.job.background]
+        if background:
+            self._wait_again(background[-1])
+        return bool(background)
+
+    def _wait_again(self, work: _Work) -> None:
+        self._free(work)
+        self._figures.preempted += 1
+        with self._awake:
+            self._waiting.appendleft(work)
+
+    # One batch
+
+    def _step(self) -> None:
+        """Read a batch: a token of each text that is written, and of the others what has room."""
+        self._batch.clear()
+        parts: list[tuple[_Work, int, int]] = []  # with the place of the first logits, and how many there are
+        busy = self._busy()
+        for work in sorted(busy, key=lambda work: (len(work.ids) - work.done > 1, work.job.background)):
+            part = work.ids[work.done : work.done + self._batch.size - len(self._batch)]
+            if not part or not work.slot:
+                continue
+            at_end = work.done + len(part) == len(work.ids)
+            outputs = len(part) if work.job.prompt_top is not None and not work.written else int(at_end)
+            parts.append((work, self._batch.add(work.slot.sequence, part, outputs), outputs))
+        if not parts:
+            return
+        if not self._batch.read():
+            self._make_room(busy)
+            return
+        self._figures.batches += 1
+        for work, place, outputs in parts:
+            self._take(work, place, outputs)
+
+    def _make_room(self, busy: list[_Work]) -> None:
+        """Empty an idle sequence, or let the youngest job wait: it will read again what was read of it."""
+        if self._drop_idle(set()):
+            return
+        if len(busy) < 2:
+            raise ResourceError(f"{self.model.path.name}: llama.cpp's cache has no room for a batch")
+        work = max(busy, key=lambda work: (work.job.background, work.admitted))
+        slot = work.slot
+        self._wait_again(work)
+        if slot:
+            slot.sequence.clear()
+            slot.cells = []
+
+    def _take(self, work: _Work, place: int, outputs: int) -> None:
+        """Take what a batch gave a job."""
+        assert work.slot
+        before = len(work.slot.cells)
+        work.slot.cells += self._cells(work.done - before)
+        reading = before < len(work.job.ids) and not work.written
+        if reading:
+            self._figures.read_tokens += work.done - before
+            known = work.known or 0
+            work.tell(Read(work.done - known, len(work.job.ids) - known, known))
+        try:
+            if reading and work.job.prompt_top is not None:
+                self._score(work, before, place, outputs)
+            if work.done < len(work.ids):
+                return
+            if work.job.limit == 0:
+                self._finish(work, "length")
+                return
+            self._write(work, self._batch.logits(place + outputs - 1))
+        except PiGgufError as error:
+            self._lose(work, error)
+
+    def _write(self, work: _Work, logits: np.ndarray) -> None:
+        """Choose the next token, and tell it."""
+        if math.isnan(logits.max()):
+            raise GgufError(
+                f"{self.model.path.name}: its logits are no numbers", "its weights may be damaged: copy it again"
+            )
+        session = self.model.session
+        token = work.chooser.choose(logits)
+        work.first = work.first or time.perf_counter()
+        if token is None or session.is_end(token):
+            self._tell_rest(work, "stop")
+            return
+        work.ids.append(token)
+        work.written += 1
+        self._figures.written_tokens += 1
+        piece = session.piece(token, work.job.special)
+        text = work.text.add(piece)
+        choices = () if work.job.top is None else (self._choice(token, logits, work.job.top, work.job.special),)
+        if text or choices:
+            work.tell(Written(text, choices))
+        if work.text.ended:
+            self._finish(work, "stop")
+        elif work.written >= work.job.limit:
+            self._tell_rest(work, "length")
+
+    def _tell_rest(self, work: _Work, why: str) -> None:
+        if rest := work.text.rest():
+            work.tell(Written(rest))
+        self._finish(work, why)
+
+    def _score(self, work: _Work, before: int, place: int, outputs: int) -> None:
+        """Score the tokens of a prompt of which a batch has the logits before them."""
+        top = work.job.prompt_top or 0
+        for i in range(outputs):
+            if before + i + 1 < len(work.job.ids):
+                logits = self._batch.logits(place + i)
+                work.scored.append(self._choice(work.job.ids[before + i + 1], logits, top, special=True))
+        if len(work.scored) == len(work.job.ids):
+            work.tell(PromptScored(tuple(work.scored)))
+
+    def _choice(self, token: int, logits: np.ndarray, top: int, special: bool) -> Choice:
+        piece, most = self.model.session.piece, float(logits.max())
+        total = most + math.log(np.exp(logits - most).sum(dtype=np.float64))
+        first = np.argpartition(logits, -top)[-top:] if 0 < top < len(logits) else np.arange(min(top, len(logits)))
+        ordered = first[np.argsort(-logits[first], kind="stable")]
+        return Choice(
+            token, piece(token, special), float(logits[token]) - total,
+            tuple((int(i), piece(int(i), special), float(logits[i]) - total) for i in ordered),
+        )  # fmt: skip
+
+
+def _need(work: _Work) -> int:
+    """Return how many tokens the cache must have room for."""
+    return len(work.ids) + min(work.job.limit - work.written, _AHEAD)
+
+
+def _answer(future: Future[Any], function: Callable[[], Any]) -> None:
+    """Run a function, and give its result, or what it raises, to who waits for it."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)

@@ -1,0 +1,343 @@
+"""Continuous batching: each text is what it is alone, what is common is read once, and nothing stops the others."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import pi_gguf
+from pi_gguf import bundled
+from pi_gguf.errors import OptionError, TextError
+from pi_gguf.runtime.model import Model
+from pi_gguf.runtime.sampling import Sampling
+from pi_gguf.runtime.session import TooLong
+from pi_gguf.runtime.states import States
+from pi_gguf.server.engine import Choice, Ended, Engine, Job, PromptScored, QueueFull, Read, Written
+
+NOVEL = next(iter(bundled.novels("train").values()))
+TEXTS = [NOVEL[start : start + 700] for start in range(0, 8000, 1000)]
+WINDOW = 2048
+
+
+@pytest.fixture(scope="module")
+def model(tiny_gguf) -> Iterator[Model]:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=5) as model:
+        yield model
+
+
+@pytest.fixture
+def engine(model) -> Iterator[Engine]:
+    engine = Engine(model)
+    yield engine
+    engine.close()
+    assert all(sequence.ids == [] for sequence in model.sequences)
+
+
+async def events(engine: Engine, job: Job) -> list:
+    return [event async for event in engine.run(job)]
+
+
+def done(engine: Engine, *jobs: Job) -> list[list]:
+    async def all_of_them() -> list[list]:
+        return await asyncio.gather(*(events(engine, job) for job in jobs))
+
+    return asyncio.run(all_of_them())
+
+
+def emptied(engine: Engine) -> None:
+    engine.call(lambda: [engine._drop_idle(set()) for _ in range(8)]).result()
+    assert engine.figures().cache_used == 0
+
+
+def text(told: list) -> str:
+    return "".join(event.text for event in told if isinstance(event, Written))
+
+
+def job(model: Model, prompt: str, limit: int = 24, **options: object) -> Job:
+    return Job(model.tokenize(prompt), limit, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_gguf) -> list[str]:
+    """What the model writes after each text, by `Model.complete`."""
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW) as model:
+        return ["".join(model.complete(prompt, max_tokens=24)) for prompt in TEXTS]
+
+
+def test_many_at_once_write_what_each_writes_alone(engine, model, alone):
+    told = done(engine, *(job(model, prompt) for prompt in TEXTS))
+    assert [text(one) for one in told] == alone
+    for one, prompt in zip(told, TEXTS, strict=True):
+        assert isinstance(one[-1], Ended) and one[-1].prompt == len(model.tokenize(prompt))
+        assert one[-1].why in ("length", "stop") and one[-1].written <= 24
+    figures = engine.figures()
+    assert figures.requests == len(TEXTS) and figures.busy == figures.waiting == 0
+    assert figures.written_tokens == sum(one[-1].written for one in told)
+
+
+def test_they_share_batches(engine, model):
+    """Four texts of 24 tokens take about the batches of one, not of four."""
+    done(engine, job(model, TEXTS[0]))
+    before = engine.figures().batches
+    done(engine, *(job(model, prompt) for prompt in TEXTS[1:5]))
+    assert engine.figures().batches - before < 24 + 4 * 3
+
+
+def test_what_is_common_is_read_once_and_stored_once(engine, model):
+    common = model.tokenize(NOVEL[:4000])
+    jobs = [Job([*common, 40 + i, 50], 8) for i in range(4)]
+    first = done(engine, jobs[0])[0]
+    others = done(engine, *jobs[1:])
+    assert first[-1].known == 0
+    assert all(one[-1].known == len(common) for one in others)
+    assert engine.figures().cache_used < len(common) + 100
+    assert engine.figures().read_tokens == len(jobs[0].ids) + sum(len(j.ids) - len(common) for j in jobs[1:])
+
+
+def test_a_copied_prefix_gives_what_a_fresh_reading_gives(engine, model):
+    common = model.tokenize(NOVEL[:3000])
+    jobs = [Job([*common, *model.tokenize(f" {word}", add_special=False)], 16) for word in ("The", "She", "It", "He")]
+    fresh = []
+    for one in jobs:
+        emptied(engine)
+        fresh.append(text(done(engine, one)[0]))
+    emptied(engine)
+    done(engine, jobs[0])
+    assert [text(told) for told in done(engine, *jobs)] == fresh
+
+
+def test_an_answer_goes_on_while_a_long_prompt_is_read(engine, model):
+    """Between two tokens lies one batch, and no more of a long prompt than fits into it."""
+    order: list[str] = []
+
+    async def both() -> None:
+        async def write() -> None:
+            async for event in engine.run(job(model, "Once upon", 60)):
+                if isinstance(event, Written):
+                    order.append("w")
+
+        async def read() -> None:
+            while not order:
+                await asyncio.sleep(0)
+            async for event in engine.run(job(model, NOVEL[:6000], 1)):
+                if isinstance(event, Read) and event.read:
+                    order.append("r")
+
+        await asyncio.gather(write(), read())
+
+    asyncio.run(both())
+    together = "".join(order)
+    assert together.count("r") >= 3
+    assert "rrr" not in together, together
+
+
+def test_leaving_frees_the_place_and_the_others_go_on(engine, model, alone):
+    async def leave() -> None:
+        stream = engine.run(job(model, TEXTS[1], 500))
+        async for event in stream:
+            if isinstance(event, Written):
+                break
+        await stream.aclose()
+
+    async def all_of_it() -> list[str]:
+        kept, *_ = await asyncio.gather(events(engine, job(model, TEXTS[0])), leave(), leave(), leave())
+        return kept
+
+    assert text(asyncio.run(all_of_it())) == alone[0]
+    engine.call(lambda: None).result()
+    assert engine.figures().cancelled == 3 and engine.figures().busy == 0
+    assert text(done(engine, job(model, TEXTS[2]))[0]) == alone[2]
+
+
+def test_a_cancelled_task_frees_the_place(engine, model):
+    async def cancel() -> None:
+        task = asyncio.create_task(events(engine, job(model, TEXTS[0], 1000)))
+        while engine.figures().written_tokens < 5:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    engine.call(lambda: None).result()
+    assert engine.figures().busy == 0 and engine.figures().cancelled == 1
+
+
+def test_a_full_queue_says_when_to_come_again(model):
+    engine = Engine(model, queue=2)
+
+    async def many() -> list:
+        return await asyncio.gather(
+            *(events(engine, job(model, prompt, 40)) for prompt in TEXTS), return_exceptions=True
+        )
+
+    refused = [told for told in asyncio.run(many()) if isinstance(told, QueueFull)]
+    assert refused and all(one.retry_after >= 1 for one in refused)
+    engine.close()
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers(engine, model):
+    long = Job([5] * 2000, 49)
+    with pytest.raises(TooLong, match="2000 tokens and 49 to write do not fit the window of 2048 tokens") as caught:
+        done(engine, long)
+    assert (caught.value.tokens, caught.value.writing, caught.value.window) == (2000, 49, WINDOW)
+    with pytest.raises(TextError):
+        done(engine, Job([], 4))
+    with pytest.raises(OptionError):
+        done(engine, Job([1], 4, Sampling(logit_bias={10**6: 1.0})))
+    assert engine.figures().busy == engine.figures().waiting == 0
+
+
+def test_jobs_that_do_not_fit_together_take_turns(engine, model):
+    """Four of 800 tokens need 3200 places, the cache has 2048: each still gives what it gives alone."""
+    prompts = [NOVEL[start : start + 3000] for start in range(0, 20000, 5000)]
+    jobs = [job(model, prompt, 16) for prompt in prompts]
+    assert sum(len(one.ids) for one in jobs) > WINDOW > max(len(one.ids) for one in jobs)
+    one_by_one = [text(done(engine, one)[0]) for one in jobs]
+    assert [text(told) for told in done(engine, *jobs)] == one_by_one
+
+
+def test_a_cache_that_overflows_lets_the_youngest_wait_and_loses_nothing(engine, model):
+    """Answers grow beyond what was promised them: one is put back and goes on later, with the same text."""
+    jobs = [Job(model.tokenize(NOVEL[start : start + 1200]), 900) for start in (0, 5000, 9000)]
+    biased = [Job(one.ids, 900, Sampling(logit_bias={model.info.metadata["tokenizer.ggml.eos_token_id"]: -np.inf}))
+              for one in jobs]  # fmt: skip
+    alone = [text(done(engine, one)[0]) for one in biased]
+    assert engine.figures().preempted == 0
+    told = done(engine, *biased)
+    assert engine.figures().preempted > 0
+    assert [one[-1].why for one in told] == ["length"] * 3
+    same = [sum(a == b for a, b in zip(text(one), other, strict=False)) for one, other in zip(told, alone, strict=True)]
+    assert [text(one)[:200] for one in told] == [other[:200] for other in alone], same
+
+
+def test_background_waits_for_all_others(engine, model):
+    """A document is read when nothing else is to be done; what it has read stays while it waits."""
+    order = []
+
+    async def both() -> None:
+        async def background() -> list:
+            return await events(engine, Job(model.tokenize(NOVEL[:6500]), 0, background=True))
+
+        async def others() -> None:
+            while not engine.figures().read_tokens:
+                await asyncio.sleep(0)
+            await asyncio.gather(*(events(engine, job(model, prompt, 4)) for prompt in TEXTS[:6]))
+            order.append("others")
+
+        async def first() -> None:
+            told = await background()
+            order.append("background")
+            assert told[-1].written == 0 and told[-1].why == "length"
+
+        await asyncio.gather(first(), others())
+
+    asyncio.run(both())
+    assert sorted(order) == ["background", "others"]
+    assert engine.known(model.tokenize(NOVEL[:6500])) == len(model.tokenize(NOVEL[:6500]))
+
+
+def test_a_job_in_the_background_gives_way_to_one_that_waits(tiny_gguf):
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=2) as model:
+        engine = Engine(model)
+
+        async def both() -> list[str]:
+            ended: list[str] = []
+
+            async def note(name: str, one: Job) -> None:
+                await events(engine, one)
+                ended.append(name)
+
+            async def later() -> None:
+                while not engine.figures().read_tokens:
+                    await asyncio.sleep(0)
+                await note("asked", job(model, TEXTS[0], 2))
+
+            await asyncio.gather(note("document", Job(model.tokenize(NOVEL[:6500]), 0, background=True)), later())
+            return ended
+
+        assert asyncio.run(both()) == ["asked", "document"]
+        assert engine.figures().preempted == 1
+        engine.close()
+
+
+def test_log_probabilities_are_those_of_a_plain_reading(engine, model, tiny_gguf):
+    ids = model.tokenize(TEXTS[0])
+    (told,) = done(engine, Job(ids, 3, top=2, prompt_top=1))
+    (scored,) = [event for event in told if isinstance(event, PromptScored)]
+    written: list[Choice] = [choice for event in told if isinstance(event, Written) for choice in event.choices]
+    whole = [*ids, *(choice.token for choice in written)]
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW) as plain:
+        expected, first = plain.score(whole, len(whole) - 1)
+    found = [choice.logprob for choice in [*scored.choices[1:], *written] if choice]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert scored.choices[0] is None and len(scored.choices) == len(ids)
+    assert [c.top[0][0] == c.token for c in scored.choices[1:] if c] == list(first[: len(ids) - 1])
+    assert all(len(c.top) == 2 and c.top[0][2] >= c.top[1][2] and c.top[0][0] == c.token for c in written)
+    assert written[0].piece == model.session.piece(written[0].token)
+
+
+def test_stop_strings_seeds_and_grammars_are_each_texts_own(engine, model):
+    jobs = [
+        job(model, TEXTS[0], 40, sampling=Sampling(stop=["e"])),
+        job(model, TEXTS[1], 40, sampling=Sampling(temperature=1.5, seed=7)),
+        job(model, TEXTS[1], 40, sampling=Sampling(temperature=1.5, seed=8)),
+        job(model, TEXTS[2], 40, sampling=Sampling(grammar='root ::= " yes" | " no"')),
+    ]
+    stopped, seven, eight, grammar = (text(told) for told in done(engine, *jobs))
+    assert "e" not in stopped
+    assert seven != eight
+    assert grammar in (" yes", " no")
+    assert text(done(engine, jobs[1])[0]) == seven
+
+
+def test_what_was_read_is_saved_and_brought_back(model, tmp_path):
+    """Also where the sequence has gone on with an answer, and the one that copies is emptied again."""
+    ids = model.tokenize(NOVEL[:5000])
+    states = States(tmp_path / "documents")
+    engine = Engine(model, states=states)
+    asked = Job([*ids, *model.tokenize(" So", add_special=False)], 12, kept=True)
+    fresh = done(engine, asked)[0]
+    known, state = engine.call(lambda: engine.saved(ids)).result()
+    assert known == len(ids) and engine._spare.ids == []
+    assert states.keep(model.identity, ids, len(state), lambda into: np.copyto(into, state) or len(state),
+                       document="novel", model="m")  # fmt: skip
+    engine.close()
+    again = Engine(model, states=states)
+    told = done(again, asked)[0]
+    assert told[-1].known == len(ids) and text(told) == text(fresh)
+    assert again.figures().read_tokens == len(asked.ids) - len(ids)
+    again.close()
+    not_asked = Engine(model, states=states)
+    assert done(not_asked, Job(asked.ids, 1))[0][-1].known == 0
+    not_asked.close()
+
+
+def test_closing_ends_what_goes_on(model):
+    engine = Engine(model)
+
+    async def close_in_between() -> list:
+        task = asyncio.create_task(events(engine, job(model, TEXTS[0], 1000)))
+        while not engine.figures().written_tokens:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(engine.close)
+        return await task
+
+    told = asyncio.run(close_in_between())
+    assert told[-1].why == "cancelled"
+    assert not engine._thread.is_alive()
+
+
+def test_the_model_is_the_engines_while_it_runs(engine, model):
+    stop = threading.Event()
+    stop.set()
+    assert list(model.complete("Once", max_tokens=2, cancelled=stop.is_set)) == []
+
+
+def test_needs_a_model_of_several_sequences(tiny_gguf):
+    with pi_gguf.open(tiny_gguf, n_ctx=64) as model, pytest.raises(OptionError, match="two sequences"):
+        Engine(model)
