@@ -97,13 +97,16 @@ def _shown(piece: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def chat_logprobs(choices: Sequence[Choice]) -> dict[str, Any]:
+def chat_logprobs(choices: Sequence[Choice], is_end: Callable[[int], bool]) -> dict[str, Any]:
+    """Return log-probabilities in the form of chats, in which a token that ends an answer is none of it."""
+
     def one(piece: bytes, logprob: float) -> dict[str, Any]:
         return {"token": piece.decode(errors="replace"), "logprob": _number(logprob), "bytes": list(piece)}
 
     content = [
         {**one(c.piece, c.logprob), "top_logprobs": [one(piece, logprob) for _, piece, logprob in c.top]}
         for c in choices
+        if not is_end(c.token)
     ]
     return {"content": content, "refusal": None}
 
@@ -224,14 +227,18 @@ class ChatForm(_Form):
 
     Args:
         model: its name.
+        is_end: whether a token ends an answer.
         apart: takes calls out of the text, where there are tools.
         quotes: finds what the answer quotes, where it is about a document.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, apart: Apart | None, quotes: Quotes | None) -> None:
+    def __init__(
+        self, model: str, is_end: Callable[[int], bool], apart: Apart | None = None, quotes: Quotes | None = None
+    ) -> None:
         super().__init__(model)
+        self._is_end = is_end
         self._apart, self._quotes, self._calls = apart, quotes, 0
 
     def _split(self, text: str) -> tuple[str, list[Call]]:
@@ -253,7 +260,7 @@ class ChatForm(_Form):
         choice = {
             "index": 0,
             "message": message,
-            "logprobs": chat_logprobs(found.choices) if logprobs else None,
+            "logprobs": chat_logprobs(found.choices, self._is_end) if logprobs else None,
             "finish_reason": "tool_calls" if calls else found.end.why,
         }
         return self.whole([choice], found.end, **await self._quoted(text))
@@ -262,8 +269,8 @@ class ChatForm(_Form):
         return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def _deltas(self, text: str, calls: list[Call], choices: Sequence[Choice], wanted: Wanted) -> list[tuple[str, Any]]:
-        told = chat_logprobs(choices) if wanted.logprobs else None
-        chunks = [self.chunk(self._delta({"content": text}, None, told))] if text or (told and choices) else []
+        told = chat_logprobs(choices, self._is_end) if wanted.logprobs else None
+        chunks = [self.chunk(self._delta({"content": text}, None, told))] if text or (told and told["content"]) else []
         if calls:
             answered = as_answered(calls, self._calls, streamed=True)
             self._calls += len(calls)

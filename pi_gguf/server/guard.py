@@ -125,8 +125,8 @@ class Guard:
         """Whether a request comes from no page, from one of the server's own, or from one that was named."""
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none").lower()
         if origin is not None:
-            own = urlsplit(origin).netloc.lower() == headers["host"].lower() and origin.startswith(("http:", "https:"))
-            return own or self._named(origin)
+            kind, _, host = origin.lower().partition("://")
+            return (kind in ("http", "https") and host == headers["host"].lower()) or self._named(origin)
         if site in ("none", "same-origin"):
             return True
         visit = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"

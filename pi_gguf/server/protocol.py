@@ -10,14 +10,17 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_core import from_json
 
+from pi_gguf.common.provenance import without_folders
 from pi_gguf.errors import OptionError, PiGgufError
 from pi_gguf.runtime.sampling import Sampling
-from pi_gguf.server.engine import QueueFull, TooLong
+from pi_gguf.runtime.session import TooLong
+from pi_gguf.server.engine import QueueFull
 from pi_gguf.server.library import UnknownDocument
 
 TOP = 20
@@ -204,13 +207,13 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 
 
-class Request(BaseModel):
+class Strict(BaseModel):
     """A request: a strict one, in which no text is a number, no truth value is one, and no number is nan."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class Generation(Request):
+class Generation(Strict):
     """What completions and chats have in common."""
 
     model: str | None = None
@@ -340,27 +343,27 @@ class ChatRequest(Generation):
         return {"response_format": self.response_format.schema_of() if self.response_format else None}
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(Strict):
     """A text to cut into tokens."""
 
     content: str
     add_special: bool = False
 
 
-class DetokenizeRequest(Request):
+class DetokenizeRequest(Strict):
     """Tokens to make text of."""
 
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
-class RenderRequest(Request):
+class RenderRequest(Strict):
     """Markdown to show, and a document that it may quote."""
 
     markdown: str
     document: str | None = None
 
 
-class LookedRequest(Request):
+class LookedRequest(Strict):
     """An answer about a document: where did the model look?"""
 
     messages: list[Message] = Field(min_length=1)
@@ -409,7 +412,7 @@ def _refusal(error: ValidationError) -> ApiError:
 
 def _said(one: Any) -> str:
     """Say one of pydantic's errors with the place in the request, without pydantic's own words for its branches."""
-    place = [str(part) for part in one["loc"] if not re.search(r"[\[({]|^(str|int|float|bool|none)$", str(part))]
+    place = [str(part) for part in one["loc"] if not re.search(r"[\[({-]|^(str|int|float|bool|none)$", str(part))]
     text = one["msg"].removeprefix("Value error, ")
     return f"{'.'.join(place)}: {text[:1].lower()}{text[1:]}"
 
@@ -424,7 +427,9 @@ def error_of(error: PiGgufError, name: str = "") -> ApiError:
         error: what was raised.
         name: of the model's file, with its folder.
     """
-    text = without_folders(f"{error}; {error.hint}", name)
+    said = f"{error}" if error.hint == error.usual_hint else f"{error}; {error.hint}"  # that is one of the command line
+    text = f" {said}".replace(name or " ", Path(name).name or " ")
+    text = without_folders(text)[1:]
     if isinstance(error, TooLong):
         numbers = {"n_prompt_tokens": error.tokens, "n_ctx": error.window}
         return ApiError(400, text, "exceed_context_size_error", code="context_length_exceeded", more=numbers)
@@ -436,13 +441,6 @@ def error_of(error: PiGgufError, name: str = "") -> ApiError:
     if error.exit_code in (2, 4, 5) or "tokenizer.chat_template" in text:
         return ApiError(400, text)
     return ApiError(503 if error.exit_code == 8 else 500, text, "server_error")
-
-
-def without_folders(text: str, name: str = "") -> str:
-    """Return a message in which files have their names only."""
-    if name:
-        text = text.replace(name, re.split(r"[\\/]", name)[-1])
-    return re.sub(r"(?:(?<=[\s'\"(=])|^)(?:[A-Za-z]:)?[\\/](?:[^\s\\/:'\"()]+[\\/])+", "", text)
 
 
 def dumped(value: Any) -> str:

@@ -12,13 +12,12 @@ from contextlib import aclosing
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.requests import Request as Asked
+from starlette.requests import Request
 from starlette.responses import Response
 
 from pi_gguf.server.answers import Chunks, Events, Gathered, gather
 from pi_gguf.server.engine import Ended, Written
-from pi_gguf.server.protocol import ChatRequest, Message, NamedSchema, Part, Request, ResponseFormat
-from pi_gguf.server.protocol import read_body as read
+from pi_gguf.server.protocol import ChatRequest, Message, NamedSchema, Part, ResponseFormat, Strict, read_body
 from pi_gguf.server.talk import Talk
 from pi_gguf.server.wire import EventStream, begun, json_response, unless_gone
 
@@ -45,7 +44,7 @@ class TextOptions(BaseModel):
     format: Format | None = None
 
 
-class ResponseRequest(Request):
+class ResponseRequest(Strict):
     """Something to answer."""
 
     input: str | list[Item]
@@ -142,8 +141,8 @@ class _Answer:
 def responses(talk: Talk, file: str) -> Any:
     """Return the endpoint."""
 
-    async def answer(request: Asked) -> Response:
-        asked = read(await request.body(), ResponseRequest)
+    async def answer(request: Request) -> Response:
+        asked = read_body(await request.body(), ResponseRequest)
         talk.check_name(asked.model)
         job, _ = await unless_gone(request, asyncio.to_thread(talk.chat_job, asked.to_chat()))
         form = _Answer(talk.name, asked)

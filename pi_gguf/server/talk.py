@@ -69,7 +69,8 @@ class Talk:
         asked = read_body(await request.body(), ChatRequest)
         self.check_name(asked.model)
         job, apart = await unless_gone(request, asyncio.to_thread(self.chat_job, asked))
-        form, wanted = ChatForm(self.name, apart, self._quotes(asked.document)), _wanted(asked, bool(asked.logprobs))
+        form = ChatForm(self.name, self.engine.model.is_end, apart, self._quotes(asked.document))
+        wanted = _wanted(asked, bool(asked.logprobs))
         if not asked.stream:
             found = await unless_gone(request, gather(self.engine.run(job)))
             return json_response(await form.answer(found, wanted.logprobs))
