@@ -16,11 +16,11 @@ import openai
 import uvicorn
 
 import pi_gguf
+from pi_gguf.engine.engine import Engine
+from pi_gguf.engine.library import Library
 from pi_gguf.runtime.states import States
 from pi_gguf.server.app import Settings, create_app
-from pi_gguf.server.engine import Engine
 from pi_gguf.server.guard import Rules
-from pi_gguf.server.library import Library
 
 TOOLS = (
     "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools> as <tool_call>\n{% endif %}"

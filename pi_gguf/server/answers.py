@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from pi_gguf.server.engine import Choice, Ended, Event, PromptScored, Read, Written
+from pi_gguf.engine.jobs import Choice, Ended, Event, PromptScored, Read, Written
 from pi_gguf.server.protocol import ApiError
 from pi_gguf.server.tools import Apart, Call, as_answered
 

@@ -20,12 +20,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from pi_gguf.engine.engine import Engine
+from pi_gguf.engine.library import Library
 from pi_gguf.errors import PiGgufError
 from pi_gguf.gguf.certificate import Certificate
 from pi_gguf.server.description import describe
-from pi_gguf.server.engine import Engine
 from pi_gguf.server.guard import Guard, Rules
-from pi_gguf.server.library import Library
 from pi_gguf.server.metrics import CONTENT_TYPE, Metrics
 from pi_gguf.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, read_body
 from pi_gguf.server.responses import responses

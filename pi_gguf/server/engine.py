@@ -118,7 +118,7 @@ class PromptScored:
 
 @dataclass(frozen=True)
 class Written:
-    """Text that is certain; with `Job.top` the tokens chosen since then, whose text may follow later, and the end."""
+    """Text that is certain; with `Job.top` the tokens chosen since then, whose text may follow later."""
 
     text: str
     choices: tuple[Choice, ...] = ()
@@ -631,8 +631,6 @@ class Engine:
         token = work.chooser.choose(logits)
         work.first = work.first or time.perf_counter()
         if token is None or session.is_end(token):
-            if token is not None and work.job.top is not None:
-                work.tell(Written("", (self._choice(token, logits, work.job.top, work.job.special),)))
             self._tell_rest(work, "stop")
             return
         work.ids.append(token)

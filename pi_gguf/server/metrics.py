@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pi_gguf.server.engine import Figures
+from pi_gguf.engine.jobs import Figures
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

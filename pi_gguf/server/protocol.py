@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import from_json
 
 from pi_gguf.common.provenance import without_folders
+from pi_gguf.engine.jobs import QueueFull
+from pi_gguf.engine.library import UnknownDocument
 from pi_gguf.errors import OptionError, PiGgufError
 from pi_gguf.runtime.sampling import Sampling
 from pi_gguf.runtime.session import TooLong
-from pi_gguf.server.engine import QueueFull
-from pi_gguf.server.library import UnknownDocument
 
 TOP = 20
 """How many of the most probable tokens may be asked for, at most."""
@@ -427,17 +427,16 @@ def error_of(error: PiGgufError, name: str = "") -> ApiError:
         error: what was raised.
         name: of the model's file, with its folder.
     """
-    said = f"{error}" if error.hint == error.usual_hint else f"{error}; {error.hint}"  # that is one of the command line
-    text = f" {said}".replace(name or " ", Path(name).name or " ")
-    text = without_folders(text)[1:]
+    text = f"{error}" if error.hint == error.usual_hint else f"{error}; {error.hint}"  # that is one of the command line
+    if isinstance(error, UnknownDocument):
+        return ApiError(404, text, "not_found_error", code="document_not_found")
+    text = without_folders(" " + text.replace(name or " ", Path(name).name or " "))[1:]
     if isinstance(error, TooLong):
         numbers = {"n_prompt_tokens": error.tokens, "n_ctx": error.window}
         return ApiError(400, text, "exceed_context_size_error", code="context_length_exceeded", more=numbers)
     if isinstance(error, QueueFull):
         headers = {"Retry-After": str(error.retry_after)}
         return ApiError(429, text, "rate_limit_error", code="queue_full", headers=headers)
-    if isinstance(error, UnknownDocument):
-        return ApiError(404, text, "not_found_error", code="document_not_found")
     if error.exit_code in (2, 4, 5) or "tokenizer.chat_template" in text:
         return ApiError(400, text)
     return ApiError(503 if error.exit_code == 8 else 500, text, "server_error")

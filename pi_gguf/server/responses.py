@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pi_gguf.engine.jobs import Ended, Written
 from pi_gguf.server.answers import Chunks, Events, Gathered, gather
-from pi_gguf.server.engine import Ended, Written
 from pi_gguf.server.protocol import ChatRequest, Message, NamedSchema, Part, ResponseFormat, Strict, read_body
 from pi_gguf.server.talk import Talk
 from pi_gguf.server.wire import EventStream, begun, json_response, unless_gone

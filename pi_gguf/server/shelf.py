@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pi_gguf.engine.library import Entry, Library
 from pi_gguf.server.answers import Chunks
-from pi_gguf.server.library import Entry, Library
 from pi_gguf.server.markdown import render as to_html
 from pi_gguf.server.protocol import ApiError, LookedRequest, RenderRequest, read_body
 from pi_gguf.server.wire import EventStream, json_response, unless_gone
@@ -38,9 +38,8 @@ class Shelf:
                 name, data = clean_name(file.filename or ""), await file.read()
         except HTTPException as error:
             raise ApiError(400, f"no form that can be read ({error.detail})") from error
-        known = {entry.id for entry in self._library.entries()}
-        entry = await self._library.add(name, data)
-        return json_response(entry.to_json(), 200 if entry.id in known else 201)
+        entry, new = await self._library.add(name, data)
+        return json_response(entry.to_json(), 201 if new else 200)
 
     async def entries(self, _: Request) -> Response:
         entries = self._library.entries()
@@ -73,8 +72,6 @@ class Shelf:
     async def text(self, request: Request) -> Response:
         entry = self._entry(request)
         start, end = _whole(request, "start", 0), _whole(request, "end", entry.characters)
-        if start > end:
-            raise ApiError(400, f"start must not be behind end, got {start} and {end}", param="start")
         return json_response(await asyncio.to_thread(self._library.text, entry.id, start, end))
 
     async def looked(self, request: Request) -> Response:

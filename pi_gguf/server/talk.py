@@ -13,9 +13,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pi_gguf.engine.engine import Engine
+from pi_gguf.engine.jobs import Job
+from pi_gguf.engine.library import Library
 from pi_gguf.server.answers import ChatForm, Chunks, CompletionForm, Gathered, Logprobs, Wanted, gather, with_usage
-from pi_gguf.server.engine import Engine, Job
-from pi_gguf.server.library import Library
 from pi_gguf.server.protocol import ApiError, ChatRequest, Chosen, CompletionRequest, Generation, read_body
 from pi_gguf.server.tools import Apart, call_grammar, knows_tools, style_of
 from pi_gguf.server.wire import EventStream, begun, json_response, unless_gone
@@ -71,10 +72,11 @@ class Talk:
         job, apart = await unless_gone(request, asyncio.to_thread(self.chat_job, asked))
         form = ChatForm(self.name, self.engine.model.is_end, apart, self._quotes(asked.document))
         wanted = _wanted(asked, bool(asked.logprobs))
+        events = self.engine.run(job) if asked.document is None else self.library.run(asked.document, job)
         if not asked.stream:
-            found = await unless_gone(request, gather(self.engine.run(job)))
+            found = await unless_gone(request, gather(events))
             return json_response(await form.answer(found, wanted.logprobs))
-        events = await unless_gone(request, begun(self.engine.run(job)))
+        events = await unless_gone(request, begun(events))
         return EventStream(with_usage([form.stream(events, wanted)], form, wanted), self._file, "[DONE]")
 
     # Completions
@@ -146,7 +148,7 @@ class Talk:
         room = self.engine.check("conversation", len(ids), asked.limit)
         limit = asked.limit or min(CHAT_TOKENS, room)
         sampling = asked.sampling(stops, must_be)
-        return Job(ids, limit, sampling, asked.top, special=apart is not None, kept=asked.document is not None), apart
+        return Job(ids, limit, sampling, asked.top, special=apart is not None), apart
 
     def _quotes(self, document: str | None) -> Any:
         if document is None:

@@ -102,25 +102,31 @@ class Apart:
     def end(self) -> tuple[str, list[Call]]:
         """Return the text and the calls that were held back: nothing more comes."""
         held = self._take(len(self._held))
-        if self._text:
-            return held, []
+        if self._text or not held.strip():
+            return ("" if self._called else held), []
         body = held.lstrip().removeprefix(_BEGIN).removeprefix(_LIST).removeprefix(_PYTHON)
-        calls = self._calls(body) if body.strip() else []
+        calls = self._calls(body)
         return ("", calls) if calls else (held, [])
 
     def _between(self) -> tuple[str, list[Call]]:
         text, calls = "", []
         while True:
-            text += self._before(_BEGIN)
+            part = self._before(_BEGIN)
+            if self._called and not part.strip():  # white space behind a call, which is none of the text before another
+                if not self._held.startswith(_BEGIN):
+                    self._held = part + self._held
+                    break
+            else:
+                text, self._called = text + part, False
             if not self._held.startswith(_BEGIN) or (at := self._held.find(_END)) < 0:
                 break
             found = self._calls(self._held[len(_BEGIN) : at])
             whole = self._take(at + len(_END))
             calls += found
+            self._called = bool(found)
             if not found:
                 text += whole
-        self._called |= bool(calls)
-        return ("" if self._called and not text.strip() else text), calls
+        return text, calls
 
     def _before(self, mark: str) -> str:
         """Return what stands before a mark that is there, or may be beginning."""
