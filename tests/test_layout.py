@@ -17,7 +17,7 @@ PACKAGE = ROOT / "pi_gguf"
 ORDER = [
     "errors", "common", "bundled", "texts", "scaling", "families", "checkpoint", "adapters", "vocabulary", "gguf",
     "llamacpp", "measure", "documents", "runtime", "engine", "models", "tune", "write", "evaluate", "prove", "pipeline",
-    "cli", "__init__", "__main__",
+    "server", "cli", "__init__", "__main__",
 ]  # fmt: skip
 
 HEAVY = {"torch", "transformers", "llama_cpp"}
