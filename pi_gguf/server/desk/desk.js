@@ -104,7 +104,7 @@ function drawAsking() {
   byId("send").disabled = !can;
   byId("stop").hidden = !running;
   const answered = turns.some((turn) => turn.answer);
-  byId("above").closest("label").hidden = !entry;
+  byId("above").closest("label").hidden = !entry || model?.meta.form !== "chat";
   byId("above").disabled = !answered;
   byId("export").hidden = byId("clear").hidden = !answered;
   drawEmpty(entry);
@@ -160,7 +160,7 @@ function ask() {
   question.value = "";
   grow();
   atEnd = true;
-  one.ask(text, chosen ? byId("above").checked : true);
+  one.ask(text, chosen ? byId("above").checked && model.meta.form === "chat" : true);
 }
 
 function grow() {
