@@ -86,5 +86,5 @@ def test_a_zip_bomb_is_refused():
 def test_a_reader_that_dies_is_an_error_of_the_document(monkeypatch):
     """The process that reads is another one; here it has no memory to live in."""
     monkeypatch.setattr(apart, "_MEMORY_BYTES", 2**25)
-    with pytest.raises(TextError, match="ends the reader"):
-        read_apart(b"text", "a.txt")
+    with pytest.raises(TextError, match=r"ends the reader|too much memory"):
+        read_apart(b"text " * 2**24, "a.txt")
