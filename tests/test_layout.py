@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pi_gguf"
 # The flow of data. A module imports from its own package and from those to the left.
 ORDER = [
     "errors", "common", "bundled", "texts", "scaling", "families", "checkpoint", "adapters", "vocabulary", "gguf",
-    "llamacpp", "measure", "documents", "runtime", "models", "tune", "write", "evaluate", "prove", "pipeline",
+    "llamacpp", "measure", "documents", "runtime", "engine", "models", "tune", "write", "evaluate", "prove", "pipeline",
     "server", "cli", "__init__", "__main__",
 ]  # fmt: skip
 
@@ -141,7 +141,7 @@ def outside(node: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("library", "doors"),
     [
-        ("click", {"cli.app", "cli.ask", "cli.building", "cli.run"}),
+        ("click", {"cli.app", "cli.ask", "cli.building", "cli.run", "cli.serve"}),
         ("llama_cpp", {"llamacpp.library", "common.private"}),
         ("gguf", {"gguf.file"}),
         ("peft", {"tune.lora"}),

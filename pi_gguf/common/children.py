@@ -21,3 +21,19 @@ def run_child(module: str, *arguments: str, seconds: float, **options: Any) -> s
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
     environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
     return subprocess.run(command, env=environment, timeout=seconds, check=False, **options)
+
+
+def limit_child(memory_bytes: int, cpu_seconds: int) -> None:
+    """Bound the memory and the CPU time of this process, where the system can."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for kind, most in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(kind)
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (least, least))

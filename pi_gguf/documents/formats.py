@@ -164,6 +164,16 @@ def read_document(source: str | Path) -> Document:
         raise TextError(f"{source}: cannot be read ({reason})", f"give {KINDS}") from error
 
 
+def read_data(data: bytes, name: str) -> Document:
+    """Read a document of which the bytes are here; its name says what plain text is.
+
+    Raises:
+        TextError: as `read_document`.
+        OptionError: the libraries for PDF, HTML, docx and epub are not installed.
+    """
+    return _read(io.BytesIO(data), name, name, Path(name).suffix.lower())
+
+
 def _read(file: BinaryIO, path: str, name: str, suffix: str) -> Document:
     head = file.read(4096)
     file.seek(0)

@@ -37,7 +37,7 @@ from pi_gguf.runtime.reading import Reading
 from pi_gguf.runtime.sampling import Sampling, SamplingKeywords
 from pi_gguf.runtime.sequence import CachedSequence
 from pi_gguf.runtime.session import Cancelled, Progress, Session, Stopped, check_fits, never, silent
-from pi_gguf.runtime.states import States, file_digest, file_mark, user_states
+from pi_gguf.runtime.states import States, file_digest, file_mark, identity_digest, user_states
 from pi_gguf.runtime.text import stream
 from pi_gguf.runtime.turns import Turns
 from pi_gguf.scaling.rope import LONGROPE_TENSORS
@@ -208,6 +208,10 @@ class Model(LanguageModel):
             "flash_attn": str(self.flash_attn), "window": str(self.n_ctx) if by_window else "any",
             "llama_cpp": machine(),
         }  # fmt: skip
+
+    def name_of_states(self) -> str:
+        """Return the name that kept states of this model have in common."""
+        return identity_digest(self.identity)
 
     # What llama.cpp read
 

@@ -197,13 +197,32 @@ class Fit:
 
     def trust(self) -> str:
         """Say how far the file's window was measured to reach, and whether the document is longer."""
-        if self.measured is None:
-            return "how far this file's window really reaches was never measured: pi-gguf certify FILE measures it"
-        reach = self.measured if self.k_max is None else min(self.measured, self.k_max)
-        said = f"this file was measured to {self.measured:,} tokens"
-        if self.k_max is not None:
-            said += f"; k_max {self.k_max:,}"
-        return said if self.tokens <= reach else f"{said}: answers about what lies further back may be wrong"
+        return trust(self.tokens, self.measured, self.k_max)
+
+
+def trust(tokens: int, measured: int | None, k_max: int | None) -> str:
+    """Say how far a file's window was measured to reach, and whether so many tokens are more.
+
+    Args:
+        tokens: of a document.
+        measured: tokens to which the file was measured; None where it was not.
+        k_max: up to which distance passkeys were found; None where that was not measured.
+    """
+    if measured is None:
+        return "how far this file's window really reaches was never measured: pi-gguf certify FILE measures it"
+    reach = measured if k_max is None else min(measured, k_max)
+    said = f"this file was measured to {measured:,} tokens"
+    if k_max is not None:
+        said += f"; k_max {k_max:,}"
+    return said if tokens <= reach else f"{said}: answers about what lies further back may be wrong"
+
+
+def reach(info: GgufInfo) -> tuple[int | None, int | None]:
+    """Return to how many tokens a file was measured, and its k_max, by its certificate; None where it says nothing."""
+    with contextlib.suppress(GgufError):  # a certificate of another file, or a damaged one
+        if certificate := Certificate.read(info.header):
+            return certificate.window, certificate.k_max
+    return None, None
 
 
 @dataclass(frozen=True)
@@ -316,13 +335,10 @@ class Reading:
 
     def fit_with(self, known: int, seconds: float) -> Fit:
         """Say what reading takes, where it is known how many tokens need not be read, and how long the others take."""
-        model, certificate = self.model, None
-        with contextlib.suppress(GgufError):  # one of another file, or that is damaged
-            certificate = Certificate.read(model.info.header)
+        model = self.model
         return Fit(
             self._name, len(self.ids), model.n_ctx - len(self.ids), model.n_ctx, known, seconds, model.kv_cache_bytes,
-            model.kv_cache_bytes * len(self.ids) // model.n_ctx,
-            certificate.window if certificate else None, certificate.k_max if certificate else None,
+            model.kv_cache_bytes * len(self.ids) // model.n_ctx, *reach(model.info),
         )  # fmt: skip
 
     def _probe(self) -> tuple[int, float]:

@@ -162,6 +162,11 @@ class States:
             if head:
                 yield head
 
+    def path_of(self, identity: Mapping[str, str], ids: Sequence[int]) -> Path:
+        """Return where a state is, or would be kept."""
+        numbers = np.asarray(ids, np.int32)
+        return self.folder / f"{identity_digest(identity)[:16]}-{xxhash.xxh3_128_hexdigest(numbers.tobytes())}{_SUFFIX}"
+
     def keep(
         self, identity: Mapping[str, str], ids: Sequence[int], size: int, fill: Callable[[np.ndarray], int],
         *, document: str, model: str, whole: bool = True,
@@ -177,8 +182,7 @@ class States:
             model: name of the model's file.
             whole: whether that is all of it.
         """
-        mine, numbers = _digest(identity), np.asarray(ids, np.int32)
-        path = self.folder / f"{mine[:16]}-{xxhash.xxh3_128_hexdigest(numbers.tobytes())}{_SUFFIX}"
+        path, numbers = self.path_of(identity, ids), np.asarray(ids, np.int32)
         head = {
             "identity": dict(identity), "document": document, "model": model, "tokens": len(numbers), "state": size,
             "whole": whole,
@@ -208,7 +212,7 @@ class States:
             ids: what is to be read.
             window: tokens that a state may have at most.
         """
-        mine, wanted = _digest(identity), np.asarray(ids, np.int32)
+        mine, wanted = identity_digest(identity), np.asarray(ids, np.int32)
         candidates = [
             (common, -kept.tokens, kept.path)
             for kept, ids in self._heads(mine[:16])
@@ -275,7 +279,8 @@ def common_length(one: np.ndarray, other: np.ndarray) -> int:
     return int(different[0]) if len(different) else length
 
 
-def _digest(identity: Mapping[str, str]) -> str:
+def identity_digest(identity: Mapping[str, str]) -> str:
+    """Return the name of an identity, 32 letters; files of states begin with its first 16."""
     return str(xxhash.xxh3_128_hexdigest(json.dumps(dict(sorted(identity.items()))).encode()))
 
 
@@ -347,8 +352,8 @@ def _read_head(file: BinaryIO, path: Path) -> tuple[Kept, np.ndarray]:
         head = json.loads(file.read(length))
         tokens, size = int(head["tokens"]), int(head["state"])
         kept = Kept(
-            path, _digest(head["identity"]), str(head["document"]), str(head["model"]), tokens, size, status.st_size,
-            status.st_mtime, bool(head["whole"]),
+            path, identity_digest(head["identity"]), str(head["document"]), str(head["model"]), tokens, size,
+            status.st_size, status.st_mtime, bool(head["whole"]),
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError("its header is damaged") from error

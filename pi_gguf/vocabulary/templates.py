@@ -19,7 +19,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pi_gguf.common.children import run_child
+from pi_gguf.common.children import limit_child, run_child
 from pi_gguf.errors import CheckpointError, GgufError, one_line
 
 MAX_SOURCE = 2**19
@@ -154,7 +154,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 def _serve(cpu_seconds: int) -> None:
     """Read a template and its variables from standard input; write what it makes of them, or why not."""
-    _limit(cpu_seconds)
+    limit_child(_MEMORY_BYTES, cpu_seconds)
     try:
         asked = json.load(sys.stdin)
         answer = {"text": _rendered(asked["template"], asked["variables"])}
@@ -175,22 +175,6 @@ def _rendered(template: str, variables: dict[str, Any]) -> str:
         if length > MAX_OUTPUT:
             raise ValueError(f"it writes more than {MAX_OUTPUT} characters")
     return "".join(parts)
-
-
-def _limit(cpu_seconds: int) -> None:
-    """Bound the memory and the CPU time of this process, where the system can."""
-    try:
-        import resource
-    except ImportError:
-        return
-    for kind, most in (
-        (resource.RLIMIT_AS, _MEMORY_BYTES),
-        (resource.RLIMIT_CPU, cpu_seconds),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, hard = resource.getrlimit(kind)
-        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (least, least))
 
 
 if __name__ == "__main__":

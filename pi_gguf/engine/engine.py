@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pi_gguf.engine.jobs import Choice, Ended, Event, Figures, Job, PromptScored, QueueFull, Read, Written
 from pi_gguf.errors import GgufError, OptionError, PiGgufError, ResourceError, TextError
 from pi_gguf.measure.language_model import common_prefix
 from pi_gguf.runtime.model import Model
-from pi_gguf.runtime.sampling import Chooser, Sampling
+from pi_gguf.runtime.sampling import Chooser
 from pi_gguf.runtime.sequence import CachedSequence
 from pi_gguf.runtime.session import TooLong
 from pi_gguf.runtime.states import States
@@ -35,140 +36,8 @@ T = TypeVar("T")
 QUEUE = 64
 """Jobs that wait at most."""
 
-TOP = 20
-"""Most probable tokens that are told at most."""
-
 _AHEAD = 64
 """Tokens of an answer for which the cache must have room before it begins; more may have to wait for others to end."""
-
-
-class QueueFull(PiGgufError):
-    """Too many wait already.
-
-    Args:
-        waiting: how many.
-        retry_after: after about how many seconds to come again.
-    """
-
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests wait already", f"try again in {retry_after} s")
-        self.retry_after = retry_after
-
-
-# What is asked for, and what is told
-
-
-@dataclass(frozen=True)
-class Job:
-    """A text to read, and how it goes on.
-
-    Args:
-        ids: the prompt, one token or more.
-        limit: tokens to write at most; with 0 the prompt is only read.
-        sampling: how each is chosen, and what ends the text.
-        top: tell the log-probabilities of what is written, and of so many most probable tokens, up to 20.
-        prompt_top: the same for the tokens of the prompt; all of it is then read.
-        special: whether special tokens are part of the text.
-        background: whether it lets all others go first.
-        kept: whether the prompt begins with a document that may be kept on disk.
-    """
-
-    ids: Sequence[int]
-    limit: int
-    sampling: Sampling = field(default_factory=Sampling)
-    top: int | None = None
-    prompt_top: int | None = None
-    special: bool = False
-    background: bool = False
-    kept: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A token with the natural logarithm of its probability, before what `Sampling` does to it.
-
-    Args:
-        token: its id.
-        piece: its bytes.
-        logprob: of it.
-        top: id, bytes and logarithm of the most probable ones, the first of them first.
-    """
-
-    token: int
-    piece: bytes
-    logprob: float
-    top: tuple[tuple[int, bytes, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Read:
-    """So many tokens of a prompt were read of those that must be; `known` more were in the cache."""
-
-    read: int
-    to_read: int
-    known: int
-
-
-@dataclass(frozen=True)
-class PromptScored:
-    """The tokens of the prompt; None for the first, which nothing predicts."""
-
-    choices: tuple[Choice | None, ...]
-
-
-@dataclass(frozen=True)
-class Written:
-    """Text that is certain; with `Job.top` the tokens chosen since then, whose text may follow later."""
-
-    text: str
-    choices: tuple[Choice, ...] = ()
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The end of a job.
-
-    Args:
-        why: stop, length or cancelled.
-        prompt: tokens of it.
-        known: how many of these were in the cache, or kept on disk.
-        written: tokens.
-        read_seconds: from the first batch to the first token.
-        write_seconds: from there to the end.
-        waited_seconds: from the asking to the first token.
-    """
-
-    why: str
-    prompt: int
-    known: int
-    written: int
-    read_seconds: float
-    write_seconds: float
-    waited_seconds: float
-
-
-Event = Read | PromptScored | Written | Ended
-
-
-@dataclass
-class Figures:
-    """What an engine has done, and does now; all but the first five only grow."""
-
-    slots: int
-    busy: int = 0
-    waiting: int = 0
-    cache_tokens: int = 0
-    cache_used: int = 0
-    read_tokens: int = 0
-    known_tokens: int = 0
-    written_tokens: int = 0
-    requests: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    preempted: int = 0
-    batches: int = 0
-    read_seconds: float = 0.0
-    write_seconds: float = 0.0
 
 
 # How far a job is
@@ -248,12 +117,16 @@ class Engine:
         model: opened with one sequence more than texts are worked on at a time: one copies what is to be kept.
         states: where documents are kept; None keeps nothing.
         queue: jobs that may wait.
+        log: told prompt and text of each that ended; None tells nobody.
     """
 
-    def __init__(self, model: Model, *, states: States | None = None, queue: int = QUEUE) -> None:
+    def __init__(
+        self, model: Model, *, states: States | None = None, queue: int = QUEUE,
+        log: Callable[[str, str], None] | None = None,
+    ) -> None:  # fmt: skip
         if len(model.sequences) < 2:
             raise OptionError("the model must be opened with two sequences or more")
-        self.model, self.states, self._queue = model, states, queue
+        self.model, self.states, self._queue, self._log = model, states, queue, log
         *mine, self._spare = model.sequences
         self._slots = [_Slot(sequence) for sequence in mine]
         self.slots = len(self._slots)
@@ -368,19 +241,20 @@ class Engine:
         """Return how many of `ids` some sequence holds from their beginning."""
         return max(slot.sequence.known(ids) for slot in self._slots)
 
-    def saved(self, ids: Sequence[int]) -> tuple[int, np.ndarray]:
-        """Return how many of `ids` are held, and the state after them as llama.cpp saves it; by `call` only."""
+    def held(self, ids: Sequence[int], use: Callable[[CachedSequence, int], T]) -> T:
+        """Give a function a sequence that holds just as many of `ids` as are known, and that number; by `call` only."""
         best = max(self._slots, key=lambda slot: slot.sequence.known(ids)).sequence
         known, source = best.known(ids), best
         if known < len(best.ids):
             known, source = self._spare.copy(best, known), self._spare
         try:
-            state = np.empty(source.state_bytes() if known else 0, np.uint8)
-            if known and source.save(state) != len(state):
-                raise ResourceError(f"{self.model.path.name}: llama.cpp does not give its state")
-            return known, state
+            return use(source, known)
         finally:
             self._spare.clear()
+
+    def saved(self, ids: Sequence[int]) -> tuple[int, np.ndarray]:
+        """Return how many of `ids` are held, and the state after them as llama.cpp saves it; by `call` only."""
+        return self.held(ids, _saved)
 
     # The engine's own thread
 
@@ -454,6 +328,9 @@ class Engine:
         if not work.job.background:
             self._lasting += 0.2 * (ended.read_seconds + ended.write_seconds - self._lasting)
         work.tell(ended)
+        if self._log and not work.job.background:
+            at = len(work.job.ids)
+            self._log(self.model.detokenize(work.ids[:at]), self.model.detokenize(work.ids[at:]))
 
     # Who gets a sequence
 
@@ -670,6 +547,13 @@ class Engine:
             token, piece(token, special), float(logits[token]) - total,
             tuple((int(i), piece(int(i), special), float(logits[i]) - total) for i in ordered),
         )  # fmt: skip
+
+
+def _saved(sequence: CachedSequence, known: int) -> tuple[int, np.ndarray]:
+    state = np.empty(sequence.state_bytes() if known else 0, np.uint8)
+    if known and sequence.save(state) != len(state):
+        raise ResourceError("llama.cpp does not give its state")
+    return known, state
 
 
 def _need(work: _Work) -> int:

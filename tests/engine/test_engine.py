@@ -11,12 +11,13 @@ import pytest
 
 import pi_gguf
 from pi_gguf import bundled
+from pi_gguf.engine.engine import Engine
+from pi_gguf.engine.jobs import Choice, Ended, Job, PromptScored, QueueFull, Read, Written
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.sampling import Sampling
 from pi_gguf.runtime.session import TooLong
 from pi_gguf.runtime.states import States
-from pi_gguf.server.engine import Choice, Ended, Engine, Job, PromptScored, QueueFull, Read, Written
 
 NOVEL = next(iter(bundled.novels("train").values()))
 TEXTS = [NOVEL[start : start + 700] for start in range(0, 8000, 1000)]
