@@ -17,7 +17,6 @@ from books import with_template, words
 from served import TOOLS, Served, served, until
 
 import pi_gguf
-from pi_gguf import bundled
 from pi_gguf.server.guard import Rules
 
 WINDOW = 2048
@@ -190,6 +189,18 @@ def test_an_echo_scores_the_prompt(client, server, max_tokens):
     tokens = [token for one in chunks for token in (one.logprobs.tokens if one.logprobs else [])]
     offsets = [offset for one in chunks for offset in (one.logprobs.text_offset if one.logprobs else [])]
     assert tokens == whole.choices[0].logprobs.tokens and offsets == whole.choices[0].logprobs.text_offset
+
+
+def test_the_end_is_among_the_log_probabilities(client, server, alone):
+    """Of a completion, as programs count on one a token that was asked for; a chat leaves it out."""
+    model = server.engine.model
+    ids = [*model.chat_ids(SAID), *model.tokenize(alone["chat"], add_special=False)]
+    answer = complete(client, prompt=ids, echo=True, logprobs=1, max_tokens=1)
+    told = answer.choices[0].logprobs
+    assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens == 0
+    assert len(told.tokens) == len(told.token_logprobs) == len(ids) + 1 and told.token_logprobs[-1] > -1
+    content = chat(client, logprobs=True).choices[0].logprobs.content
+    assert b"".join(bytes(one.bytes) for one in content).decode() == alone["chat"]
 
 
 def test_an_echo_without_log_probabilities_is_text(client, alone):
@@ -535,7 +546,7 @@ def test_the_description_names_what_there_is(http):
     assert set(described["paths"]) == {
         "/health", "/metrics", "/v1/models", "/v1/models/{id}", "/v1/completions", "/v1/chat/completions",
         "/v1/responses", "/tokenize", "/detokenize", "/v1/render", "/v1/documents", "/v1/documents/{id}",
-        "/v1/documents/{id}/progress", "/v1/documents/{id}/read", "/v1/documents/{id}/text",
+        "/v1/documents/{id}/progress", "/v1/documents/{id}/read", "/v1/documents/{id}/stop", "/v1/documents/{id}/text",
         "/v1/documents/{id}/looked",
     }  # fmt: skip
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described)))
@@ -652,21 +663,3 @@ def test_many_ask_at_once(server, alone):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: complete(server.client()).choices[0].text, range(16)))
     assert answers == [alone["completion"]] * 16
-
-
-def test_lm_eval_scores_on_it(server):
-    """The harness's own model of such a server gives the log-likelihoods that the model has."""
-    api = pytest.importorskip("lm_eval.models.openai_completions", reason="pip install lm-eval[api]")
-    from lm_eval.api.instance import Instance
-
-    tokenizer = str(Path(bundled.__file__).parent / "tiny")
-    lm = api.LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model=MODEL, tokenizer=tokenizer, tokenizer_backend="huggingface",
-        batch_size=2, max_length=WINDOW,
-    )  # fmt: skip
-    pairs = [("The captain looked at the", " sea"), ("Once upon a", " time there was"), ("It was a dark", " night")]
-    requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
-    for (context, continuation), (logprob, _) in zip(pairs, lm.loglikelihood(requests), strict=True):
-        before, ids = lm.tok_encode(context), lm.tok_encode(context + continuation)
-        expected = expected_logprobs(server, ids)[len(before) - 1 :].sum()
-        assert abs(logprob - expected) < 0.01
