@@ -508,6 +508,8 @@ class Engine:
         token = work.chooser.choose(logits)
         work.first = work.first or time.perf_counter()
         if token is None or session.is_end(token):
+            if token is not None and work.job.top is not None:
+                work.tell(Written("", (self._choice(token, logits, work.job.top, work.job.special),)))
             self._tell_rest(work, "stop")
             return
         work.ids.append(token)
