@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
-from pi_gguf.engine.engine import Engine
 
 import pi_gguf
+from pi_gguf.engine.engine import Engine
 from pi_gguf.engine.library import Library
 from pi_gguf.runtime.states import States
 from pi_gguf.server.app import Settings, create_app

@@ -141,7 +141,7 @@ def outside(node: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("library", "doors"),
     [
-        ("click", {"cli.app", "cli.ask", "cli.building", "cli.run"}),
+        ("click", {"cli.app", "cli.ask", "cli.building", "cli.run", "cli.serve"}),
         ("llama_cpp", {"llamacpp.library", "common.private"}),
         ("gguf", {"gguf.file"}),
         ("peft", {"tune.lora"}),

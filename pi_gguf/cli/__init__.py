@@ -7,4 +7,5 @@ prove: what inspect, repair, certify and card print
 evaluate: the evaluation commands
 run: the commands run and models
 ask: the commands ask, chat and documents
+serve: the command serve
 """

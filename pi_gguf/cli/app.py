@@ -17,6 +17,7 @@ from pi_gguf.cli.evaluate import EVALUATIONS
 from pi_gguf.cli.make import show_convert, show_extend, show_imatrix, show_plan, show_quantize
 from pi_gguf.cli.prove import show_card, show_certify, show_inspect, show_repair
 from pi_gguf.cli.run import models, run
+from pi_gguf.cli.serve import serve
 from pi_gguf.common.endings import Signals, prepare_streams, print_all, signals, translated
 from pi_gguf.common.progress import named_frame, visible
 from pi_gguf.errors import Interrupted
@@ -63,6 +64,7 @@ _COMMANDS = {
     "ask": ("Ask a GGUF file about a long document, which is read once.", lambda: ask),
     "chat": ("Talk with a GGUF file, about a document too.", lambda: chat),
     "documents": ("What was read of documents and is kept.", lambda: documents),
+    "serve": ("Serve a GGUF file: a page for documents, and OpenAI's API.", lambda: serve),
     "run": ("Continue a prompt with a GGUF file.", lambda: run),
     "demo": (
         "The main job on the bundled model, with table and plots.",

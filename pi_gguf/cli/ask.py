@@ -88,7 +88,7 @@ def ask(
     from pi_gguf.runtime.reading import Reading
 
     settings, part = take_sampling(options), _read_part(options.pop("part"))
-    states = _take_states(options)
+    states = take_states(options)
     if document == "-" and not questions and not sys.stdin.isatty():
         raise OptionError("standard input has the document, so that questions must be arguments", "give one or more")
     text = read_document(document)
@@ -212,7 +212,7 @@ def chat(file: str, document: str | None, system: str | None, max_tokens: int | 
 
     settings, part = take_sampling(options), _read_part(options.pop("part"))
     settings["max_tokens"] = max_tokens
-    states = _take_states(options)
+    states = take_states(options)
     with Model(file, **options) as model:
         talk = Conversation(model, system)
         model.render([{"role": "user", "content": "a"}])
@@ -423,7 +423,7 @@ documents = Lazy(
 )
 
 
-def _take_states(options: dict[str, Any]) -> States | None:
+def take_states(options: dict[str, Any]) -> States | None:
     """Return where what was read is kept, by the options of `caching`; None for nowhere."""
     from pi_gguf.common.files import parse_bytes
     from pi_gguf.runtime.states import user_states
@@ -436,7 +436,7 @@ def _take_states(options: dict[str, Any]) -> States | None:
 def _some_states(options: dict[str, Any]) -> States:
     from pi_gguf.errors import OptionError
 
-    states = _take_states(options)
+    states = take_states(options)
     if states is None:
         raise OptionError("there is no cache folder", "give --cache-dir, or set PI_GGUF_CACHE")
     return states

@@ -117,12 +117,16 @@ class Engine:
         model: opened with one sequence more than texts are worked on at a time: one copies what is to be kept.
         states: where documents are kept; None keeps nothing.
         queue: jobs that may wait.
+        log: told prompt and text of each that ended; None tells nobody.
     """
 
-    def __init__(self, model: Model, *, states: States | None = None, queue: int = QUEUE) -> None:
+    def __init__(
+        self, model: Model, *, states: States | None = None, queue: int = QUEUE,
+        log: Callable[[str, str], None] | None = None,
+    ) -> None:  # fmt: skip
         if len(model.sequences) < 2:
             raise OptionError("the model must be opened with two sequences or more")
-        self.model, self.states, self._queue = model, states, queue
+        self.model, self.states, self._queue, self._log = model, states, queue, log
         *mine, self._spare = model.sequences
         self._slots = [_Slot(sequence) for sequence in mine]
         self.slots = len(self._slots)
@@ -324,6 +328,9 @@ class Engine:
         if not work.job.background:
             self._lasting += 0.2 * (ended.read_seconds + ended.write_seconds - self._lasting)
         work.tell(ended)
+        if self._log and not work.job.background:
+            at = len(work.job.ids)
+            self._log(self.model.detokenize(work.ids[:at]), self.model.detokenize(work.ids[at:]))
 
     # Who gets a sequence
 
@@ -501,6 +508,8 @@ class Engine:
         token = work.chooser.choose(logits)
         work.first = work.first or time.perf_counter()
         if token is None or session.is_end(token):
+            if token is not None and work.job.top is not None:
+                work.tell(Written("", (self._choice(token, logits, work.job.top, work.job.special),)))
             self._tell_rest(work, "stop")
             return
         work.ids.append(token)

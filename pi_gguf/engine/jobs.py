@@ -85,7 +85,7 @@ class PromptScored:
 
 @dataclass(frozen=True)
 class Written:
-    """Text that is certain; with `Job.top` the tokens chosen since then, whose text may follow later."""
+    """Text that is certain; with `Job.top` the tokens chosen since then, whose text may follow later, and the end."""
 
     text: str
     choices: tuple[Choice, ...] = ()

@@ -7,11 +7,12 @@ wire: JSON and events on their way, and clients that go away
 talk: the endpoints that write
 responses: `/v1/responses`
 shelf: the endpoints of documents
+markdown: Markdown that a model wrote, as HTML that a page may show
 guard: who may ask, and what every answer carries
 metrics: figures for Prometheus
 description: OpenAPI
 app: `create_app`, what is answered at which address
-markdown: Markdown that a model wrote, as HTML that a page may show
+serve: the command
 
 The page is in the folder desk: its style and modules, written by hand, served as they are.
 """

@@ -103,6 +103,7 @@ def create_app(engine: Engine, library: Library, settings: Settings) -> Starlett
         route("/v1/documents/{id}", shelf.remove, "DELETE"),
         route("/v1/documents/{id}/progress", shelf.progress),
         route("/v1/documents/{id}/read", shelf.read, "POST"),
+        route("/v1/documents/{id}/stop", shelf.stop, "POST"),
         route("/v1/documents/{id}/text", shelf.text),
         route("/v1/documents/{id}/looked", shelf.looked, "POST"),
         route("/v1/render", shelf.render, "POST"),

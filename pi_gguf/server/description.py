@@ -159,6 +159,7 @@ def _document_paths() -> dict[str, Any]:
             "get": _operation("progress", "A document when it changes", {200: _content("text/event-stream", _TEXT)}),
         },
         "/v1/documents/{id}/read": of | {"post": _get("read_document", "A document is read again", "Document")},
+        "/v1/documents/{id}/stop": of | {"post": _get("stop_document", "A document is read no further", "Document")},
         "/v1/documents/{id}/text": of | {
             "get": _get("document_text", "Part of a document's text", "Passage",
                         parameters=[_query("start"), _query("end")]),

@@ -6,7 +6,6 @@ In: requests of starlette. Out: responses. What a client names a file is a name 
 from __future__ import annotations
 
 import asyncio
-import unicodedata
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -19,8 +18,6 @@ from pi_gguf.server.answers import Chunks
 from pi_gguf.server.markdown import render as to_html
 from pi_gguf.server.protocol import ApiError, LookedRequest, RenderRequest, read_body
 from pi_gguf.server.wire import EventStream, json_response, unless_gone
-
-_LONGEST_NAME = 120
 
 
 class Shelf:
@@ -35,7 +32,7 @@ class Shelf:
                 file = form.get("file")
                 if not isinstance(file, UploadFile):
                     raise ApiError(400, "file is missing; send it as multipart/form-data", param="file")
-                name, data = clean_name(file.filename or ""), await file.read()
+                name, data = file.filename or "", await file.read()
         except HTTPException as error:
             raise ApiError(400, f"no form that can be read ({error.detail})") from error
         entry, new = await self._library.add(name, data)
@@ -69,6 +66,11 @@ class Shelf:
         self._library.read(entry.id)
         return json_response(self._library.entry(entry.id).to_json())
 
+    async def stop(self, request: Request) -> Response:
+        entry = self._entry(request)
+        await self._library.stop(entry.id)
+        return json_response(self._library.entry(entry.id).to_json())
+
     async def text(self, request: Request) -> Response:
         entry = self._entry(request)
         start, end = _whole(request, "start", 0), _whole(request, "end", entry.characters)
@@ -98,15 +100,3 @@ def _whole(request: Request, name: str, default: int) -> int:
     if not (value.isascii() and value.isdigit() and len(value) < 16):
         raise ApiError(400, f"{name} must be a whole number of characters, at least 0", param=name)
     return int(value)
-
-
-def clean_name(name: str) -> str:
-    """Return a file's name to show: no folders, nothing that is not seen or turns the writing, not too long."""
-    name = name.replace("\\", "/").rsplit("/", 1)[-1]
-    name = "".join(c for c in name if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
-    name = name.strip().strip(".").strip()
-    if len(name) > _LONGEST_NAME:
-        stem, dot, suffix = name.rpartition(".")
-        kept = dot + suffix if stem and len(suffix) <= 10 else ""
-        name = name[: _LONGEST_NAME - len(kept)].rstrip() + kept
-    return name or "document"
