@@ -432,6 +432,7 @@ def test_a_server_that_is_gone_is_said_and_it_goes_on_when_it_is_back(chromium, 
         turn = ask(page, "Is it there?", done=False)
         page.locator("#offline").get_by_text("does not answer").wait_for()
         turn.get_by_role("alert").wait_for()
+        until(page, "document.querySelector('#question').value === 'Is it there?'")
         assert page.locator(".turn").first.locator(".prose").inner_text() == "Yes.", "what is there stays"
         page.set_input_files("#file", file("b.txt", "b"))
         page.get_by_role("alert").filter(has_text="b.txt").wait_for()
