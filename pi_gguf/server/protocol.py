@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import from_json
 
 from pi_gguf.common.provenance import without_folders
@@ -132,6 +141,16 @@ def _arguments(called: Called) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise ApiError(400, "tool_calls: arguments must be a JSON object in a string", param="messages")
     return arguments
+
+
+def _said(messages: list[Message]) -> list[Message]:
+    for number, one in enumerate(messages):
+        if one.content is None and not (one.role == "assistant" and one.tool_calls):
+            raise ValueError(f"of message {number} the content is missing")
+    return messages
+
+
+Messages = Annotated[list[Message], Field(min_length=1), AfterValidator(_said)]
 
 
 class Function(BaseModel):
@@ -300,7 +319,7 @@ class CompletionRequest(Generation):
 class ChatRequest(Generation):
     """A conversation to answer."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
@@ -323,14 +342,6 @@ class ChatRequest(Generation):
     def top(self) -> int | None:
         """How many of the most probable tokens are told of each; None: nothing is."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @field_validator("messages")
-    @classmethod
-    def _said(cls, messages: list[Message]) -> list[Message]:
-        for number, one in enumerate(messages):
-            if one.content is None and not (one.role == "assistant" and one.tool_calls):
-                raise ValueError(f"of message {number} the content is missing")
-        return messages
 
     @field_validator("top_logprobs")
     @classmethod
@@ -366,7 +377,7 @@ class RenderRequest(Strict):
 class LookedRequest(Strict):
     """An answer about a document: where did the model look?"""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     answer: Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -404,13 +415,13 @@ def _refusal(error: ValidationError) -> ApiError:
     """Say what is wrong with the first field that is."""
     found = error.errors(include_url=False, include_context=False)
     field = str(found[0]["loc"][0]) if found[0]["loc"] else ""
-    said = dict.fromkeys(_said(one) for one in found if one["loc"][:1] == found[0]["loc"][:1])
+    said = dict.fromkeys(_told(one) for one in found if one["loc"][:1] == found[0]["loc"][:1])
     hint = f"; {_HINTS[field]}" if field in _HINTS else ""
     missing = "missing_required_parameter" if found[0]["type"] == "missing" else None
     return ApiError(400, f"{', or '.join([*said][:4])}{hint}", param=field or None, code=missing)
 
 
-def _said(one: Any) -> str:
+def _told(one: Any) -> str:
     """Say one of pydantic's errors with the place in the request, without pydantic's own words for its branches."""
     place = [str(part) for part in one["loc"] if not re.search(r"[\[({-]|^(str|int|float|bool|none)$", str(part))]
     text = one["msg"].removeprefix("Value error, ")

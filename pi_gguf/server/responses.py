@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
@@ -47,7 +47,7 @@ class TextOptions(BaseModel):
 class ResponseRequest(Strict):
     """Something to answer."""
 
-    input: str | list[Item]
+    input: str | Annotated[list[Item], Field(min_length=1)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)

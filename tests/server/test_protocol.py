@@ -192,7 +192,7 @@ def test_tokens_are_numbers(tokens):
     [
         ("tools", [{"type": "web_search"}]), ("previous_response_id", "resp_1"), ("background", True),
         ("input", [{"type": "function_call_output", "call_id": "1", "output": "2"}]), ("max_output_tokens", 0),
-        ("conversation", "conv_1"),
+        ("conversation", "conv_1"), ("input", []),
     ],
 )  # fmt: skip
 def test_a_response_is_text_only(field, value):
