@@ -87,9 +87,19 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
+def until(page: Any, expression: str, given: Any = None) -> None:
+    """Wait until something is so in a page; playwright's own way evaluates text there, which the policy refuses."""
+    for _ in range(600):
+        if page.evaluate(expression, given):
+            return
+        page.wait_for_timeout(50)
+    pytest.fail(f"it never was so: {expression}")
+
+
 WATCH = """
 window.violations = [];
-document.addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective + " " + event.blockedURI));
+document.addEventListener("securitypolicyviolation",
+  (event) => violations.push(event.violatedDirective + " " + event.blockedURI));
 window.alert = () => violations.push("alert");
 window.told = [];
 document.addEventListener("DOMContentLoaded", () => new MutationObserver(() => {
@@ -107,7 +117,7 @@ class Watched:
         self.context = browser.new_context(**options)
         self.context.add_init_script(WATCH)
         self.server, self.requests, self.errors = server, [], []
-        self.context.on("request", self.requests.append)
+        self.context.on("request", lambda request: self.requests.append(request))
         self.page = self.context.new_page()
         self.page.set_default_timeout(30_000)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -90,12 +90,15 @@ def test_the_readmes_commands_run_one_after_another(shell, llama, tmp_path):
     (tmp_path / "my-texts" / "one.txt").write_text("The ship was called the Northern Star, and she was old. " * 400)
     (tmp_path / "long-document.txt").write_text("The captain went on board.")
     given = list(commands(README))
-    assert [line.split()[1] for line in given] == ["plan", "convert", "inspect", "inspect", "ask"]
-    for line in given:
+    assert [line.split()[1] for line in given] == ["plan", "convert", "inspect", "inspect", "ask", "serve"]
+    for line in given[:-1]:
         out = shell("bash", "-c", f"{line} {SMALL.get(line.split()[1], '')}")
         assert out.strip(), line
         if line.startswith("pi-gguf inspect"):
             assert "512 tokens (original 64)" in out
+    served = shell("bash", "-c", f"{given[-1]} --port 0 2> served & until grep -q 'the desk: http' served; do sleep 0.1; "
+                   "kill -0 $! || exit 1; done; kill -INT $!; wait $!; [ $? = 130 ] && cat served")  # fmt: skip
+    assert "the API:  http" in served
     (program,) = blocks(README, "python")
     assert shell(sys.executable, "-c", program).strip()
 

@@ -201,9 +201,59 @@ def caches_table(record: dict[str, Any]) -> str:
     return markdown_table(["file", "cache", "read", "write"], rows)
 
 
+def clients_table(record: dict[str, Any]) -> str:
+    """Return tokens a second that clients of both servers are written at once."""
+    rows = []
+    for file, found in record["server"].items():
+        for clients, run in found["write"].items():
+            ours, *theirs = (f"{rate:,.1f}" for rate in run["medians"].values())
+            more = [f"{times:.2f}" for times in run["by one client"].values()]
+            rows.append([file, clients, ours, *theirs, *(f"{ratio:.2f}" for ratio in run["ratios"].values()), *more])
+    peer = record["peer"]
+    return markdown_table(["file", "clients", "pi-gguf", peer, "ratio", "x one client", f"x one, {peer}"], rows)
+
+
+def streams_table(record: dict[str, Any]) -> str:
+    """Return what a server adds to a token, and how long a running answer stands still."""
+    rows = [
+        [
+            file, f"{found['added']['medians']['session']:.2f}", who, f"{added:.2f}", f"{found['gap']['tokens']:,}",
+            f"{found['gap']['medians'][who]['gap']:.2f}", f"{found['gap']['medians'][who]['by a mean batch']:.2f}",
+            f"{found['gap']['medians'][who]['by the longest batch']:.2f}",
+        ]
+        for file, found in record["server"].items()
+        for who, added in found["added"]["added"].items()
+    ]  # fmt: skip
+    header = [
+        "file", "ms a token, session", "server", "adds, ms", "beside so many tokens", "longest gap, s",
+        "in mean batches", "in the longest",
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def served_table(record: dict[str, Any]) -> str:
+    """Return seconds to the first token about a document that is given to a server, and what its page takes."""
+    rows = []
+    for file, found in record["server"].items():
+        document, page = found["document"], found["page"]
+        for who, waits in document["medians"].items():
+            shares = document["by the first"][who]
+            cells = [
+                f"{waits[key]:.3f} ({shares[key]:.2%})" if key in waits else "" for key in ("second", "after a restart")
+            ]
+            ours = who == "pi-gguf"
+            shown = [f"{1000 * page['with all']:.0f}", f"{page['bytes'] / 1000:.0f}"] if ours else ["", ""]
+            rows.append([file, who, f"{document['tokens']:,}", f"{waits['first']:.2f}", *cells, *shown])
+    header = [
+        "file", "server", "tokens", "first question, s", "second", "after a restart", "page with all, ms", "page, KB",
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
 _SEVERAL = {
     "training": training_table, "memory": memory_table, "kernels": kernels_table, "speed": speed_table,
     "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "caches": caches_table,
+    "clients": clients_table, "streams": streams_table, "served": served_table,
 }  # fmt: skip
 
 

@@ -56,7 +56,8 @@ def read_apart(data: bytes, name: str) -> Document:
     """
     name = plain_name(name)
     try:
-        done = run_child("documents.apart", name, seconds=_WALL_SECONDS, input=data, capture_output=True)
+        limits = str(_MEMORY_BYTES), str(_CPU_SECONDS)
+        done = run_child("documents.apart", name, *limits, seconds=_WALL_SECONDS, input=data, capture_output=True)
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise TextError(f"{name}: reading it takes more than {_WALL_SECONDS} s", "save it in another format") from error
@@ -71,8 +72,8 @@ def read_apart(data: bytes, name: str) -> Document:
     return Document(name, answer["format"], answer["text"], tuple(Place(*place) for place in answer["places"]))
 
 
-def _main(name: str) -> None:
-    limit_child(_MEMORY_BYTES, _CPU_SECONDS)
+def _main(name: str, memory_bytes: str, cpu_seconds: str) -> None:
+    limit_child(int(memory_bytes), int(cpu_seconds))
     answer: dict[str, Any]
     try:
         document = read_data(sys.stdin.buffer.read(), name)
@@ -91,4 +92,4 @@ def _plain(place: Place) -> tuple[Any, ...]:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])

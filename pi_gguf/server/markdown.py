@@ -6,7 +6,7 @@ anything of the page; what the text has as HTML is shown as text. Needs markdown
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,9 @@ _TAGS = {
     "a", "blockquote", "br", "code", "em", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "s", "strong",
     "table", "tbody", "td", "th", "thead", "tr", "ul",
 }  # fmt: skip
+
+_LAST_NUMBER = 999
+"""With which a list begins; a greater one is a year, or what was asked for."""
 
 _QUESTION_LEVEL = 2
 """Of the heading under which the page shows an answer: headings of the answer are below it."""
@@ -72,6 +75,45 @@ def _lower_headings(tokens: Sequence[Token]) -> None:
         token.tag = f"h{min(6, _QUESTION_LEVEL + len(above))}"
 
 
+def _numbers_as_text(tokens: Sequence[Token]) -> Iterator[Token]:
+    """Yield tokens with lists that are none as text: an answer of "1984." is a number, as are those of many digits."""
+    lists: list[bool] = []
+    for i, token in enumerate(tokens):
+        if token.type in ("ordered_list_open", "bullet_list_open"):
+            lists.append(token.type == "ordered_list_open" and _is_number(tokens, i))
+            if not lists[-1]:
+                yield token
+        elif token.type in ("ordered_list_close", "bullet_list_close"):
+            if not lists.pop():
+                yield token
+        elif token.type == "list_item_open" and lists[-1]:
+            yield from _number(tokens, i)
+        elif token.type != "list_item_close" or not lists[-1]:
+            yield token
+
+
+def _is_number(tokens: Sequence[Token], i: int) -> bool:
+    empty = [token.type for token in tokens[i + 1 : i + 4]] == [
+        "list_item_open",
+        "list_item_close",
+        "ordered_list_close",
+    ]
+    return empty or int(tokens[i].attrGet("start") or 1) > _LAST_NUMBER
+
+
+def _number(tokens: Sequence[Token], i: int) -> Iterator[Token]:
+    """Put the number of an item before its text, or yield it as a paragraph where the item does not begin with one."""
+    number = Token("text", "", 0, content=tokens[i].info + tokens[i].markup)
+    if tokens[i + 1].type == "paragraph_open":
+        number.content += " "
+        tokens[i + 1].hidden = tokens[i + 3].hidden = False
+        tokens[i + 2].children = [number, *(tokens[i + 2].children or [])]
+    else:
+        yield Token("paragraph_open", "p", 1)
+        yield Token("inline", "", 0, children=[number])
+        yield Token("paragraph_close", "p", -1)
+
+
 def render(markdown: str) -> str:
     """Return Markdown as HTML that is safe to put into a page.
 
@@ -93,7 +135,7 @@ def render(markdown: str) -> str:
             f"markdown must have at most {LIMIT:,} characters, got {len(markdown):,}", "render it in parts"
         )
     parser = _markdown()
-    tokens = parser.parse(markdown)
+    tokens = list(_numbers_as_text(parser.parse(markdown)))
     _lower_headings(tokens)
     html: str = parser.renderer.render(tokens, parser.options, {})
     return nh3.clean(

@@ -128,17 +128,9 @@ def serve(
 
 
 async def _run(app: Any, library: Library, listening: socket.socket) -> None:
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=_LAST_SECONDS,
-            server_header=False,
-            ws="none",
-            lifespan="off",
-        )  # fmt: skip
-    )
+    how: dict[str, Any] = {"access_log": False, "server_header": False, "ws": "none", "lifespan": "off"}
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_SECONDS, **how)
+    server = uvicorn.Server(config)
     measuring = asyncio.create_task(library.measure())
     try:
         await server.serve([listening])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from books import CHATML, with_template
-from desk import Server, Watched, browser, serving
+from desk import Server, Watched, browser, serving, until
 from document_files import write_pdf
 
 from pi_gguf.bundled import novels
@@ -66,7 +66,7 @@ def file(name: str, text: str) -> dict[str, Any]:
 def add(page: Any, given: Any, *, read: bool = True) -> None:
     """Give a document, and wait until it is read."""
     page.set_input_files("#file", given)
-    page.wait_for_function("document.querySelector('#documents [aria-current]') && !document.querySelector('.pending')")
+    until(page, "document.querySelector('#documents [aria-current]') && !document.querySelector('.pending')")
     if read:
         page.locator("#documents [aria-current] .state.kept").wait_for(state="attached", timeout=120_000)
 
@@ -77,8 +77,8 @@ def drop(page: Any, path: Path) -> None:
         """([name, bytes]) => {
             const data = new DataTransfer();
             data.items.add(new File([new Uint8Array(bytes)], name, { type: "application/pdf" }));
-            for (const type of ["dragover", "drop"])
-                document.body.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));
+            const options = { dataTransfer: data, bubbles: true, cancelable: true };
+            for (const type of ["dragover", "drop"]) document.body.dispatchEvent(new DragEvent(type, options));
         }""",
         [path.name, list(path.read_bytes())],
     )
@@ -156,7 +156,7 @@ def test_quotations_are_marked_listed_and_lead_to_their_passage(desk, pdf):
     page = desk.page
     add(page, str(pdf))
     bind(
-        page, 'It is said: "The pass key is ', "[0-9]", "[0-9]", "[0-9]", "[0-9]", "[0-9]", '. Remember it." Or *nearly*: ',
+        page, 'It is said: "The pass key is ', *["[0-9]"] * 5, '. Remember it." Or *nearly*: ',
         f'"The pass key was {KEY}; remember it."\n\nBut not: "The captain sold seven parrots in Lisbon."',
     )  # fmt: skip
     turn = ask(page)
@@ -178,7 +178,7 @@ def test_quotations_are_marked_listed_and_lead_to_their_passage(desk, pdf):
     assert panel.locator(".text").inner_text().count("\n") >= 1 and len(panel.locator(".text").inner_text()) > 1000
     before = len(panel.locator(".text").inner_text())
     panel.get_by_role("button", name="Text before it").click()
-    page.wait_for_function("(before) => document.querySelector('.text').innerText.length > before + 1000", arg=before)
+    until(page, "(before) => document.querySelector('.text').innerText.length > before + 1000", before)
     assert panel.locator("mark").inner_text().split() == SAID.split()
     page.keyboard.press("Escape")
     assert panel.is_hidden() and page.evaluate("document.activeElement.textContent") == SAID, "the focus is back"
@@ -301,7 +301,7 @@ def test_an_answer_is_stopped_and_what_was_written_stays(desk, how):
     add(page, file("prose.txt", prose(3000)))
     bind(page, "[a-z ]", *["[a-z ]"] * 400)
     turn = ask(page, "Go on", done=False)
-    page.wait_for_function("document.querySelector('.turn .prose').textContent.length > 10")
+    until(page, "document.querySelector('.turn .prose').textContent.length > 10")
     assert turn.get_attribute("aria-busy") == "true"
     if how == "Escape":
         page.keyboard.press("Escape")
@@ -405,10 +405,12 @@ def test_the_policy_would_refuse_what_got_through(chromium, server):
             inline.innerHTML = "<img src=x onerror='violations.push(\\"ran\\")'><p style='color: red'>";
             document.body.append(image, inline);
             fetch("http://example.org/").catch(() => {});
-            document.body.append(Object.assign(document.createElement("script"), { textContent: "violations.push('ran')" }));
+            const script = document.createElement("script");
+            script.textContent = "violations.push('ran')";
+            document.body.append(script);
         }"""
     )
-    watched.page.wait_for_function("violations.length >= 5")
+    until(watched.page, "violations.length >= 5")
     kinds = {one.split()[0] for one in watched.page.evaluate("violations")}
     assert kinds == {"img-src", "script-src-attr", "style-src-attr", "connect-src", "script-src-elem"}
     watched.context.close()
@@ -418,7 +420,7 @@ def test_what_a_browser_kept_is_not_trusted(desk):
     page = desk.page
     add(page, file("prose.txt", prose(2000)))
     kept = {"turns": [
-        {"question": HOSTILE, "answer": HOSTILE, "quotes": [{"text": "a", "found": "exact", "start": "x"}], "html": HOSTILE},
+        {"question": HOSTILE, "answer": HOSTILE, "quotes": [{"text": "a", "found": "exact", "start": "x"}]},
         {"question": 1}, None, {"question": "fine", "answer": "**fine**", "quotes": 3},
     ]}  # fmt: skip
     identity = page.url.partition("#")[2]
@@ -515,7 +517,7 @@ def test_without_a_document_one_chats_and_flash_attention_is_said(chromium, lock
 def violations(page: Any) -> list[str]:
     from axe_playwright_python.sync_playwright import Axe
 
-    page.wait_for_function("document.getAnimations().every((one) => one.playState !== 'running' || one.animationName)")
+    until(page, "document.getAnimations().every((one) => one.playState !== 'running' || one.animationName)")
     found = Axe().run(page).response
     assert len(found["passes"]) > 8, "it looked"
     return [f"{one['id']}: {node['html'][:120]}" for one in found["violations"] for node in one["nodes"]]
@@ -576,10 +578,10 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(chromium, server
 def test_what_happens_is_said_to_who_does_not_see_it(desk):
     page = desk.page
     add(page, file("prose.txt", prose(3000)))
-    page.wait_for_function("told.includes('prose.txt was read.')")
+    until(page, "told.includes('prose.txt was read.')")
     bind(page, "It is **red**.")
     ask(page, "What is it?")
-    page.wait_for_function("told.includes('Answer: It is **red**.')")
+    until(page, "told.includes('Answer: It is **red**.')")
     assert page.get_attribute("#status", "aria-live") == "polite"
 
 

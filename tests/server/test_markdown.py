@@ -51,6 +51,23 @@ def test_what_answers_are_made_of_is_rendered():
 
 
 @pytest.mark.parametrize(
+    ("markdown", "html"),
+    [
+        (" 31418.\n", "<p>31418.</p>"),
+        ("7)", "<p>7)</p>"),
+        ("1984. It *was* so.", "<p>1984. It <em>was</em> so.</p>"),
+        ("1984. a\n1985. b", "<p>1984. a</p><p>1985. b</p>"),
+        ("12345. - a\n       - b", "<p>12345.</p><ul><li>a</li><li>b</li></ul>"),
+        ("- 1984.\n- b", "<ul><li><p>1984.</p></li><li>b</li></ul>"),
+        ("1. a\n2. b", "<ol><li>a</li><li>b</li></ol>"),
+        ("999. a", '<ol start="999"><li>a</li></ol>'),
+    ],
+)
+def test_an_answer_that_is_a_number_is_shown(markdown, html):
+    assert render(markdown).replace("\n", "") == html
+
+
+@pytest.mark.parametrize(
     ("markdown", "levels"),
     [
         ("# a\n\n# b", ["h3", "h3"]),

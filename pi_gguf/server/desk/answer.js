@@ -22,7 +22,7 @@ class Renderer {
 
   update(text) {
     this.wanted = text;
-    this.running ??= this.run().finally(() => (this.running = null));
+    this.running ??= this.run();
     return this.running;
   }
 
@@ -32,6 +32,7 @@ class Renderer {
       this.wanted = null;
       await Promise.all([this.show(text), wait(BETWEEN)]);
     }
+    this.running = null;
   }
 
   async show(text) {

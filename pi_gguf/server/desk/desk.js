@@ -72,7 +72,7 @@ function drawDocument() {
   byId("name").textContent = entry ? entry.name : model?.meta.chat ? "Without a document" : "Desk";
   byId("facts").textContent = entry ? `${capital(stateOf(entry))}; ${entry.format}, ${count(entry.characters)} characters` : "";
   document.title = entry ? `${entry.name} - Desk` : "Desk";
-  drawFit(entry, { remove: () => library.remove(chosen), read: () => readAgain(chosen) });
+  drawFit(entry, { read: () => act(chosen, "/read"), stop: () => act(chosen, "/stop") });
   drawEmpty(entry);
 }
 
@@ -142,9 +142,10 @@ const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 // What is done
 
-async function readAgain(id) {
+/** Read a document, or stop that. */
+async function act(id, what) {
   try {
-    await request(documentPath(id, "/read"), { method: "POST" });
+    await request(documentPath(id, what), { method: "POST" });
     await library.load();
   } catch (error) {
     notice(entryOf(id)?.name ?? "Document", `${capital(error.message)}.`);

@@ -11,7 +11,7 @@ function standing(entry) {
     case "waiting":
       return `Waits until others are read${left ? `; reading takes about ${left}` : ""}. You can ask all the same.`;
     case "unread":
-      return `Its text is kept, but it has to be read again${left ? `: about ${left}` : ""}. A question does that too.`;
+      return `It is not read${left ? `: that takes about ${left}` : ""}. A question reads it too.`;
     case "failed":
       return `It could not be read: ${entry.error || "no reason was given"}`;
     default:
@@ -19,7 +19,7 @@ function standing(entry) {
   }
 }
 
-/** Draw it for the chosen document. `act`: read() again, remove() it */
+/** Draw it for the chosen document. `act`: read() again, stop() reading */
 export function drawFit(entry, act) {
   const section = byId("fit");
   section.hidden = !entry;
@@ -47,7 +47,7 @@ export function drawFit(entry, act) {
 }
 
 function actionOf(entry, act) {
-  if (isActive(entry)) return el("button", { type: "button", class: "quiet", text: "Stop and delete", on: { click: act.remove } });
+  if (isActive(entry)) return el("button", { type: "button", class: "quiet", text: "Stop", on: { click: act.stop } });
   return el("button", { type: "button", class: "quiet", on: { click: act.read } }, icon("again"), el("span", { text: "Read it now" }));
 }
 

@@ -11,7 +11,7 @@ export const isActive = (entry) => entry.status === "waiting" || entry.status ==
 /** What a document's state is, in a few words. */
 export function stateOf(entry) {
   if (entry.status === "reading") return `reading, ${percent(entry.tokens ? entry.read / entry.tokens : 0)}`;
-  return { waiting: "waits to be read", kept: "ready", unread: "not read now", failed: "could not be read" }[entry.status] ?? "";
+  return { waiting: "waits to be read", kept: "ready", unread: "not read", failed: "could not be read" }[entry.status] ?? "";
 }
 
 export class Library {
