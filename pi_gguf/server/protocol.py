@@ -35,6 +35,9 @@ from pi_gguf.runtime.session import TooLong
 TOP = 20
 """How many of the most probable tokens may be asked for, at most."""
 
+BIASES = 10_000
+"""Tokens that may be biased at once."""
+
 _SEEDS = 2**32 - 1
 
 _HINTS = {
@@ -80,6 +83,10 @@ class ApiError(Exception):
 
 # Bodies
 
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which one fault is enough: a body has room for millions."""
+
 
 class Part(BaseModel):
     """A part of a message's content."""
@@ -111,9 +118,9 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Many[Part] | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Many[Call] | None = None
     tool_call_id: str | None = None
 
     def text(self) -> str:
@@ -150,7 +157,7 @@ def _said(messages: list[Message]) -> list[Message]:
     return messages
 
 
-Messages = Annotated[list[Message], Field(min_length=1), AfterValidator(_said)]
+Messages = Annotated[Many[Message], Field(min_length=1), AfterValidator(_said)]
 
 
 class Function(BaseModel):
@@ -246,12 +253,19 @@ class Generation(Strict):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    logit_bias: dict[TokenText, Bias] | None = None
+    stop: Text | Annotated[Many[Text], Field(max_length=16)] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=BIASES)] | None = None
     n: int | None = Field(default=None, ge=1, le=1)
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     return_progress: bool | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and len(bias) > BIASES:  # before each of a million is looked at
+            raise ValueError(f"must be of {BIASES} tokens at most")
+        return bias
 
     def sampling(self, more_stops: Sequence[str] = (), must_be: str | None = None) -> Sampling:
         """Return how tokens are chosen.
@@ -291,7 +305,7 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """A text to go on with."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     max_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=TOP)
@@ -325,14 +339,14 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=TOP)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | Chosen | None = None
     parallel_tool_calls: bool | None = None
     document: str | None = None
     functions: None = None
     function_call: None = None
     audio: None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -364,7 +378,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """Tokens to make text of."""
 
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Many[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class RenderRequest(Strict):
