@@ -303,6 +303,7 @@ def test_an_answer_has_the_form_that_was_asked_for(client):
         assert json.loads(text)["answer"] in ("yes", "no")
     free = chat(client, response_format={"type": "json_object"}, max_tokens=200).choices[0].message.content
     assert free.lstrip().startswith("{")
+    assert not re.search(r"[\0-\x1f]", free), "no control code stands in a string of JSON"
 
 
 def test_reading_is_told_before_the_first_text(client):
