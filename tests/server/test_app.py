@@ -432,6 +432,8 @@ def test_a_document_is_given_asked_about_and_removed(client, http):
     assert http.post(f"/v1/documents/{entry['id']}/read").json()["id"] == entry["id"]
     looked = http.post(f"/v1/documents/{entry['id']}/looked", json={"messages": SAID, "answer": "the sea"}).json()
     assert abs(sum(one["share"] for one in looked["passages"]) - 1) < 0.01
+    nowhere = http.post(f"/v1/documents/{entry['id']}/looked", json={"messages": SAID, "answer": "€€"})
+    assert nowhere.status_code == 400 and nowhere.json()["error"]["param"] == "answer"
     gone = http.delete(f"/v1/documents/{entry['id']}")
     assert gone.json() == {"id": entry["id"], "object": "document", "deleted": True}
     for answer in (http.get(f"/v1/documents/{entry['id']}"), http.delete(f"/v1/documents/{entry['id']}")):
