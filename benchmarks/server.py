@@ -39,13 +39,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
-
-import psutil
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -164,8 +162,7 @@ class Server:
         """Return the clock that counts: this process's, or the CPU seconds that the server has taken."""
         if not self.cpu:
             return _clock()
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
+        return time.clock_gettime((~self._process.pid << 3) | 2)  # Linux's clock of another process, all its threads
 
     def _answers(self) -> bool:
         try:
@@ -197,7 +194,7 @@ class Server:
 
 @dataclass
 class Answer:
-    """A streamed answer: when its first text came and it ended, by the clock that counts, and how many tokens it has."""
+    """A streamed answer: when its first text came and when it ended, by the clock that counts, and its tokens."""
 
     first: float | None = None
     ended: float = 0.0
