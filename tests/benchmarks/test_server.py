@@ -52,16 +52,17 @@ def test_what_a_page_loads_is_found():
 
 
 def test_tokens_are_timed_from_the_first_to_the_end():
-    found = bench.Answer(1.0)
-    for moment, chunk in (
-        (2.0, {"choices": [{"text": "a"}]}),
-        (2.5, {"choices": [{"delta": {"content": "b"}}]}),
-        (3.0, {"choices": [{"text": "", "finish_reason": "length"}]}),
-        (3.0, {"choices": [], "usage": {"completion_tokens": 5}}),
+    found, clock = bench.Answer(), iter([2.0])
+    for chunk in (
+        {"choices": [], "prompt_progress": {"processed": 3}},
+        {"choices": [{"text": "a"}]},
+        {"choices": [{"delta": {"content": "b"}}]},
+        {"choices": [{"text": "", "finish_reason": "length"}]},
+        {"choices": [], "usage": {"completion_tokens": 5}},
     ):
-        found.add(moment, chunk)
+        found.add(chunk, lambda: next(clock))
     found.ended = 3.0
-    assert (found.moments, found.tokens, found.milliseconds) == ([2.0, 2.5], 5, 250.0)
+    assert (found.first, found.tokens, found.milliseconds) == (2.0, 5, 250.0)
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def test_quotations_are_marked_listed_and_lead_to_their_passage(desk, pdf):
     page = desk.page
     add(page, str(pdf))
     bind(
-        page, 'It is said: "The pass key is ', *["[0-9]"] * 5, '. Remember it." Or *nearly*: ',
+        page, f'It is said: "{SAID}" Or *nearly*: ',
         f'"The pass key was {KEY}; remember it."\n\nBut not: "The captain sold seven parrots in Lisbon."',
     )  # fmt: skip
     turn = ask(page)
@@ -213,23 +213,6 @@ def test_where_it_looked_is_shown_and_leads_to_the_passage(desk):
     assert strip.get_attribute("aria-valuemax") == str(len(turn.locator(".column").all()))
     turn.locator(".first button").first.click()
     assert KEY in panel.locator("mark").inner_text()
-
-
-def test_answers_above_are_sent_when_wanted_only(desk):
-    page, sent = desk.page, []
-    page.on("request", lambda request: "chat" in request.url and sent.append(request.post_data_json))
-    add(page, file("prose.txt", prose(3000)))
-    assert page.locator("#above").is_disabled()
-    bind(page, "It is red.")
-    ask(page, "What is it?")
-    ask(page, "And then?")
-    page.check("#above")
-    ask(page, "Why?")
-    assert [[one["content"] for one in asked["messages"]] for asked in sent] == [
-        ["What is it?"],
-        ["And then?"],
-        ["What is it?", "It is red.", "And then?", "It is red.", "Why?"],
-    ]
 
 
 def test_answers_are_copied_saved_and_cleared(desk):
@@ -449,6 +432,7 @@ def test_a_server_that_is_gone_is_said_and_it_goes_on_when_it_is_back(chromium, 
         turn = ask(page, "Is it there?", done=False)
         page.locator("#offline").get_by_text("does not answer").wait_for()
         turn.get_by_role("alert").wait_for()
+        until(page, "document.querySelector('#question').value === 'Is it there?'")
         assert page.locator(".turn").first.locator(".prose").inner_text() == "Yes.", "what is there stays"
         page.set_input_files("#file", file("b.txt", "b"))
         page.get_by_role("alert").filter(has_text="b.txt").wait_for()
@@ -467,6 +451,14 @@ def locked(tiny_gguf, tmp_path_factory) -> Iterator[Server]:
     options = ("--api-key", "open sesame", "--flash-attn", "--n-ctx", "2048")
     with serving(path, *options, cache=folder / "cache") as one:
         yield one
+
+
+def unlocked(chromium: Any, locked: Server) -> Watched:
+    watched = Watched(chromium, locked)
+    watched.page.get_by_role("dialog").get_by_label("Key").fill("open sesame")
+    watched.page.keyboard.press("Enter")
+    watched.page.get_by_role("dialog").wait_for(state="hidden")
+    return watched
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(chromium, locked):
@@ -490,10 +482,8 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(chromium, locked):
 
 
 def test_without_a_document_one_chats_and_flash_attention_is_said(chromium, locked):
-    watched = Watched(chromium, locked)
+    watched = unlocked(chromium, locked)
     page, sent = watched.page, []
-    page.get_by_role("dialog").get_by_label("Key").fill("open sesame")
-    page.keyboard.press("Enter")
     page.on("request", lambda request: "chat" in request.url and sent.append(request.post_data_json))
     bind(page, "Good day.")
     ask(page, "Hello")
@@ -507,6 +497,27 @@ def test_without_a_document_one_chats_and_flash_attention_is_said(chromium, lock
     turn.get_by_role("alert").filter(has_text="flash attention").wait_for()
     page.get_by_role("button", name="Ask without a document").click()
     assert page.locator(".turn").count() == 2
+    watched.check()
+    watched.context.close()
+
+
+def test_answers_above_are_sent_when_wanted_only(chromium, locked):
+    watched = unlocked(chromium, locked)
+    page, sent = watched.page, []
+    page.on("request", lambda request: "chat" in request.url and sent.append(request.post_data_json))
+    add(page, file("prose.txt", prose(3000)))
+    assert page.locator("#above").is_disabled()
+    bind(page, "It is red.")
+    ask(page, "What is it?")
+    ask(page, "And then?")
+    page.check("#above")
+    ask(page, "Why?")
+    assert [[one["content"] for one in asked["messages"]] for asked in sent] == [
+        ["What is it?"],
+        ["And then?"],
+        ["What is it?", "It is red.", "And then?", "It is red.", "Why?"],
+    ]
+    assert page.locator(".turn").nth(2).locator(".prose").inner_text() == "It is red."
     watched.check()
     watched.context.close()
 
@@ -567,9 +578,8 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(chromium, server
     page.locator(".notice").wait_for()
     if small:
         page.keyboard.press("Escape")
-        assert page.locator("#library").is_hidden() and page.locator("#open-library").evaluate(
-            "e => e === document.activeElement"
-        )
+        page.locator("#library").wait_for(state="hidden")
+        assert page.locator("#open-library").evaluate("e => e === document.activeElement")
     clean("too long")
     watched.check()
     watched.context.close()

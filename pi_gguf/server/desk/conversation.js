@@ -46,6 +46,7 @@ export class Conversation {
     ];
   }
 
+  /** Ask; returns whether it was answered. */
   async ask(question, withAbove) {
     const above = withAbove ? this.turns.filter((one) => one.answer).length : 0;
     const turn = { question, answer: "", quotes: [], above, ended: "", note: "" };
@@ -72,6 +73,7 @@ export class Conversation {
     this.changed(this);
     this.grown(this);
     if (turn.answer) announce(`Answer: ${shorten(turn.answer, 600)}`);
+    return Boolean(turn.answer) || turn.ended === "cancelled" || !turn.error;
   }
 
   async write(turn, view, signal) {

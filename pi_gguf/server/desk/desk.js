@@ -104,7 +104,7 @@ function drawAsking() {
   byId("send").disabled = !can;
   byId("stop").hidden = !running;
   const answered = turns.some((turn) => turn.answer);
-  byId("above").closest("label").hidden = !entry;
+  byId("above").closest("label").hidden = !entry || model?.meta.form !== "chat";
   byId("above").disabled = !answered;
   byId("export").hidden = byId("clear").hidden = !answered;
   drawEmpty(entry);
@@ -152,7 +152,7 @@ async function act(id, what) {
   }
 }
 
-function ask() {
+async function ask() {
   const question = byId("question");
   const text = question.value.trim();
   const one = conversation();
@@ -160,7 +160,10 @@ function ask() {
   question.value = "";
   grow();
   atEnd = true;
-  one.ask(text, chosen ? byId("above").checked : true);
+  const answered = await one.ask(text, chosen ? byId("above").checked && model.meta.form === "chat" : true);
+  if (answered || one !== conversation() || question.value) return;
+  question.value = text; // to be asked again
+  grow();
 }
 
 function grow() {

@@ -25,8 +25,12 @@ function show(title, content, buttons, { form = false } = {}) {
     event.preventDefault();
     close(null);
   };
-  dialog.onclose = () => dialog.open || close(null); // of this one, not of one before it
-  dialog.onclick = (event) => event.target === dialog && close(null);
+  dialog.onclose = () => {
+    if (!dialog.open) close(null); // else it is the end of the one before
+  };
+  dialog.onclick = (event) => {
+    if (event.target === dialog) close(null);
+  };
   dialog.showModal();
   return promise;
 }

@@ -92,7 +92,8 @@ export class Library {
     if (this.watched !== mine) return;
     this.watched = null;
     if (last?.status === "kept") announce(`${last.name} was read.`);
-    this.load().catch(() => {});
+    if (last && !isActive(last)) this.load().catch(() => {});
+    else this.poll(); // the stream broke
   }
 
   async add(files) {
