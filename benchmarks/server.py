@@ -4,7 +4,8 @@ In: GGUF files, and llama-server, compiled from the source distribution of the i
 compute alike. Out: `benchmarks/server.json`, for each file, both servers in turn, medians of rounds:
 
 write: tokens/s written by 1, 4 and 8 clients at once, reading of their prompts included
-added: milliseconds a token of a stream, beside the same text written by `Model.complete` in this process
+added: milliseconds a token of a stream, beside the same text written by `Model.complete` in this process; of servers
+    with one slot, and with all slots, where each token also looks past what the others keep in the shared cache
 gap: the longest time between two tokens of a running answer while another request reads 8000, in batches of 512
 document: seconds to the first token about a document: the first question, the second, and after a restart
 page: seconds and bytes of / and all that it loads
@@ -39,7 +40,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -121,20 +124,29 @@ class Server:
 
     Args:
         name: of who serves.
-        command: that starts it, with PORT for the port.
+        command: that starts it, with PORT for the port and SLOTS for slots.
+        slots: that it has.
         environment: added to this process's.
     """
 
     cpu = False
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
-        self.name, self._command, self._environment = name, command, {**os.environ, **(environment or {})}
+    def __init__(self, name: str, command: list[str], slots: int, **environment: str) -> None:
+        self.name, self._command, self._slots = name, command, slots
+        self._environment = {**os.environ, **environment}
+
+    def again(self, slots: int) -> Server:
+        """Return another one of the kind with so many slots."""
+        other = copy(self)
+        other._slots = slots
+        return other
 
     def __enter__(self) -> Server:
         with socket.socket() as free:
             free.bind((_HOST, 0))
             self.port = int(free.getsockname()[1])
-        command = [word.replace("PORT", str(self.port)) if word == "PORT" else word for word in self._command]
+        values = {"PORT": str(self.port), "SLOTS": str(self._slots)}
+        command = [values.get(word, word) for word in self._command]
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=self._environment)
         end = _clock() + _SECONDS
@@ -238,17 +250,20 @@ def answer(
 
 
 def our_server(path: Path, n_ctx: int, slots: int, cache: Path) -> Server:
-    words = ["-m", "pi_gguf", "serve", str(path), "--port", "PORT", "--n-ctx", str(n_ctx), "--slots", str(slots)]
-    return Server(OURS, [sys.executable, *words], {"PI_GGUF_CACHE": str(cache), "PYTHONPATH": str(ROOT)})
+    words = ["-m", "pi_gguf", "serve", str(path), "--port", "PORT", "--n-ctx", str(n_ctx), "--slots", "SLOTS"]
+    return Server(OURS, [sys.executable, *words], slots, PI_GGUF_CACHE=str(cache), PYTHONPATH=str(ROOT))
 
 
 def peer_server(peer: str, llama_server: str, path: Path, n_ctx: int, slots: int) -> Server:
     """Return llama.cpp's server with the same window for all its slots, attention, batches and threads."""
-    sizes = [str(number) for number in (n_ctx, slots, BATCH, cores())]
+    window, threads = str(n_ctx), str(cores())
     if peer == "xllamacpp":
-        return Server(peer, [sys.executable, "-c", _XLLAMACPP, str(path), "PORT", *sizes])
-    words = f"-c {sizes[0]} -np {slots} -kvu -b {BATCH} -ub {BATCH} -t {sizes[3]} -tb {sizes[3]} -fa off --cache-ram 0"
-    return Server(peer, [llama_server, "-m", str(path), "--host", _HOST, "--port", "PORT", *words.split()])
+        words = ["-c", _XLLAMACPP, str(path), "PORT", window, "SLOTS", str(BATCH), threads]
+        return Server(peer, [sys.executable, *words], slots)
+    words = (
+        f"-c {window} -np SLOTS -kvu -b {BATCH} -ub {BATCH} -t {threads} -tb {threads} -fa off --cache-ram 0".split()
+    )
+    return Server(peer, [llama_server, "-m", str(path), "--host", _HOST, "--port", "PORT", *words], slots)
 
 
 # Texts
@@ -326,20 +341,26 @@ def measure_write(trial: Trial) -> dict[str, Any]:
 
 
 def measure_added(trial: Trial) -> dict[str, Any]:
-    """Return milliseconds a token, of streams and of the session in this process."""
+    """Return milliseconds a token, of streams and of the session in this process, by slots that the servers have."""
+    with contextlib.ExitStack() as stack:
+        single = [stack.enter_context(server.again(1)) for server in trial.servers]
+        return {"1": added(replace(trial, servers=tuple(single))), str(trial.size.slots): added(trial)}
+
+
+def added(trial: Trial) -> dict[str, Any]:
     size = trial.size
     runs: dict[str, list[float]] = {who: [] for who in (*(s.name for s in trial.servers), "session")}
-    for turn, order in trial.turns(2 * size.rounds + 1):
+    for turn, order in trial.turns(2 * size.rounds + size.slots):
         prompt = trial.prose.take(size.prompt)
         tried: list[tuple[str, Callable[[str, int], Answer]]] = [(server.name, server.write) for server in order]
-        tried.insert(turn % (len(tried) + 1), ("session", lambda prompt, tokens: by_session(trial, prompt, tokens)))
+        tried.insert(turn % (len(tried) + 1), ("session", partial(by_session, trial)))
         answers = {who: write(prompt, size.tokens) for who, write in tried}
-        if turn and all(a.first is not None and a.tokens > 1 for a in answers.values()):
+        if turn >= size.slots and all(a.first is not None and a.tokens > 1 for a in answers.values()):
             for who, found in answers.items():
                 runs[who].append(found.milliseconds)
     medians = {who: statistics.median(found) for who, found in runs.items()}
-    added = {who: round(value - medians["session"], 3) for who, value in medians.items() if who != "session"}
-    return {**summary(runs, 3), "added": added}
+    more = {who: round(value - medians["session"], 3) for who, value in medians.items() if who != "session"}
+    return {**summary(runs, 3), "added": more}
 
 
 def by_session(trial: Trial, prompt: str, tokens: int) -> Answer:
