@@ -202,7 +202,7 @@ def test_where_it_looked_is_shown_and_leads_to_the_passage(desk):
     strip = turn.get_by_role("slider")
     strip.wait_for()
     said = strip.get_attribute("aria-valuetext")
-    assert re.match(r"\d+ % of its looks", said) and int(said.split()[0]) > 30
+    assert re.match(r"\d+ % of its attention", said) and int(said.split()[0]) > 30
     strip.press("Enter")
     panel = page.get_by_role("complementary")
     assert KEY in panel.locator("mark").inner_text()

@@ -111,6 +111,12 @@ export function placeOf({ place, start }, entry) {
   return entry?.characters ? `${percent(start / entry.characters)} into the text` : "In the text";
 }
 
+/** The same, and how far into the text where a label alone, as that of a chapter, says little. */
+export function preciselyOf(found, entry) {
+  const where = placeOf(found, entry);
+  return /^page|into the text$/i.test(where) ? where : `${where}, ${percent(found.start / entry.characters)} into the text`;
+}
+
 export const percent = (share) => {
   const value = 100 * share;
   return value > 0 && value < 1 ? "under 1 %" : `${Math.round(value)} %`;

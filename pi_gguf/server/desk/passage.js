@@ -35,7 +35,7 @@ export async function openPassage(passage, entry, from) {
   opener = from ?? opener;
   if (from) from.dataset.open = "";
   const text = el("div", { class: "text", tabindex: 0, role: "group", "aria-label": "Text of the document" });
-  const found = passage.kind === "looked" ? `${percent(passage.share)} of its looks` : KINDS[passage.kind];
+  const found = passage.kind === "looked" ? `${percent(passage.share)} of its attention` : KINDS[passage.kind];
   panel.replaceChildren(
     el("header", {},
       el("div", {}, el("h2", { id: "passage-name", text: placeOf(passage, entry) }),

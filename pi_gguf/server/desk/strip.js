@@ -1,6 +1,6 @@
 // Where the model looked: the whole document as a strip, a column for each passage, a tick for each quotation.
 
-import { count, el, percent, placeOf, svg } from "./dom.js";
+import { count, el, percent, preciselyOf, svg } from "./dom.js";
 
 const FIRST = 3;
 
@@ -26,7 +26,7 @@ export function lookedStrip(passages, quotes, entry, open) {
     "aria-valuemin": 1, "aria-valuemax": passages.length }, drawing);
   const best = [...passages.keys()].sort((a, b) => passages[b].share - passages[a].share);
   let at = best[0];
-  const describe = (one) => `${percent(one.share)} of its looks: ${placeOf(one, entry)}`;
+  const describe = (one) => `${percent(one.share)} of its attention: ${preciselyOf(one, entry)}`;
 
   function point(index) {
     at = Math.max(0, Math.min(passages.length - 1, index));
