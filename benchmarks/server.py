@@ -4,13 +4,15 @@ In: GGUF files, and llama-server, compiled from the source distribution of the i
 compute alike. Out: `benchmarks/server.json`, for each file, both servers in turn, medians of rounds:
 
 write: tokens/s written by 1, 4 and 8 clients at once, reading of their prompts included
-added: milliseconds a token of a stream, beside the same text written by `Model.complete` in this process
+added: milliseconds a token of a stream, beside the same text written by `Model.complete` in this process; of servers
+    with one slot, and with all slots, where each token also looks past what the others keep in the shared cache
 gap: the longest time between two tokens of a running answer while another request reads 8000, in batches of 512
 document: seconds to the first token about a document: the first question, the second, and after a restart
 page: seconds and bytes of / and all that it loads
 
 Both servers are open all the time and compute in turn; the one that waits takes no CPU. A round's texts are the same
-for both, and new.
+for both, and new. With --cpu-time, for a machine that others use too, everything runs on one core, and write and added
+count the CPU seconds of a server in place of those that pass.
 
 Example (half an hour for two files; --toy is a trial of seconds):
     pip download --no-binary llama-cpp-python --no-deps llama-cpp-python==0.3.36
@@ -38,7 +40,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -76,6 +80,7 @@ class Size:
         document: tokens of a document, or of the request that is read beside an answer, as far as they fit.
         readings: times that one is read.
         n_ctx: window to open, in tokens; the file's own where that is smaller.
+        cpu: whether CPU seconds of a process count.
     """
 
     clients: tuple[int, ...] = (1, 4, 8)
@@ -86,6 +91,7 @@ class Size:
     document: int = 8000
     readings: int = 3
     n_ctx: int = 16384
+    cpu: bool = False
 
 
 TOY = Size((1, 2), 2, 20, 8, 1, 600, 1, 2048)
@@ -118,18 +124,29 @@ class Server:
 
     Args:
         name: of who serves.
-        command: that starts it, with PORT for the port.
+        command: that starts it, with PORT for the port and SLOTS for slots.
+        slots: that it has.
         environment: added to this process's.
     """
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
-        self.name, self._command, self._environment = name, command, {**os.environ, **(environment or {})}
+    cpu = False
+
+    def __init__(self, name: str, command: list[str], slots: int, **environment: str) -> None:
+        self.name, self._command, self._slots = name, command, slots
+        self._environment = {**os.environ, **environment}
+
+    def again(self, slots: int) -> Server:
+        """Return another one of the kind with so many slots."""
+        other = copy(self)
+        other._slots = slots
+        return other
 
     def __enter__(self) -> Server:
         with socket.socket() as free:
             free.bind((_HOST, 0))
             self.port = int(free.getsockname()[1])
-        command = [word.replace("PORT", str(self.port)) if word == "PORT" else word for word in self._command]
+        values = {"PORT": str(self.port), "SLOTS": str(self._slots)}
+        command = [values.get(word, word) for word in self._command]
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=self._environment)
         end = _clock() + _SECONDS
@@ -153,6 +170,12 @@ class Server:
             self._process.wait()
         self._log.close()
 
+    def seconds(self) -> float:
+        """Return the clock that counts: this process's, or the CPU seconds that the server has taken."""
+        if not self.cpu:
+            return _clock()
+        return time.clock_gettime((~self._process.pid << 3) | 2)  # Linux's clock of another process, all its threads
+
     def _answers(self) -> bool:
         try:
             return "data" in self.get("/v1/models") and bool(self.get("/health"))
@@ -173,33 +196,33 @@ class Server:
 
     def write(self, prompt: str, tokens: int) -> Answer:
         """Continue a prompt, and wait for all of it."""
-        found = Answer(_clock())
+        found = Answer()
         usage = {"stream_options": {"include_usage": True}}
-        for moment, chunk in self.stream("/v1/completions", prompt=prompt, max_tokens=tokens, **usage):
-            found.add(moment, chunk)
-        found.ended = _clock()
+        for _, chunk in self.stream("/v1/completions", prompt=prompt, max_tokens=tokens, **usage):
+            found.add(chunk, self.seconds)
+        found.ended = self.seconds()
         return found
 
 
 @dataclass
 class Answer:
-    """A streamed answer: when its texts came, and how many tokens it has."""
+    """A streamed answer: when its first text came and when it ended, by the clock that counts, and its tokens."""
 
-    started: float
+    first: float | None = None
     ended: float = 0.0
-    moments: list[float] = field(default_factory=list)
     tokens: int = 0
 
-    def add(self, moment: float, chunk: dict[str, Any]) -> None:
-        if text_of(chunk):
-            self.moments.append(moment)
+    def add(self, chunk: dict[str, Any], seconds: Callable[[], float]) -> None:
+        if self.first is None and text_of(chunk):
+            self.first = seconds()
         if usage := chunk.get("usage"):
             self.tokens = int(usage["completion_tokens"])
 
     @property
     def milliseconds(self) -> float:
         """Of a token, from the first to the end."""
-        return 1000 * (self.ended - self.moments[0]) / (self.tokens - 1)
+        assert self.first is not None
+        return 1000 * (self.ended - self.first) / (self.tokens - 1)
 
 
 def text_of(chunk: dict[str, Any]) -> str:
@@ -227,17 +250,20 @@ def answer(
 
 
 def our_server(path: Path, n_ctx: int, slots: int, cache: Path) -> Server:
-    words = ["-m", "pi_gguf", "serve", str(path), "--port", "PORT", "--n-ctx", str(n_ctx), "--slots", str(slots)]
-    return Server(OURS, [sys.executable, *words], {"PI_GGUF_CACHE": str(cache), "PYTHONPATH": str(ROOT)})
+    words = ["-m", "pi_gguf", "serve", str(path), "--port", "PORT", "--n-ctx", str(n_ctx), "--slots", "SLOTS"]
+    return Server(OURS, [sys.executable, *words], slots, PI_GGUF_CACHE=str(cache), PYTHONPATH=str(ROOT))
 
 
 def peer_server(peer: str, llama_server: str, path: Path, n_ctx: int, slots: int) -> Server:
     """Return llama.cpp's server with the same window for all its slots, attention, batches and threads."""
-    sizes = [str(number) for number in (n_ctx, slots, BATCH, cores())]
+    window, threads = str(n_ctx), str(cores())
     if peer == "xllamacpp":
-        return Server(peer, [sys.executable, "-c", _XLLAMACPP, str(path), "PORT", *sizes])
-    words = f"-c {sizes[0]} -np {slots} -kvu -b {BATCH} -ub {BATCH} -t {sizes[3]} -tb {sizes[3]} -fa off --cache-ram 0"
-    return Server(peer, [llama_server, "-m", str(path), "--host", _HOST, "--port", "PORT", *words.split()])
+        words = ["-c", _XLLAMACPP, str(path), "PORT", window, "SLOTS", str(BATCH), threads]
+        return Server(peer, [sys.executable, *words], slots)
+    words = (
+        f"-c {window} -np SLOTS -kvu -b {BATCH} -ub {BATCH} -t {threads} -tb {threads} -fa off --cache-ram 0".split()
+    )
+    return Server(peer, [llama_server, "-m", str(path), "--host", _HOST, "--port", "PORT", *words], slots)
 
 
 # Texts
@@ -302,10 +328,10 @@ def measure_write(trial: Trial) -> dict[str, Any]:
             for turn, order in trial.turns(size.rounds + 1):
                 prompts = [trial.prose.take(size.prompt) for _ in range(clients)]
                 for server in order:
-                    started = _clock()
+                    started = server.seconds()
                     answers = list(pool.map(server.write, prompts, [size.tokens] * clients))
                     if turn:  # the first is warming up
-                        runs[server.name].append(sum(a.tokens for a in answers) / (_clock() - started))
+                        runs[server.name].append(sum(a.tokens for a in answers) / (server.seconds() - started))
         found[str(clients)] = summary(runs)
     ones = found[str(size.clients[0])]["medians"]
     for clients in found:
@@ -315,33 +341,38 @@ def measure_write(trial: Trial) -> dict[str, Any]:
 
 
 def measure_added(trial: Trial) -> dict[str, Any]:
-    """Return milliseconds a token, of streams and of the session in this process."""
+    """Return milliseconds a token, of streams and of the session in this process, by slots that the servers have."""
+    with contextlib.ExitStack() as stack:
+        single = [stack.enter_context(server.again(1)) for server in trial.servers]
+        return {"1": added(replace(trial, servers=tuple(single))), str(trial.size.slots): added(trial)}
+
+
+def added(trial: Trial) -> dict[str, Any]:
     size = trial.size
     runs: dict[str, list[float]] = {who: [] for who in (*(s.name for s in trial.servers), "session")}
-    for turn, order in trial.turns(2 * size.rounds + 1):
+    for turn, order in trial.turns(2 * size.rounds + size.slots):
         prompt = trial.prose.take(size.prompt)
         tried: list[tuple[str, Callable[[str, int], Answer]]] = [(server.name, server.write) for server in order]
-        tried.insert(
-            turn % (len(tried) + 1), ("session", lambda prompt, tokens: by_session(trial.model, prompt, tokens))
-        )
+        tried.insert(turn % (len(tried) + 1), ("session", partial(by_session, trial)))
         answers = {who: write(prompt, size.tokens) for who, write in tried}
-        if turn and all(len(a.moments) > 1 for a in answers.values()):
+        if turn >= size.slots and all(a.first is not None and a.tokens > 1 for a in answers.values()):
             for who, found in answers.items():
                 runs[who].append(found.milliseconds)
     medians = {who: statistics.median(found) for who, found in runs.items()}
-    added = {who: round(value - medians["session"], 3) for who, value in medians.items() if who != "session"}
-    return {**summary(runs, 3), "added": added}
+    more = {who: round(value - medians["session"], 3) for who, value in medians.items() if who != "session"}
+    return {**summary(runs, 3), "added": more}
 
 
-def by_session(model: Model, prompt: str, tokens: int) -> Answer:
-    found = Answer(_clock())
+def by_session(trial: Trial, prompt: str, tokens: int) -> Answer:
+    found, seconds = Answer(), time.process_time if trial.size.cpu else _clock
 
     def note(_read: int, _to_read: int, written: int) -> None:
         found.tokens = written
 
-    for _ in model.complete(prompt, max_tokens=tokens, on_progress=note):
-        found.moments.append(_clock())
-    found.ended = _clock()
+    for _ in trial.model.complete(prompt, max_tokens=tokens, on_progress=note):
+        if found.first is None:
+            found.first = seconds()
+    found.ended = seconds()
     return found
 
 
@@ -592,16 +623,27 @@ def main() -> None:
     parser.add_argument("--peer", choices=["llama-server", "xllamacpp", "none"], default="llama-server")
     parser.add_argument("--llama-server", default="llama-server", metavar="PATH", help="where llama-server is")
     parser.add_argument("--parts", default=",".join(PARTS), help="what is measured; others stay in --out")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one core, and CPU seconds: for a machine that others use too"
+    )
     parser.add_argument("--rounds", type=int, help="times that each writes")
     parser.add_argument("--slots", type=int, help="of both servers; 8 when left out")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "server.json")
     args = parser.parse_args()
     size = TOY if args.toy else Size()
-    size = replace(size, rounds=args.rounds or size.rounds, slots=args.slots or size.slots)
+    size = replace(size, rounds=args.rounds or size.rounds, slots=args.slots or size.slots, cpu=args.cpu_time)
+    if args.cpu_time:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # of all that is started from here, too
+        Server.cpu = True
     files: dict[str, Any] = json.loads(args.out.read_text())["server"] if args.out.exists() else {}
     for path in args.files:
         files[path.name] = measure(path, args, size, files.get(path.name, {}))
-        more = {"peer": args.peer, "peer_version": version_of(args.peer, args.llama_server), "threads": cores()}
+        more = {
+            "peer": args.peer,
+            "peer_version": version_of(args.peer, args.llama_server),
+            "threads": cores(),
+            "cpu_time": size.cpu,
+        }
         record = {"server": files, **more, **provenance(seed=0, device="cpu")}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 

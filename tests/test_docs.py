@@ -96,8 +96,9 @@ def test_the_readmes_commands_run_one_after_another(shell, llama, tmp_path):
         assert out.strip(), line
         if line.startswith("pi-gguf inspect"):
             assert "512 tokens (original 64)" in out
-    served = shell("bash", "-c", f"{given[-1]} --port 0 2> served & until grep -q 'the desk: http' served; do sleep 0.1; "
-                   "kill -0 $! || exit 1; done; kill -INT $!; wait $!; [ $? = 130 ] && cat served")  # fmt: skip
+    until = "until grep -q 'the desk: http' served; do sleep 0.1; kill -0 $! || exit 1; done"
+    end = "kill -INT $!; wait $!; [ $? = 130 ] && cat served"
+    served = shell("bash", "-c", f"{given[-1]} --port 0 2> served & {until}; {end}")
     assert "the API:  http" in served
     (program,) = blocks(README, "python")
     assert shell(sys.executable, "-c", program).strip()

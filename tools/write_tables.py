@@ -215,18 +215,18 @@ def clients_table(record: dict[str, Any]) -> str:
 
 def streams_table(record: dict[str, Any]) -> str:
     """Return what a server adds to a token, and how long a running answer stands still."""
-    rows = [
-        [
-            file, f"{found['added']['medians']['session']:.2f}", who, f"{added:.2f}", f"{found['gap']['tokens']:,}",
-            f"{found['gap']['medians'][who]['gap']:.2f}", f"{found['gap']['medians'][who]['by a mean batch']:.2f}",
-            f"{found['gap']['medians'][who]['by the longest batch']:.2f}",
-        ]
-        for file, found in record["server"].items()
-        for who, added in found["added"]["added"].items()
-    ]  # fmt: skip
+    rows = []
+    for file, found in record["server"].items():
+        gaps, more = found["gap"]["medians"], list(found["added"].values())
+        for who, gap in gaps.items():
+            cells = [f"{part['added'][who]:.2f}" for part in more]
+            session = f"{more[0]['medians']['session']:.2f}"
+            shares = [f"{gap[by]:.2f}" for by in ("gap", "by a mean batch", "by the longest batch")]
+            rows.append([file, who, session, *cells, f"{found['gap']['tokens']:,}", *shares])
+    slots = next(iter(record["server"].values()))["slots"]
     header = [
-        "file", "ms a token, session", "server", "adds, ms", "beside so many tokens", "longest gap, s",
-        "in mean batches", "in the longest",
+        "file", "server", "ms a token, session", "one slot adds", f"{slots} slots add", "beside so many tokens",
+        "longest gap, s", "in mean batches", "in the longest",
     ]  # fmt: skip
     return markdown_table(header, rows)
 

@@ -52,12 +52,14 @@ class _Slot:
         cells: a number for each place of the cache that it holds; two sequences that share a place have one in common.
         work: what it is used for now.
         used: when it was given or left.
+        left: how many tokens had been written by all then.
     """
 
     sequence: CachedSequence
     cells: list[int] = field(default_factory=list)
     work: _Work | None = None
     used: float = 0.0
+    left: int = 0
 
 
 @dataclass(eq=False)
@@ -110,6 +112,11 @@ class _Work:
         )
 
 
+_SINGLE = 20
+"""An operation of attention, for one token after the other, takes as long on a CPU as so many of those by which a batch
+is read (docs/log.md)."""
+
+
 class Engine:
     """Reads and writes many texts at a time with one model, which is the engine's while it runs.
 
@@ -137,6 +144,8 @@ class Engine:
         self._numbers, self._orders = itertools.count(), itertools.count(1)
         self._lasting = 1.0
         """Seconds that a job takes, about."""
+        self._patience = round(model.reading_cost(0, 1) / (_SINGLE * model.attention_cost()))
+        """Tokens that others write until what an idle sequence holds has slowed them by as much as reading it takes."""
         self._closing = False
         self._awake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -260,6 +269,8 @@ class Engine:
 
     def _run(self) -> None:
         with self.model.turns():
+            for sequence in self.model.sequences:
+                sequence.clear()
             while True:
                 with self._awake:
                     while not (self._closing or self._calls or self._waiting or self._busy()):
@@ -317,6 +328,7 @@ class Engine:
         """Take a job off its slot, which keeps what was read."""
         if slot := work.slot:
             slot.work, slot.used, work.slot = None, time.monotonic(), None
+            slot.left = self._figures.written_tokens
 
     def _finish(self, work: _Work, why: str) -> None:
         self._free(work)
@@ -409,6 +421,14 @@ class Engine:
         slot.cells = []
         return True
 
+    def _drop_stale(self) -> None:
+        """Empty idle sequences that have cost by now what they could save: each token looks at all that is held."""
+        written = self._figures.written_tokens
+        for slot in self._slots:
+            if slot.work is None and slot.cells and written - slot.left > self._patience:
+                slot.sequence.clear()
+                slot.cells = []
+
     def _restore(self, slot: _Slot, wanted: Sequence[int]) -> None:
         """Bring back what is kept on disk, where that is more than the sequence holds."""
         if self.states is None or len(slot.sequence.ids) >= len(wanted):
@@ -444,6 +464,7 @@ class Engine:
 
     def _step(self) -> None:
         """Read a batch: a token of each text that is written, and of the others what has room."""
+        self._drop_stale()
         self._batch.clear()
         parts: list[tuple[_Work, int, int]] = []  # with the place of the first logits, and how many there are
         busy = self._busy()

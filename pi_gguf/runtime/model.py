@@ -434,11 +434,17 @@ class Model(LanguageModel):
 
     def reading_cost(self, start: int, end: int) -> float:
         """Return the operations that reading the tokens from `start` to before `end` takes, roughly."""
-        weights = sum(math.prod(t.shape) for t in self.info.tensors if len(t.shape) > 1)
+        attention = self.attention_cost() * (1 if self.flash_attn else _PLAIN_ATTENTION)
+        return 2.0 * self._weights * (end - start) + attention * (end**2 - start**2) / 2
+
+    def attention_cost(self) -> float:
+        """Return the operations by which a token looks at another one."""
         width = self.info.hyperparameter("attention.head_count") * head_size(self.info, "key_length")
-        attention = 4 * self.info.hyperparameter("block_count") * width
-        attention *= 1 if self.flash_attn else _PLAIN_ATTENTION
-        return 2.0 * weights * (end - start) + attention * (end**2 - start**2) / 2
+        return 4.0 * self.info.hyperparameter("block_count") * width
+
+    @cached_property
+    def _weights(self) -> int:
+        return sum(math.prod(t.shape) for t in self.info.tensors if len(t.shape) > 1)
 
     def _special_tokens(self) -> dict[str, str]:
         """Return the spellings of the file's special tokens by the names that chat templates know."""

@@ -25,6 +25,9 @@ PENALIZED = 64
 _SEEDS = 2**32 - 1
 """Seeds there are; llama.cpp takes the next number for one of its own choice."""
 
+_CHARACTER = 'char ::= [^"\\\\]', 'char ::= [^"\\\\\\x00-\\x1F\\x7F]'
+"""The converter's rule for a string's character, and JSON's: it must not be a line's end or another control code."""
+
 
 class SamplingKeywords(TypedDict, total=False):
     """The fields of `Sampling`, as keywords."""
@@ -122,12 +125,13 @@ def schema_to_gbnf(schema: str | Mapping[str, Any]) -> str:
     try:
         if not isinstance(json.loads(text), dict):
             raise ValueError("a schema is an object")
-        return str(llama_cpp_library().llama_grammar.json_schema_to_gbnf(text))
+        grammar = str(llama_cpp_library().llama_grammar.json_schema_to_gbnf(text))
     except Exception as error:  # the converter lets through whatever a schema makes its code run into
         raise OptionError(
             f"json_schema: not a schema that is understood ({type(error).__name__}: {one_line(error)})",
             'e.g. {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}',
         ) from error
+    return grammar.replace(*_CHARACTER)
 
 
 class Chooser:

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from pi_gguf.engine.engine import Engine
 from pi_gguf.engine.library import Library
 from pi_gguf.errors import PiGgufError
-from pi_gguf.gguf.certificate import Certificate
+from pi_gguf.runtime.reading import reach, trust
 from pi_gguf.server.description import describe
 from pi_gguf.server.guard import Guard, Rules
 from pi_gguf.server.metrics import CONTENT_TYPE, Metrics
@@ -138,13 +138,8 @@ def _handler(file: str) -> Callable[[Request, Exception], Response]:
 
 def _model(engine: Engine, name: str, form: str | None) -> dict[str, Any]:
     """Return the entry of the model in the list of models."""
-    model, certificate = engine.model, Certificate.read(engine.model.info.header)
-    measured, k_max = (certificate.window, certificate.k_max) if certificate else (None, None)
-    if measured is None:
-        trust = "how far this file's window really reaches was never measured"
-    else:
-        trust = f"this file was measured to {measured:,} tokens"
-        trust += "" if k_max is None else f"; k_max {k_max:,}"
+    model = engine.model
+    measured, k_max = reach(model.info)
     status = model.path.stat()
     return {
         "id": name,
@@ -158,7 +153,7 @@ def _model(engine: Engine, name: str, form: str | None) -> dict[str, Any]:
             "slots": engine.slots,
             "chat": model.has_chat_template,
             "form": form or ("chat" if model.has_chat_template else "question"),
-            "trust": trust,
+            "trust": trust(0, measured, k_max),
             "measured": measured,
             "k_max": k_max,
         },

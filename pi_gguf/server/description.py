@@ -29,6 +29,8 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
 
 _TEXT, _WHOLE, _NUMBER, _LIST = {"type": "string"}, {"type": "integer"}, {"type": "number"}, {"type": "array"}
 _OBJECT: dict[str, Any] = {"type": "object"}
+_EVENT: dict[str, Any] = {"type": "object", "properties": {"data": _TEXT, "event": _TEXT}, "required": ["data"]}
+"""Of a stream; its data are JSON, or [DONE]."""
 
 _ERRORS = {
     400: "a value that cannot be honoured, or a prompt that does not fit the window",
@@ -125,7 +127,7 @@ def _get(name: str, summary: str, answer: str, **more: Any) -> dict[str, Any]:
 def _post(name: str, summary: str, asked: type[BaseModel], answer: str, streams: bool = False) -> dict[str, Any]:
     content = _content("application/json", _ref(answer))
     if streams:
-        content |= _content("text/event-stream", _TEXT)
+        content |= _content("text/event-stream", _EVENT)
     body = {"required": True, "content": _content("application/json", _ref(asked.__name__))}
     return _operation(name, summary, {200: content}, requestBody=body)
 
@@ -156,7 +158,7 @@ def _document_paths() -> dict[str, Any]:
             "delete": _get("remove_document", "A document is removed, with what was read of it", "Deleted"),
         },
         "/v1/documents/{id}/progress": of | {
-            "get": _operation("progress", "A document when it changes", {200: _content("text/event-stream", _TEXT)}),
+            "get": _operation("progress", "A document when it changes", {200: _content("text/event-stream", _EVENT)}),
         },
         "/v1/documents/{id}/read": of | {"post": _get("read_document", "A document is read again", "Document")},
         "/v1/documents/{id}/stop": of | {"post": _get("stop_document", "A document is read no further", "Document")},

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import from_json
 
 from pi_gguf.common.provenance import without_folders
@@ -25,6 +34,9 @@ from pi_gguf.runtime.session import TooLong
 
 TOP = 20
 """How many of the most probable tokens may be asked for, at most."""
+
+BIASES = 10_000
+"""Tokens that may be biased at once."""
 
 _SEEDS = 2**32 - 1
 
@@ -71,6 +83,10 @@ class ApiError(Exception):
 
 # Bodies
 
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which one fault is enough: a body has room for millions."""
+
 
 class Part(BaseModel):
     """A part of a message's content."""
@@ -102,9 +118,9 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Many[Part] | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Many[Call] | None = None
     tool_call_id: str | None = None
 
     def text(self) -> str:
@@ -132,6 +148,16 @@ def _arguments(called: Called) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise ApiError(400, "tool_calls: arguments must be a JSON object in a string", param="messages")
     return arguments
+
+
+def _said(messages: list[Message]) -> list[Message]:
+    for number, one in enumerate(messages):
+        if one.content is None and not (one.role == "assistant" and one.tool_calls):
+            raise ValueError(f"of message {number} the content is missing")
+    return messages
+
+
+Messages = Annotated[Many[Message], Field(min_length=1), AfterValidator(_said)]
 
 
 class Function(BaseModel):
@@ -227,12 +253,19 @@ class Generation(Strict):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    logit_bias: dict[TokenText, Bias] | None = None
+    stop: Text | Annotated[Many[Text], Field(max_length=16)] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=BIASES)] | None = None
     n: int | None = Field(default=None, ge=1, le=1)
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     return_progress: bool | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and len(bias) > BIASES:  # before each of a million is looked at
+            raise ValueError(f"must be of {BIASES} tokens at most")
+        return bias
 
     def sampling(self, more_stops: Sequence[str] = (), must_be: str | None = None) -> Sampling:
         """Return how tokens are chosen.
@@ -272,7 +305,7 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """A text to go on with."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     max_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=TOP)
@@ -300,20 +333,20 @@ class CompletionRequest(Generation):
 class ChatRequest(Generation):
     """A conversation to answer."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=TOP)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | Chosen | None = None
     parallel_tool_calls: bool | None = None
     document: str | None = None
     functions: None = None
     function_call: None = None
     audio: None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -323,14 +356,6 @@ class ChatRequest(Generation):
     def top(self) -> int | None:
         """How many of the most probable tokens are told of each; None: nothing is."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    @field_validator("messages")
-    @classmethod
-    def _said(cls, messages: list[Message]) -> list[Message]:
-        for number, one in enumerate(messages):
-            if one.content is None and not (one.role == "assistant" and one.tool_calls):
-                raise ValueError(f"of message {number} the content is missing")
-        return messages
 
     @field_validator("top_logprobs")
     @classmethod
@@ -353,7 +378,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """Tokens to make text of."""
 
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Many[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class RenderRequest(Strict):
@@ -366,7 +391,7 @@ class RenderRequest(Strict):
 class LookedRequest(Strict):
     """An answer about a document: where did the model look?"""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     answer: Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -404,13 +429,13 @@ def _refusal(error: ValidationError) -> ApiError:
     """Say what is wrong with the first field that is."""
     found = error.errors(include_url=False, include_context=False)
     field = str(found[0]["loc"][0]) if found[0]["loc"] else ""
-    said = dict.fromkeys(_said(one) for one in found if one["loc"][:1] == found[0]["loc"][:1])
+    said = dict.fromkeys(_told(one) for one in found if one["loc"][:1] == found[0]["loc"][:1])
     hint = f"; {_HINTS[field]}" if field in _HINTS else ""
     missing = "missing_required_parameter" if found[0]["type"] == "missing" else None
     return ApiError(400, f"{', or '.join([*said][:4])}{hint}", param=field or None, code=missing)
 
 
-def _said(one: Any) -> str:
+def _told(one: Any) -> str:
     """Say one of pydantic's errors with the place in the request, without pydantic's own words for its branches."""
     place = [str(part) for part in one["loc"] if not re.search(r"[\[({-]|^(str|int|float|bool|none)$", str(part))]
     text = one["msg"].removeprefix("Value error, ")

@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from pi_gguf.engine.jobs import Ended, Written
 from pi_gguf.server.answers import Chunks, Events, Gathered, gather
-from pi_gguf.server.protocol import ChatRequest, Message, NamedSchema, Part, ResponseFormat, Strict, read_body
+from pi_gguf.server.protocol import ChatRequest, Many, Message, NamedSchema, Part, ResponseFormat, Strict, read_body
 from pi_gguf.server.talk import Talk
 from pi_gguf.server.wire import EventStream, begun, json_response, unless_gone
 
@@ -28,7 +28,7 @@ class Item(BaseModel):
     model_config = ConfigDict(strict=True)
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Many[Part]
 
 
 class Format(NamedSchema):
@@ -47,7 +47,7 @@ class TextOptions(BaseModel):
 class ResponseRequest(Strict):
     """Something to answer."""
 
-    input: str | list[Item]
+    input: str | Annotated[Many[Item], Field(min_length=1)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)

@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pi_gguf.engine.library import Entry, Library
+from pi_gguf.errors import GgufError
 from pi_gguf.server.answers import Chunks
 from pi_gguf.server.markdown import render as to_html
-from pi_gguf.server.protocol import ApiError, LookedRequest, RenderRequest, read_body
+from pi_gguf.server.protocol import ApiError, LookedRequest, RenderRequest, error_of, read_body
 from pi_gguf.server.wire import EventStream, json_response, unless_gone
 
 
@@ -79,7 +80,10 @@ class Shelf:
     async def looked(self, request: Request) -> Response:
         entry, asked = self._entry(request), read_body(await request.body(), LookedRequest)
         messages = [message.to_template() for message in asked.messages]
-        passages = await unless_gone(request, self._library.looked(entry.id, messages, asked.answer))
+        try:
+            passages = await unless_gone(request, self._library.looked(entry.id, messages, asked.answer))
+        except GgufError as error:  # as where an answer has no word of the document
+            raise ApiError(400, error_of(error, self._file).body["error"]["message"], param="answer") from error
         return json_response({"passages": passages})
 
     async def render(self, request: Request) -> Response:

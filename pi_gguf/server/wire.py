@@ -33,12 +33,11 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 
 def error_body(error: Exception, name: str) -> ApiError:
-    """Return any error as clients are told it; the log has what they are not told."""
+    """Return any error as clients are told it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PiGgufError):
         return error_of(error, name)
-    _log.error("an error of this program", exc_info=error)
     return ApiError(500, "an error of this program; the server's log says more", "server_error")
 
 
@@ -70,6 +69,8 @@ async def _events(
             async for event, value in parts:
                 yield {"data": dumped(value), **({"event": event} if event else {})}
         except Exception as error:
+            if not isinstance(error, ApiError | PiGgufError):
+                _log.error("an error of this program", exc_info=error)
             yield {"data": dumped(error_body(error, name).body), **({"event": "error"} if not end else {})}
     if end:
         yield {"data": end}

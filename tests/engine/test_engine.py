@@ -216,6 +216,19 @@ def test_a_cache_that_overflows_lets_the_youngest_wait_and_loses_nothing(engine,
     assert [text(one)[:200] for one in told] == [other[:200] for other in alone], same
 
 
+def test_what_nobody_uses_is_dropped_when_it_has_cost_what_it_could_save(engine, model):
+    """Each token looks at all that the cache holds; what is used again stays."""
+    held = model.tokenize(TEXTS[0])
+    done(engine, Job(held, 1))
+    patience = engine._patience
+    assert patience == round(model.reading_cost(0, 1) / (20 * model.attention_cost())) > 8
+    bias = Sampling(logit_bias={model.info.metadata["tokenizer.ggml.eos_token_id"]: -np.inf})
+    done(engine, Job(model.tokenize(TEXTS[1]), patience - 2, bias))
+    assert engine.known(held) == len(held)
+    done(engine, Job(model.tokenize(TEXTS[2]), 8, bias))
+    assert engine.known(held) == 1 < engine.known(model.tokenize(TEXTS[1])), "the begin token alone is common"
+
+
 def test_background_waits_for_all_others(engine, model):
     """A document is read when nothing else is to be done; what it has read stays while it waits."""
     order = []

@@ -303,6 +303,7 @@ def test_an_answer_has_the_form_that_was_asked_for(client):
         assert json.loads(text)["answer"] in ("yes", "no")
     free = chat(client, response_format={"type": "json_object"}, max_tokens=200).choices[0].message.content
     assert free.lstrip().startswith("{")
+    assert not re.search(r"[\0-\x1f]", free), "no control code stands in a string of JSON"
 
 
 def test_reading_is_told_before_the_first_text(client):
@@ -432,6 +433,8 @@ def test_a_document_is_given_asked_about_and_removed(client, http):
     assert http.post(f"/v1/documents/{entry['id']}/read").json()["id"] == entry["id"]
     looked = http.post(f"/v1/documents/{entry['id']}/looked", json={"messages": SAID, "answer": "the sea"}).json()
     assert abs(sum(one["share"] for one in looked["passages"]) - 1) < 0.01
+    nowhere = http.post(f"/v1/documents/{entry['id']}/looked", json={"messages": SAID, "answer": "€€"})
+    assert nowhere.status_code == 400 and nowhere.json()["error"]["param"] == "answer"
     gone = http.delete(f"/v1/documents/{entry['id']}")
     assert gone.json() == {"id": entry["id"], "object": "document", "deleted": True}
     for answer in (http.get(f"/v1/documents/{entry['id']}"), http.delete(f"/v1/documents/{entry['id']}")):

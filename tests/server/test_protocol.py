@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from pi_gguf.engine.jobs import QueueFull
 from pi_gguf.engine.library import UnknownDocument
@@ -91,6 +92,22 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(field, value):
 )  # fmt: skip
 def test_a_chat_is_checked_as_well(field, value):
     assert refused({"messages": SAID, field: value}, ChatRequest)["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (CompletionRequest, "prompt", ["a", 1] * 100_000), (ChatRequest, "messages", [{"role": 3}] * 100_000),
+        (DetokenizeRequest, "tokens", ["a"] * 100_000), (CompletionRequest, "prompt", [[1, "a"]] * 100_000),
+        (CompletionRequest, "logit_bias", {f"a{n}": 1 for n in range(100_000)}),
+        (CompletionRequest, "stop", [1] * 100_000), (ResponseRequest, "input", [3] * 100_000),
+        (ChatRequest, "messages", [{"role": "user", "content": [3] * 100_000}]),
+    ],
+)  # fmt: skip
+def test_a_hundred_thousand_faults_are_found_by_the_first(kind, field, value):
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate({"messages": SAID, "prompt": "a", field: value})
+    assert error.value.error_count() < 12
 
 
 def test_what_is_missing_is_named():
@@ -192,7 +209,7 @@ def test_tokens_are_numbers(tokens):
     [
         ("tools", [{"type": "web_search"}]), ("previous_response_id", "resp_1"), ("background", True),
         ("input", [{"type": "function_call_output", "call_id": "1", "output": "2"}]), ("max_output_tokens", 0),
-        ("conversation", "conv_1"),
+        ("conversation", "conv_1"), ("input", []),
     ],
 )  # fmt: skip
 def test_a_response_is_text_only(field, value):
