@@ -29,8 +29,8 @@ from pi_gguf.server.app import Settings, create_app
 from pi_gguf.server.guard import Rules
 
 _SPIN = "10000"
-"""Rounds that llama.cpp's threads wait awake, by libgomp's GOMP_SPINCOUNT: about as long as a step lasts where they wait
-for each other, and not so long that they keep event loop and clients from a core (docs/log.md)."""
+"""Rounds that llama.cpp's threads wait awake, libgomp's GOMP_SPINCOUNT: long enough to wait for each other, and not so
+long that they keep event loop and clients from a core (docs/log.md)."""
 
 MOST_SLOTS = 32
 """As many tokens as the smallest batch has."""
