@@ -21,9 +21,9 @@ class TuneOptions(Options):
         "linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.", default="linear"
     )
     data: Sequence[str] = option(
-        "text, JSONL or Parquet file (of texts or conversations), folder of them, or a data set of the Hub as owner/name "
-        "or owner/name:split; :0.3 behind it is its weight, by which the sources share the tokens; the bundled sample "
-        "when left out. Repeatable.",
+        "text, JSONL or Parquet file (of texts or conversations), folder of them, or a data set of the Hub as "
+        "owner/name or owner/name:split; :0.3 behind it is its weight, by which the sources share the tokens; the "
+        "bundled sample when left out. Repeatable.",
         default=(),
         needed=True,
         each="SOURCE",

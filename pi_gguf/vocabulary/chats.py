@@ -18,7 +18,7 @@ from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError, TextError
 from pi_gguf.texts import Conversation
-from pi_gguf.vocabulary.templates import CUT, Rendered, check_template, cut, has_marks, render_chats
+from pi_gguf.vocabulary.templates import CUT, Rendered, check_template, cut, render_chats
 
 SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -63,7 +63,6 @@ class ChatEncoder:
         special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special} - {""}
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._turn_end = re.compile(f"(?:{self._special.pattern})(\\s+)$")
 
     @property
     def sha256(self) -> str:
@@ -73,8 +72,8 @@ class ChatEncoder:
     def encode(self, chats: Sequence[Conversation], characters: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of each conversation, int32, and whether each counts, bool.
 
-        A token counts if it begins in an answer; what ends the turn is part of that, blanks behind it are not. Special
-        tokens that a message spells out stay text.
+        A token counts if it begins in an answer (`render_chats` says what that is). Special tokens that a message
+        spells out stay text.
 
         Args:
             chats: rows.
@@ -115,7 +114,7 @@ class ChatEncoder:
             some = [cut(asked[i], self._special) for i in places]
             texts = render_chats(
                 self._templates[name], some, self._tokenizer.special_tokens_map, self._name,
-                spans=self._loss == "assistant",
+                special=self._special if self._loss == "assistant" else None,
             )  # fmt: skip
             for i, rendered in zip(places, texts, strict=True):
                 if rendered.error:
@@ -123,13 +122,8 @@ class ChatEncoder:
                         f"{chats[i].where}: the model's chat template: {rendered.error}",
                         "correct or remove the row; --loss all needs no template that can be split",
                     )
-                found[i] = rendered if has_marks(self._templates[name]) else self._without_blanks(rendered)
+                found[i] = rendered
         return found
-
-    def _without_blanks(self, rendered: Rendered) -> Rendered:
-        """Return answers that end with the token that ends a turn, without the line break that templates put there."""
-        ends = ((begin, end, self._turn_end.search(rendered.text, begin, end)) for begin, end in rendered.spans)
-        return Rendered(rendered.text, [(begin, match.start(1) if match else end) for begin, end, match in ends])
 
     def _counted(self, rendered: Rendered, places: np.ndarray) -> np.ndarray:
         """Return which tokens count, by their characters: (tokens, 2)."""

@@ -140,25 +140,32 @@ class Rendered:
 
 
 def render_chats(
-    template: str, chats: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any], name: str, *, spans: bool
+    template: str,
+    chats: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, Any],
+    name: str,
+    *,
+    special: re.Pattern[str] | None,
 ) -> list[Rendered]:
     """Return the texts of whole conversations, all written in one process.
 
     An answer is what `{% generation %}` marks, where the template has such marks. Elsewhere it begins where the text of
     the messages before it ends, with the prompt to answer, and ends where the text of the messages up to it does; both
-    of these must be how the whole begins.
+    of these must be how the whole begins. What ends the turn is part of it: the line break that many templates put
+    behind that is not, nor what some write once behind the last turn (Phi 3), if the turn has an end of its own.
 
     Args:
         template: that `check_template` has passed.
         chats: objects with `messages` and `tools`, as templates take them.
         tokens: special tokens by the names that templates know.
         name: of the template, for messages.
-        spans: look for the answers.
+        special: what spells out a special token; None where answers are not looked for.
 
     Raises:
         CheckpointError: the template takes too much memory or time for all of them.
     """
-    asked = {"template": template, "chats": list(chats), "variables": {"documents": None, **tokens}, "spans": spans}
+    variables = {"documents": None, **tokens}
+    asked = {"template": template, "chats": list(chats), "variables": variables, "special": special and special.pattern}
     try:
         answer = _ask(asked, _CPU_SECONDS_OF_MANY, _WALL_SECONDS_OF_MANY)
         return [Rendered(text, [(begin, end) for begin, end in found], error) for text, found, error in answer["chats"]]
@@ -261,7 +268,7 @@ def _written(template: Any, variables: Mapping[str, Any], most: int) -> str:
 
 
 def _rendered_chats(
-    template: str, chats: list[dict[str, Any]], variables: dict[str, Any], spans: bool
+    template: str, chats: list[dict[str, Any]], variables: dict[str, Any], special: str | None
 ) -> list[tuple[str, list[tuple[int, int]], str]]:
     """Return text and answers of each conversation, or what is wrong with it; all on the day on which it begins."""
     now, left = datetime.now(), MAX_OUTPUT
@@ -273,7 +280,7 @@ def _rendered_chats(
     marking = marked.from_string(template) if has_marks(template) else None
     for chat in chats:
         try:
-            text, found = _rendered_chat(compiled, marking, chat, variables, most=left, spans=spans)
+            text, found = _rendered_chat(compiled, marking, chat, variables, most=left, special=special)
         except Exception as error:  # a template can raise anything
             done.append(("", [], _said(error)))
         else:
@@ -283,7 +290,13 @@ def _rendered_chats(
 
 
 def _rendered_chat(
-    template: Any, marking: Any, chat: Mapping[str, Any], variables: Mapping[str, Any], *, most: int, spans: bool
+    template: Any,
+    marking: Any,
+    chat: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    *,
+    most: int,
+    special: str | None,
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return text and answers of a conversation; `marking` is the template that writes marks, where it has some."""
 
@@ -294,9 +307,11 @@ def _rendered_chat(
     messages = chat["messages"]
     text = render(messages, False)
     text.encode()
-    if not spans:
+    if special is None:
         return text, []
-    return text, _marked(render(messages, False, marking), text) if marking else _split(render, messages, text)
+    if marking:
+        return text, _marked(render(messages, False, marking), text)
+    return text, _split(render, messages, text, special)
 
 
 def _marked(text: str, plain: str) -> list[tuple[int, int]]:
@@ -319,21 +334,41 @@ def _marked(text: str, plain: str) -> list[tuple[int, int]]:
     return found
 
 
-def _split(render: Callable[[list[Any], bool], str], messages: list[Any], whole: str) -> list[tuple[int, int]]:
+def _split(
+    render: Callable[[list[Any], bool], str], messages: list[Any], whole: str, special: str
+) -> list[tuple[int, int]]:
     """Return the answers by what is written without them, and up to them."""
+    closing = _closing(render, messages, whole, special)
+    body, turn_end = whole[: len(whole) - len(closing)], re.compile(rf"(?:{special})(\s*)$")
     found = []
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = render(messages[:i], True)
-        after = whole if i + 1 == len(messages) else render(messages[: i + 1], False)
-        if not (whole.startswith(after) and after.startswith(before)):
+        last = i + 1 == len(messages)
+        before, after = render(messages[:i], True), whole if last else render(messages[: i + 1], False)
+        ends, after = after.endswith(closing), after.removesuffix(closing)
+        if not (ends and body.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"it cannot be split into turns: what it writes of the first {i + 1} messages is not how the whole "
                 "begins"
             )
-        found.append((len(before), len(after)))
+        ended = turn_end.search(after, len(before))
+        found.append((len(before), ended.start(1) if ended else len(whole) if last else len(after)))
     return found
+
+
+def _closing(render: Callable[[list[Any], bool], str], messages: list[Any], whole: str, special: str) -> str:
+    """Return what a template writes once, behind a conversation that is not to be answered: special tokens, if any."""
+    try:
+        asking = render(messages, True)
+    except Exception:  # a template can raise anything: this one asks for no answer to an answer
+        return ""
+    same = next((i for i, (one, other) in enumerate(zip(whole, asking, strict=False)) if one != other), len(whole))
+    for match in re.finditer(special, whole):
+        if match.start() < same < match.end():
+            same = match.start()
+    closing = whole[same:]
+    return closing if re.fullmatch(rf"(?:{special}|\s)+", closing) else ""
 
 
 if __name__ == "__main__":
