@@ -73,7 +73,11 @@ def _take(pieces: list[Piece], n: int) -> tuple[list[Piece], list[Piece]]:
     taken: list[Piece] = []
     for i, piece in enumerate(pieces):
         if n < len(piece):
-            return taken + ([piece[:n]] if n else []), [piece[n:], *pieces[i + 1 :]]
+            if n:
+                taken.append(piece[:n])
+            rest = pieces[i:]
+            rest[0] = piece[n:]
+            return taken, rest
         taken.append(piece)
         n -= len(piece)
     return taken, []

@@ -68,6 +68,11 @@ def by_hand(model, chat):
     return encoded["input_ids"], [counted[first] for first, _ in encoded["offset_mapping"]]
 
 
+def cached(checkpoint, texts, folder, **options):
+    folder.mkdir(exist_ok=True)
+    return load_corpus(checkpoint, texts, folder, **options)
+
+
 def plan_of(model, **options):
     tune = TuneOptions(**{"steps": 8, "batch_tokens": 256, **options})
     return plan_training(load_checkpoint(str(model)).extended(4 * WINDOW), tune, device="cpu")
@@ -102,7 +107,7 @@ def test_every_form_gives_the_same_tokens_and_the_same_of_them_count(model, sour
     for form, path in sources.items():
         texts = open_texts([str(path)])
         assert texts.chats, form
-        corpus = load_corpus(checkpoint, texts, tmp_path)
+        corpus = cached(checkpoint, texts, tmp_path)
         assert len(corpus) == len(CHATS), form
         for i, chat in enumerate(CHATS):
             ids, counted = by_hand(model, chat)
@@ -115,7 +120,7 @@ def test_every_form_gives_the_same_tokens_and_the_same_of_them_count(model, sour
 
 def test_with_all_that_counts_no_mask_is_kept(model, sources, tmp_path):
     checkpoint, texts = load_checkpoint(str(model)), open_texts([str(sources["messages"])])
-    corpus = load_corpus(checkpoint, texts, tmp_path / "all", loss="all")
+    corpus = cached(checkpoint, texts, tmp_path / "all", loss="all")
     assert [corpus[i].tolist() for i in range(len(CHATS))] == [by_hand(model, chat)[0] for chat in CHATS]
     (cache,) = (tmp_path / "all").iterdir()
     assert sorted(path.name for path in cache.iterdir()) == ["ids.bin", "offsets.npy"]
@@ -123,19 +128,22 @@ def test_with_all_that_counts_no_mask_is_kept(model, sources, tmp_path):
 
 def test_the_mask_is_bits_beside_the_ids_and_a_torn_one_is_made_again(model, sources, tmp_path):
     checkpoint, texts, folder = load_checkpoint(str(model)), open_texts([str(sources["messages"])]), tmp_path / "work"
-    corpus = load_corpus(checkpoint, texts, folder)
+    corpus = cached(checkpoint, texts, folder)
     (cache,) = folder.iterdir()
     counted = [one for chat in CHATS for one in by_hand(model, chat)[1]]
     bits = (cache / "counted.bin").read_bytes()
     assert len(bits) == -(-len(counted) // 8) == -(-int(corpus.lengths.sum()) // 8)
     assert np.unpackbits(np.frombuffer(bits, np.uint8))[: len(counted)].tolist() == counted
+    wanted = [corpus[i].tolist() for i in range(len(corpus))]
     for damage in (bits[:-1], None):
-        (cache / "counted.bin").unlink() if damage is None else (cache / "counted.bin").write_bytes(damage)
-        again = load_corpus(checkpoint, texts, folder)
-        assert [again[i].tolist() for i in range(len(again))] == [corpus[i].tolist() for i in range(len(corpus))]
+        (cache / "counted.bin").unlink()
+        if damage is not None:
+            (cache / "counted.bin").write_bytes(damage)
+        again = cached(checkpoint, texts, folder)
+        assert [again[i].tolist() for i in range(len(again))] == wanted
     assert (cache / "counted.bin").read_bytes() == bits
     inode = (cache / "ids.bin").stat().st_ino
-    load_corpus(checkpoint, texts, folder)
+    cached(checkpoint, texts, folder)
     assert (cache / "ids.bin").stat().st_ino == inode, "a sound one is used"
 
 
@@ -143,16 +151,16 @@ def test_another_template_or_loss_is_another_cache(model, sources, tmp_path):
     texts, folder = open_texts([str(sources["messages"])]), tmp_path / "work"
     other = shutil.copytree(model, tmp_path / "other")
     make_chat_model(other, TEMPLATE.replace("\n{{", "\n> {{"), ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>")
-    load_corpus(load_checkpoint(str(model)), texts, folder)
-    load_corpus(load_checkpoint(str(model)), texts, folder, loss="all")
-    load_corpus(load_checkpoint(str(other)), texts, folder)
+    cached(load_checkpoint(str(model)), texts, folder)
+    cached(load_checkpoint(str(model)), texts, folder, loss="all")
+    cached(load_checkpoint(str(other)), texts, folder)
     assert len(list(folder.iterdir())) == 3
 
 
 def test_of_texts_among_conversations_everything_counts(model, tmp_path):
     (tmp_path / "a.txt").write_text(TEXTS[0])
     chats = write_jsonl(tmp_path / "b.jsonl", [{"messages": as_messages(chat)} for chat in CHATS[:2]])
-    corpus = load_corpus(load_checkpoint(str(model)), open_texts([str(tmp_path)]), tmp_path / "work")
+    corpus = cached(load_checkpoint(str(model)), open_texts([str(tmp_path)]), tmp_path / "work")
     assert len(corpus) == 3 and chats.exists()
     assert corpus[0]["weight"].all() and 0 < corpus[1]["weight"].mean() < 1
 
@@ -160,12 +168,12 @@ def test_of_texts_among_conversations_everything_counts(model, tmp_path):
 def test_conversations_without_an_answer_are_left_out_and_counted(model, tmp_path, capfd):
     rows = [{"messages": as_messages(chat)} for chat in (CHATS[0], CHATS[1][:1], CHATS[2][:3], CHATS[3][2:3])]
     texts = open_texts([str(write_jsonl(tmp_path / "a.jsonl", rows))])
-    assert len(load_corpus(load_checkpoint(str(model)), texts, tmp_path / "work")) == 2
+    assert len(cached(load_checkpoint(str(model)), texts, tmp_path / "work")) == 2
     assert "2 conversations without an answer that counts are left out" in capfd.readouterr().err
     silent = open_texts([str(write_jsonl(tmp_path / "b.jsonl", rows[1:2]))])
     with pytest.raises(TextError, match="there is no answer in it"):
-        load_corpus(load_checkpoint(str(model)), silent, tmp_path / "work")
-    assert len(load_corpus(load_checkpoint(str(model)), silent, tmp_path / "work", loss="all")) == 1
+        cached(load_checkpoint(str(model)), silent, tmp_path / "work")
+    assert len(cached(load_checkpoint(str(model)), silent, tmp_path / "work", loss="all")) == 1
 
 
 def test_the_first_row_says_what_a_file_holds(tmp_path):
@@ -232,7 +240,7 @@ def test_sources_share_the_tokens_by_their_weights(model, tmp_path, share, packi
     (tmp_path / "long.txt").write_text("The captain went on board. " * 400)
     checkpoint = load_checkpoint(str(model))
     texts = open_mixture([f"{chats}:{share}", f"{tmp_path / 'long.txt'}:{1 - share}"])
-    corpora = [load_corpus(checkpoint, some, tmp_path / "work") for some in texts]
+    corpora = [cached(checkpoint, some, tmp_path / "work") for some in texts]
     plan = plan_of(model, steps=40)
     rows = [row for batch in training_batches(checkpoint, plan, corpora, 0, packing=packing) for row in batch]
     of_chats = [row[0].dtype == np.dtype(TOKEN) for row in rows]
@@ -249,7 +257,7 @@ def test_the_order_is_the_same_again_and_the_longest_come_first(model, tmp_path)
         (tmp_path / f"{i}.txt").write_text(text)
     checkpoint = load_checkpoint(str(model))
     sources = [f"{chats}:1", *(str(tmp_path / f"{i}.txt") for i in range(4))]
-    corpora = [load_corpus(checkpoint, some, tmp_path / "work") for some in open_mixture(sources)]
+    corpora = [cached(checkpoint, some, tmp_path / "work") for some in open_mixture(sources)]
     for longest_first in (False, True):
         first, again = (
             training_batches(checkpoint, plan_of(model), corpora, 3, packing="isolate", longest_first=longest_first)
@@ -265,7 +273,7 @@ def test_a_source_of_which_no_sequence_can_be_made_is_named(model, tmp_path, mon
     (tmp_path / "long.txt").write_text(TEXTS[3])
     checkpoint = load_checkpoint(str(model))
     texts = open_mixture([f"{tmp_path / 'short.txt'}:1", str(tmp_path / "long.txt")])
-    corpora = [load_corpus(checkpoint, some, tmp_path / "work") for some in texts]
+    corpora = [cached(checkpoint, some, tmp_path / "work") for some in texts]
     with pytest.raises(TextError, match=r"short\.txt: no sequence of 64 tokens can be made of it"):
         training_batches(checkpoint, plan_of(model), corpora, 0, packing="isolate")
 
@@ -277,7 +285,7 @@ def test_a_source_of_which_no_sequence_can_be_made_is_named(model, tmp_path, mon
 def corpus(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     path = write_jsonl(folder / "chats.jsonl", [{"messages": as_messages(chat)} for chat in CHATS])
-    return load_corpus(load_checkpoint(str(model)), open_texts([str(path)]), folder / "work")
+    return cached(load_checkpoint(str(model)), open_texts([str(path)]), folder / "work")
 
 
 def test_labels_are_the_tokens_that_count(model, corpus):
