@@ -143,11 +143,12 @@ def check_lengths(corpora: Sequence[Corpus], window: int) -> None:
 
 
 def _described(corpus: Corpus, window: int, weights: float) -> str:
-    lengths = corpus.lengths
+    lengths, counted = corpus.lengths, corpus.counted
+    counting = f" ({counted:,} of them count)" if counted < lengths.sum() else ""
     share = f"; {corpus.weight / weights:.1%} of what is drawn: {corpus.name}" if weights != corpus.weight else ""
     return (
-        f"data: {len(lengths):,} documents, {lengths.sum():,} tokens; {(lengths >= window).sum():,} are as long as "
-        f"the training window of {window}{share}"
+        f"data: {len(lengths):,} documents, {lengths.sum():,} tokens{counting}; {(lengths >= window).sum():,} are as "
+        f"long as the training window of {window}{share}"
     )
 
 

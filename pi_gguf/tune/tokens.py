@@ -72,6 +72,11 @@ class Corpus:
         found["id"], found["weight"] = ids, self._counted(place)
         return found
 
+    @property
+    def counted(self) -> int:
+        """Tokens that count in the loss."""
+        return int(self._offsets[-1] if self._bits is None else np.bitwise_count(self._bits).sum())
+
     def teaches(self, places: Iterable[range]) -> bool:
         """Tell whether a token counts that is not the first of its place."""
         return self._bits is None or any(self._counted(place)[1:].any() for place in places)

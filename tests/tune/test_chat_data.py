@@ -316,6 +316,25 @@ def test_labels_are_the_tokens_that_count(model, corpus):
     assert seen > 1000
 
 
+def test_sequences_of_a_long_conversation_that_hold_no_answer_are_left_out(model, tmp_path, capfd):
+    chat = [("user", "How long was the ship? " * 60), ("assistant", "It was 12 feet."), ("user", "Was she? " * 200)]
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": as_messages(chat)}])
+    checkpoint = load_checkpoint(str(model))
+    corpus = cached(checkpoint, open_texts([str(path)]), tmp_path / "work")
+    _, counted = by_hand(model, chat)
+    pieces = [counted[at : at + WINDOW] for at in range(0, len(counted), WINDOW)]
+    hold = sum(any(piece[1:]) for piece in pieces)
+    for packing in ("isolate", "join"):
+        rows = [
+            row for batch in training_batches(checkpoint, plan_of(model), corpus, 0, packing=packing) for row in batch
+        ]
+        assert len(rows) == 32 and all(row[0]["weight"][1:].any() for row in rows)
+        err = capfd.readouterr().err
+        assert f"{len(pieces) - hold} sequences of {WINDOW} tokens hold no answer and are left out" in err
+        assert f"{len(counted):,} tokens ({sum(counted):,} of them count); 1 are as long" in err
+    assert 0 < hold <= 2 and len(pieces) - hold > 8
+
+
 def test_nothing_is_learned_of_tokens_that_do_not_count(model, corpus):
     """Against transformers' own loss of labels made by hand, and in the gradient of the logits."""
     checkpoint = load_checkpoint(str(model)).extended(4 * WINDOW)
