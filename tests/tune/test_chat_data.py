@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from children import Command
 from helpers import WINDOW, make_chat_model
 from torch.nn.functional import cross_entropy
 
@@ -386,6 +387,21 @@ def test_a_run_has_the_mean_loss_of_what_counts(model, tmp_path, corpus):
     assert record["loss"] == pytest.approx(total / count, rel=1e-2 if torch.backends.mkldnn.enabled else 1e-4)
     assert (record["counted"], record["data"]) == ("assistant", ["chats.jsonl"])
     assert "data_weights" not in record and "options" not in record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [(), ("--no-fsdp",)])
+def test_two_processes_count_like_one(model, tmp_path, way):
+    """Of their micro-batches not equally many tokens count."""
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": as_messages(chat)} for chat in CHATS])
+    losses = []
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        options = ("--context", "256", "--steps", "3", "--batch-tokens", "16384", "--device", "cpu", *way)
+        code, _, err = Command("extend", model, out, "--data", chats, *options, n=n, exact=True).wait()
+        assert code == 0, err
+        losses.append(json.loads((out / "losses.json").read_text()))
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 # The command
