@@ -113,7 +113,7 @@ _TABLE = (
 # Tekken and GPT-4o have names of their own in llama.cpp, but those split before combining marks: other ids in Hindi,
 # Thai and vowelled Arabic. The name used here has the marks; theirs are those of files that were unpacked.
 
-_SAME = {
+SAME = {
     "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano glm4 glm5",
     "smaug-bpe": "dbrx chatglm-bpe",
     "qwen2": "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open bailingmoe bailingmoe2 llada-moe "
@@ -175,7 +175,7 @@ def pre_tokenizer(name: str, path: str) -> tuple[dict[str, Any], bool]:
     Raises:
         UnsupportedError: a splitting that is not known here.
     """
-    known = next((table for table, others in _SAME.items() if name in others.split()), name)
+    known = next((table for table, others in SAME.items() if name in others.split()), name)
     splitting = next((one for one in _TABLE if one.name == known), None)
     if splitting is None:
         raise UnsupportedError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import contents, in_place, make_llama, tensors
+from helpers import contents, in_place, make_llama, make_tokenizer, tensors
 from safetensors.torch import load_file
 from small_families import SHAPES, VARIANTS, WINDOW, make_model
 from small_tokenizers import train_sentencepiece
@@ -27,9 +27,12 @@ from pi_gguf.gguf.header import Entry, read_header
 from pi_gguf.gguf.places import places
 from pi_gguf.measure.kl import kl_divergence
 from pi_gguf.models.hf import HfModel
+from pi_gguf.restore.opened import open_file
 from pi_gguf.restore.rotation import agree, llama3
+from pi_gguf.restore.unpack import restore
 from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.own import OwnScaling
+from pi_gguf.vocabulary.byte_level import SAME
 from pi_gguf.vocabulary.probes import sample_texts
 
 ADDED_ONE = ("gemma", "gemma2", "gemma3_text", "nemotron")
@@ -283,13 +286,29 @@ def test_a_sentencepiece_tokenizer_comes_back(kind, tmp_path):
         with Model(file, n_ctx=64, device="cpu") as model:
             assert all(tokenizer(text)["input_ids"] == model.tokenize(text) for text in texts)
     assert (tmp_path / "back" / "tokenizer.model").exists()
-    (tmp_path / "back" / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as bare as it was
+        (tmp_path / "back" / name).unlink()
     theirs, ours = (
         read_gguf(convert(path, tmp_path / "x.gguf", overwrite=True)).header.entries
         for path in (folder, tmp_path / "back")
     )
     for name in ("tokens", "scores", "token_type", "add_space_prefix", "add_bos_token", "eos_token_id"):
         assert ours[f"tokenizer.ggml.{name}"].value == theirs[f"tokenizer.ggml.{name}"].value, name
+
+
+@pytest.mark.slow
+def test_every_splitting_that_is_known_comes_back(tmp_path):
+    """A vocabulary of many merges, in a file that states each of llama.cpp's names of a splitting in turn."""
+    folder = make_llama(tmp_path / "model", vocab_size=2000)
+    make_tokenizer(folder, vocab_size=2000)
+    file = convert(folder, tmp_path / "file.gguf")
+    names = {"llama-bpe", "smollm", "gpt-2", "falcon", "qwen2", "deepseek-v3", "tekken", "gpt-4o", "bloom"}
+    names |= {name for others in SAME.values() for name in others.split()}
+    assert len(names) > 50
+    for name in sorted(names):
+        odd = in_place(file, tmp_path / "odd.gguf", {"tokenizer.ggml.pre": Entry.of(name)})
+        restore(open_file(odd), tmp_path / "back", weights=False)
+        shutil.rmtree(tmp_path / "back")
 
 
 def test_templates_special_tokens_and_ends_come_back(tmp_path):
