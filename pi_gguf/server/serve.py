@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from pi_gguf.runtime.reading import choose_form, reach, trust
 from pi_gguf.runtime.states import States
 from pi_gguf.server.app import Settings, create_app
 from pi_gguf.server.guard import Rules
+
+_SPIN = "10000"
+"""Rounds that llama.cpp's threads wait awake, libgomp's GOMP_SPINCOUNT: long enough to wait for each other, and not so
+long that they keep event loop and clients from a core (docs/log.md)."""
 
 MOST_SLOTS = 32
 """As many tokens as the smallest batch has."""
@@ -115,6 +120,7 @@ def serve(
     for name, value, most in (("slots", slots, MOST_SLOTS), ("queue", queue, 100_000)):
         if not 1 <= value <= most:
             raise OptionError(f"{name} must be 1 to {most}, got {value}")
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)  # read when llama.cpp is loaded
     with contextlib.closing(address.listen()) as listening, Model(file, sequences=slots + 1, **options) as model:
         choose_form(model, form)
         engine = Engine(model, states=states, queue=queue, log=_log if log_content else None)

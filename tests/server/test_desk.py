@@ -543,8 +543,10 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_screen(chromium, server
     name = f"a-rather-long-name-without-any-space-{width}-{scheme}.txt"
 
     def clean(state: str) -> None:
+        boxes = "[...document.querySelectorAll('#scroll, .passage, #library')]"
         assert violations(page) == [], state
         assert page.evaluate("document.documentElement.scrollWidth") <= width, state
+        assert page.evaluate(f"{boxes}.every((one) => one.scrollWidth <= one.clientWidth)"), state
 
     page.locator("#empty .large").wait_for()
     clean("empty")
