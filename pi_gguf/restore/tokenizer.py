@@ -27,7 +27,15 @@ from pi_gguf.llamacpp.opening import open_llama
 from pi_gguf.restore.opened import OpenedFile
 from pi_gguf.vocabulary.byte_level import pre_tokenizer
 from pi_gguf.vocabulary.probes import PROSE
-from pi_gguf.vocabulary.sentencepiece import bpe_json_of, model_of, open_sentencepiece, unigram_json_of
+from pi_gguf.vocabulary.sentencepiece import (
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    bpe_json_of,
+    model_of,
+    open_sentencepiece,
+    unigram_json_of,
+)
 from pi_gguf.vocabulary.templates import check_template
 from pi_gguf.vocabulary.token_check import TokenizedTexts, said
 
@@ -356,7 +364,7 @@ def _write_model(path: Path, vocabulary: Vocabulary, *, unigram: bool) -> None:
     charsmap = bytes(byte % 256 for byte in vocabulary.value("precompiled_charsmap", []))
     path.write_bytes(
         model_of(
-            [(token.text, token.score, _piece_type(vocabulary, token)) for token in vocabulary.tokens],
+            [(token.text, token.score, _piece_type(vocabulary, i)) for i, token in enumerate(vocabulary.tokens)],
             special, unigram=unigram, charsmap=charsmap,
             space_prefix=bool(vocabulary.value("add_space_prefix", True)),
             merge_spaces=bool(vocabulary.value("remove_extra_whitespaces", False)),
@@ -366,16 +374,20 @@ def _write_model(path: Path, vocabulary: Vocabulary, *, unigram: bool) -> None:
         model = open_sentencepiece(str(path))
         differs = next((t for t in PROSE if model.encode(t) != vocabulary.tokenize(t, add_special=False)), None)
         why = differs and f"it tokenizes {differs[:40]!r} otherwise"
-    except CheckpointError as error:
-        why = str(error)
+    except CheckpointError:
+        why = "SentencePiece does not open one of such tokens"
     if why:
         path.unlink()
         say(f"note: no tokenizer.model is written ({why}); tokenizer.json is enough")
 
 
-def _piece_type(vocabulary: Vocabulary, token: Token) -> int:
-    """Return SentencePiece's number of the kind of a token."""
-    return next((i for i, kind in enumerate(_ATTRIBUTES[:6], 1) if vocabulary.is_a(token, kind)), 1)
+def _piece_type(vocabulary: Vocabulary, index: int) -> int:
+    """Return SentencePiece's number of the kind of a token; it takes one unknown token, where a file may have more."""
+    if index == vocabulary.special["unknown"]:
+        return UNKNOWN
+    kinds = enumerate(_ATTRIBUTES[:6], 1)
+    found = next((number for number, kind in kinds if vocabulary.is_a(vocabulary.tokens[index], kind)), NORMAL)
+    return UNUSED if found == UNKNOWN else found
 
 
 # Proof
