@@ -29,7 +29,7 @@ QUESTION = [{"role": "user", "content": "What did the captain say?"}]
 
 @pytest.fixture(scope="module")
 def model(tiny_gguf) -> Iterator[Model]:
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=4) as model:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=5) as model:
         yield model
 
 
@@ -299,7 +299,7 @@ def test_where_it_looked_is_what_a_reading_sees(model, tiny_gguf, tmp_path):
 def test_conversations_by_a_template_keep_the_document_in_front(tiny_gguf, tmp_path):
     """Whatever the system says, and however long the conversation is, the document is not read again."""
     path = with_template(tiny_gguf, tmp_path / "chat.gguf", CHATML)
-    with pi_gguf.open(path, n_ctx=WINDOW, sequences=3) as model:
+    with pi_gguf.open(path, n_ctx=WINDOW, sequences=4) as model:
 
         async def all_of_it() -> None:
             async with library(model, tmp_path) as books:
