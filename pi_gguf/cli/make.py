@@ -100,7 +100,7 @@ def show_unpack(result: Any) -> str:
 
     return (
         f"wrote {result.path} ({result.model_type}, {result.parameters / 1e6:,.1f} M parameters in {result.dtype}, "
-        f"{human_bytes(result.nbytes)})\nnext: pi-gguf plan {result.path} --context N"
+        f"{human_bytes(result.nbytes)})\nnext: pi-gguf plan {result.path} --context {4 * result.window}"
     )
 
 

@@ -21,10 +21,11 @@ from pi_gguf.restore.weights import DTYPES, plan_sources, same_numbers, write_sh
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What was written: the folder, as which model_type, in which dtype, how many weights and bytes of them."""
+    """What was written: folder, model_type, window in tokens, dtype, how many weights there are and bytes of them."""
 
     path: str
     model_type: str
+    window: int
     dtype: str
     parameters: int
     nbytes: int
@@ -86,7 +87,8 @@ def restore(opened: OpenedFile, out_dir: Path, dtype: str | None = None, *, weig
             load_checkpoint(str(partial)).tensors  # noqa: B018  all are there, by their shapes
         parameters = planned.n_parameters()
     nbytes = DTYPES[written][2] * parameters
-    return Unpacked(str(out_dir), restored.family.model_type, written, parameters, nbytes)
+    window = restored.rope.max_position_embeddings
+    return Unpacked(str(out_dir), restored.family.model_type, window, written, parameters, nbytes)
 
 
 def _usual_dtype(opened: OpenedFile) -> str:

@@ -409,4 +409,4 @@ def test_the_command_says_what_it_wrote(cli, f32_gguf, tmp_path):
         report["nbytes"] == 2 * report["parameters"] == 2 * sum(t.numel() for t in weights(tmp_path / "back").values())
     )
     code, out, _ = cli("unpack", f32_gguf, tmp_path / "other")
-    assert code == 0 and f"wrote {tmp_path / 'other'} (llama" in out and "pi-gguf plan" in out
+    assert code == 0 and f"wrote {tmp_path / 'other'} (llama" in out and "--context 1024" in out
