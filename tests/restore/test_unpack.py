@@ -314,7 +314,8 @@ def test_every_splitting_that_is_known_comes_back(tmp_path):
 def test_templates_special_tokens_and_ends_come_back(tmp_path):
     folder = make_llama(tmp_path / "model")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|im_start|>"], "pad_token": "<pad>"})
+    more = ["<|im_end|>", "<|im_start|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": more, "pad_token": "<pad>"})
     tokenizer.add_tokens(["<tool>"])
     tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}<|im_end|>", "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(folder)
