@@ -17,6 +17,7 @@ from pi_gguf.errors import OptionError
 from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
 from pi_gguf.llamacpp.quantizer import spelled
 from pi_gguf.restore.models import as_folder
+from pi_gguf.texts import shares
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.memory import (
     ACTIVATIONS,
@@ -59,6 +60,9 @@ class Plan:
     output_bytes: int
     kv_cache_bytes: dict[str, int]
     disk_bytes: int
+    data: dict[str, float | None]
+    """Share of the tokens by the name of the source; None where no weights are given and the lengths decide."""
+    loss: str
 
     def to_json(self) -> dict[str, Any]:
         tokens = {"tokens": self.training.tokens} if self.training else {}
@@ -131,6 +135,8 @@ def plan(
         output_bytes=output,
         kv_cache_bytes=sizes,
         disk_bytes=output + unquantized + extended,
+        data=shares(tune.data),
+        loss=tune.loss,
     )
 
 
