@@ -1,4 +1,4 @@
-"""What plan, extend, convert, quantize and imatrix print for people."""
+"""What plan, extend, convert, quantize, unpack and imatrix print for people."""
 
 from __future__ import annotations
 
@@ -105,6 +105,15 @@ def show_quantize(path: Path) -> str:
     from pi_gguf.common.files import human_bytes
 
     return f"wrote {path} ({human_bytes(path.stat().st_size)})\nnext: pi-gguf inspect {path}"
+
+
+def show_unpack(result: Any) -> str:
+    from pi_gguf.common.files import human_bytes
+
+    return (
+        f"wrote {result.path} ({result.model_type}, {result.parameters / 1e6:,.1f} M parameters in {result.dtype}, "
+        f"{human_bytes(result.nbytes)})\nnext: pi-gguf plan {result.path} --context {4 * result.window}"
+    )
 
 
 def show_imatrix(report: Any) -> str:

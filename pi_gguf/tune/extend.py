@@ -22,6 +22,7 @@ from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import process_count, say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError
+from pi_gguf.restore.models import as_folder
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_mixture
 from pi_gguf.tune.batches import training_batches
@@ -57,7 +58,7 @@ def extend(
     """Fine-tune a model with Position Interpolation and write a Hugging Face folder.
 
     Args:
-        model: Hugging Face folder, Hub id or bundled:tiny.
+        model: Hugging Face folder, Hub id, GGUF file or bundled:tiny.
         out_dir: folder to write.
         context: new window, in tokens, e.g. 32768.
         adapter_only: write the adapter alone as peft does, with the embeddings and norms that were trained along, and
@@ -72,7 +73,7 @@ def extend(
         pi-gguf extend bundled:tiny tiny-32k --context 32768 --steps 100
     """
     tune, spread = take(TuneOptions, options), take(SpreadOptions, options)
-    checkpoint = load_checkpoint(model).extended(context, tune.method)
+    checkpoint = load_checkpoint(as_folder(model)).extended(context, tune.method)
     return extend_checkpoint(
         checkpoint, out_dir, tune, spread, adapter_only=adapter_only, device=device, overwrite=overwrite
     )
