@@ -294,6 +294,7 @@ class Engine:
                 if closing:
                     break
                 try:
+                    self._drop_cancelled()  # while these were answered
                     self._admit()
                     self._step()
                 except Exception as error:

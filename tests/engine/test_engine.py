@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -200,21 +201,99 @@ def test_a_scored_prompt_that_is_put_back_is_scored_from_its_start(tiny_gguf):
     with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=2 + BESIDE) as model:
         engine = Engine(model)
         bias = Sampling(logit_bias={model.info.metadata["tokenizer.ggml.eos_token_id"]: -np.inf})
-        ids = model.tokenize(NOVEL[:3000])
+        ids = model.tokenize(NOVEL[:5500])
         expected = [c.logprob for c in scored_of(done(engine, Job(ids, 1, prompt_top=0))[0]) if c]
 
         async def both() -> list:
-            writing = asyncio.create_task(events(engine, Job(model.tokenize(NOVEL[5000:7000]), 1200, bias)))
-            scoring = asyncio.create_task(events(engine, Job(ids, 1, prompt_top=0)))
-            while not engine.figures().batches:
+            writing = asyncio.create_task(events(engine, Job(model.tokenize("Once upon"), 300, bias)))
+            while not engine.figures().written_tokens:
                 await asyncio.sleep(0)
-            engine.call(lambda: [engine._wait_again(w) for w in engine._busy() if w.job.prompt_top is not None])
+            before = engine.figures().read_tokens
+            scoring = asyncio.create_task(events(engine, Job(ids, 1, prompt_top=0)))
+            while engine.figures().read_tokens == before:
+                await asyncio.sleep(0)
+            put_back = lambda: [engine._wait_again(w) for w in engine._busy() if w.job.prompt_top is not None]  # noqa: E731
+            assert len(engine.call(put_back).result()) == 1
             return await asyncio.gather(writing, scoring)
 
         _, told = asyncio.run(both())
         found = [c.logprob for c in scored_of(told) if c]
         np.testing.assert_allclose(found, expected, atol=1e-3)
         engine.close()
+
+
+@contextlib.contextmanager
+def held_up(engine: Engine) -> Iterator[None]:
+    """What is asked meanwhile begins together behind this."""
+    gate = threading.Event()
+    engine.call(gate.wait)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+async def together(engine: Engine, **jobs: Job) -> list[tuple[str, type]]:
+    """Ask for all before the first begins; return whose events came, and which."""
+    told: list[tuple[str, type]] = []
+
+    async def note(name: str, one: Job) -> None:
+        async for event in engine.run(one):
+            told.append((name, type(event)))
+
+    with held_up(engine):
+        tasks = [asyncio.create_task(note(name, one)) for name, one in jobs.items()]
+        while engine.figures().requests < len(tasks):
+            await asyncio.sleep(0.01)
+    await asyncio.gather(*tasks)
+    return told
+
+
+def test_what_waits_in_the_background_stops_nobody_behind_it(engine, model):
+    long, other = model.tokenize(NOVEL[:5500]), model.tokenize(NOVEL[20000:25500])
+    told = asyncio.run(together(engine, first=Job(long, 0, background=True), second=Job(other, 0, background=True),
+                                asked=job(model, TEXTS[0], 2)))  # fmt: skip
+    ends = [name for name, kind in told if kind is Ended]
+    assert ends == ["asked", "first", "second"]
+
+
+def test_no_more_are_worked_on_than_there_are_slots(tiny_gguf):
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model:
+        engine = Engine(model)
+        assert engine.slots == engine.figures().slots == 1
+        told = asyncio.run(together(engine, a=job(model, TEXTS[0], 8), b=job(model, TEXTS[1], 8)))
+        assert [name for name, _ in told].index("b") > told.index(("a", Ended))
+        engine.close()
+
+
+def test_leaving_while_it_waits_is_counted_and_nothing_is_read(engine, model):
+    async def leave() -> None:
+        with held_up(engine):
+            task = asyncio.create_task(events(engine, job(model, TEXTS[0])))
+            while not engine.figures().waiting:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait({task})
+
+    asyncio.run(leave())
+    engine.call(lambda: None).result()
+    assert engine.figures().cancelled == 1 and engine.figures().read_tokens == engine.figures().waiting == 0
+
+
+def test_an_end_token_ends_a_text(engine, model):
+    end = model.info.metadata["tokenizer.ggml.eos_token_id"]
+    (told,) = done(engine, job(model, TEXTS[0], 9, sampling=Sampling(logit_bias={end: 1000.0})))
+    assert (told[-1].why, told[-1].written, text(told)) == ("stop", 0, "")
+
+
+def test_what_is_idle_gives_way_to_a_text_that_grows(engine, model):
+    engine._patience = 10**9
+    held = model.tokenize(NOVEL[:4600])
+    done(engine, Job(held, 0))
+    bias = Sampling(logit_bias={model.info.metadata["tokenizer.ggml.eos_token_id"]: -np.inf})
+    (told,) = done(engine, Job(model.tokenize(TEXTS[7]), WINDOW - len(held) - 50, bias))
+    assert told[-1].why == "length" and engine.figures().preempted == 0
+    assert engine.known(held) <= 1
 
 
 def scored_of(told: list) -> tuple[Choice | None, ...]:
@@ -295,8 +374,19 @@ def test_a_cache_that_overflows_lets_the_youngest_wait_and_loses_nothing(engine,
               for one in jobs]  # fmt: skip
     alone = [text(done(engine, one)[0]) for one in biased]
     assert engine.figures().preempted == 0
-    told = done(engine, *biased)
+    order: list[int] = []
+
+    async def noted(number: int) -> list:
+        told = await events(engine, biased[number])
+        order.append(number)
+        return told
+
+    async def all_of_them() -> list[list]:
+        return await asyncio.gather(*map(noted, range(3)))
+
+    told = asyncio.run(all_of_them())
     assert engine.figures().preempted > 0
+    assert order[0] == 0, "it is never the first that has to wait"
     assert [one[-1].why for one in told] == ["length"] * 3
     same = [sum(a == b for a, b in zip(text(one), other, strict=False)) for one, other in zip(told, alone, strict=True)]
     assert [text(one)[:200] for one in told] == [other[:200] for other in alone], same
@@ -402,8 +492,12 @@ def test_what_was_read_is_saved_and_brought_back(model, tmp_path):
     states = States(tmp_path / "documents")
     engine = Engine(model, states=states)
     asked = Job([*ids, *model.tokenize(" So", add_special=False)], 12, kept=True)
+    done(engine, Job(ids, 0))
+    size = len(engine.call(lambda: engine.saved(ids)).result()[1])
+    emptied(engine)
     fresh = done(engine, asked)[0]
     known, state = engine.call(lambda: engine.saved(ids)).result()
+    assert len(state) == size, "and nothing of the answer"
     assert known == len(ids) and engine._spare.ids == []
     assert states.keep(model.identity, ids, len(state), lambda into: np.copyto(into, state) or len(state),
                        document="novel", model="m")  # fmt: skip
