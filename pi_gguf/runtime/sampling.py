@@ -22,6 +22,9 @@ from pi_gguf.llamacpp.trial import check_grammar
 PENALIZED = 64
 """How many of the last tokens a repeat penalty looks at, those of the prompt among them."""
 
+LEAST, MOST = 0.01, 100
+"""Of a temperature and a repeat penalty: others are 0 or infinite in 32 bits, which makes logits no numbers."""
+
 _SEEDS = 2**32 - 1
 """Seeds there are; llama.cpp takes the next number for one of its own choice."""
 
@@ -51,12 +54,13 @@ class Sampling:
     """How the next token is chosen, and where a text ends.
 
     Args:
-        temperature: 0 takes the most probable token each time, and `top_k`, `top_p`, `min_p` and `seed` do nothing.
+        temperature: 0 takes the most probable token each time, and `top_k`, `top_p`, `min_p` and `seed` do nothing;
+            else 0.01 to 100.
         top_k: draws from so many most probable tokens; as many as the vocabulary has are all.
         top_p: draws from the most probable tokens that together have this probability; 1 draws from all.
         min_p: leaves out what is less probable than this share of the most probable; 0 leaves out nothing.
-        repeat_penalty: what the logits of the last 64 tokens are divided by, those below 0 multiplied with; 1 changes
-            nothing.
+        repeat_penalty: what the logits of the last 64 tokens are divided by, those below 0 multiplied with, 0.01 to
+            100; 1 changes nothing.
         frequency_penalty: what is taken off a token's logit for each time that it is among the last 64, -2 to 2.
         presence_penalty: what is taken off once for a token that is among them, -2 to 2.
         seed: of the sampling, 0 to 4294967294.
@@ -84,11 +88,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fits, rule in (
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
+            ("temperature", self.temperature == 0 or LEAST <= self.temperature <= MOST, f"0, or {LEAST} to {MOST}"),
             ("top_k", self.top_k >= 1, "at least 1"),
             ("top_p", 0 < self.top_p <= 1, "above 0, and 1 at most"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
-            ("repeat_penalty", 0 < self.repeat_penalty < math.inf, "above 0"),
+            ("repeat_penalty", LEAST <= self.repeat_penalty <= MOST, f"{LEAST} to {MOST}"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("seed", 0 <= self.seed < _SEEDS, f"0 to {_SEEDS - 1}"),
@@ -183,10 +187,13 @@ class Chooser:
         data = ctypes.cast(self._row.ctypes.data, structures.llama_token_data_p)
         array = structures.llama_token_data_array(data=data, size=len(self._row), selected=-1, sorted=False)
         self._llama_cpp.llama_sampler_apply(allowed, ctypes.byref(array))
-        if self._row["logit"].max() == -math.inf:
+        forbidden = self._row["logit"] == -math.inf
+        if forbidden.all():
             return None
         self._llama_cpp.llama_sampler_apply(drawn, ctypes.byref(array))
-        token = int(array.data[array.selected].id)
+        token = int(array.data[array.selected].id) if 0 <= array.selected < array.size else -1
+        if token < 0 or forbidden[token]:  # of logits that are no numbers any; a grammar that takes it ends the process
+            return None
         for chain in self._chains:
             self._llama_cpp.llama_sampler_accept(chain, token)
         return token

@@ -29,7 +29,7 @@ from pi_gguf.common.provenance import without_folders
 from pi_gguf.engine.jobs import QueueFull
 from pi_gguf.engine.library import UnknownDocument
 from pi_gguf.errors import OptionError, PiGgufError
-from pi_gguf.runtime.sampling import Sampling
+from pi_gguf.runtime.sampling import LEAST, MOST, Sampling
 from pi_gguf.runtime.session import TooLong
 
 TOP = 20
@@ -233,6 +233,15 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 
 
+def _not_tiny(temperature: float) -> float:
+    if 0 < temperature < LEAST:
+        raise ValueError(f"must be 0, or at least {LEAST}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=MOST), AfterValidator(_not_tiny)]
+
+
 class Strict(BaseModel):
     """A request: a strict one, in which no text is a number, no truth value is one, and no number is nan."""
 
@@ -245,11 +254,11 @@ class Generation(Strict):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(default=None, ge=0, le=100)
+    temperature: Temperature | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1, le=2**31 - 1)
     min_p: float | None = Field(default=None, ge=0, lt=1)
-    repeat_penalty: float | None = Field(default=None, gt=0, le=100)
+    repeat_penalty: float | None = Field(default=None, ge=LEAST, le=MOST)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)

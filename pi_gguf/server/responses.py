@@ -17,7 +17,17 @@ from starlette.responses import Response
 
 from pi_gguf.engine.jobs import Ended, Written
 from pi_gguf.server.answers import Chunks, Events, Gathered, gather
-from pi_gguf.server.protocol import ChatRequest, Many, Message, NamedSchema, Part, ResponseFormat, Strict, read_body
+from pi_gguf.server.protocol import (
+    ChatRequest,
+    Many,
+    Message,
+    NamedSchema,
+    Part,
+    ResponseFormat,
+    Strict,
+    Temperature,
+    read_body,
+)
 from pi_gguf.server.talk import Talk
 from pi_gguf.server.wire import EventStream, begun, json_response, unless_gone
 
@@ -51,7 +61,7 @@ class ResponseRequest(Strict):
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    temperature: float | None = Field(default=None, ge=0, le=100)
+    temperature: Temperature | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
     text: TextOptions | None = None
     stream: bool | None = None

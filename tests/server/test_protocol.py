@@ -61,8 +61,10 @@ def test_what_is_no_object_is_refused(body):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", True), ("temperature", "0.5"), ("temperature", -1), ("temperature", 101), ("top_p", 0),
+        ("temperature", True), ("temperature", "0.5"), ("temperature", -1), ("temperature", 101),
+        ("temperature", 1e-38), ("top_p", 0),
         ("top_p", 1.5), ("top_k", 0), ("top_k", 1.5), ("top_k", True), ("min_p", 1), ("repeat_penalty", 0),
+        ("repeat_penalty", 1e-50),
         ("frequency_penalty", 3), ("presence_penalty", -2.1), ("seed", -1), ("seed", 2**63), ("seed", 1.0),
         ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", ["a"] * 17), ("n", 2), ("n", True), ("stream", 1),
         ("stream", "yes"), ("logit_bias", {"a": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"-1": 1}),
