@@ -29,7 +29,7 @@ from pi_gguf.common.provenance import without_folders
 from pi_gguf.engine.jobs import QueueFull
 from pi_gguf.engine.library import UnknownDocument
 from pi_gguf.errors import OptionError, PiGgufError
-from pi_gguf.runtime.sampling import LEAST, MOST, Sampling
+from pi_gguf.runtime.sampling import LEAST, Sampling
 from pi_gguf.runtime.session import TooLong
 
 TOP = 20
@@ -239,7 +239,7 @@ def _not_tiny(temperature: float) -> float:
     return temperature
 
 
-Temperature = Annotated[float, Field(ge=0, le=MOST), AfterValidator(_not_tiny)]
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_not_tiny)]
 
 
 class Strict(BaseModel):
@@ -258,7 +258,7 @@ class Generation(Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1, le=2**31 - 1)
     min_p: float | None = Field(default=None, ge=0, lt=1)
-    repeat_penalty: float | None = Field(default=None, ge=LEAST, le=MOST)
+    repeat_penalty: float | None = Field(default=None, ge=LEAST, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
