@@ -88,9 +88,9 @@ class Shelf:
 
     async def render(self, request: Request) -> Response:
         asked, quotes = read_body(await request.body(), RenderRequest), list[dict[str, Any]]()
+        html = await asyncio.to_thread(to_html, asked.markdown)  # first: it refuses what is too long
         if asked.document is not None:
             quotes = await asyncio.to_thread(self._library.quotes, asked.document, asked.markdown)
-        html = await asyncio.to_thread(to_html, asked.markdown)
         return json_response({"html": html, "quotes": quotes})
 
     def _entry(self, request: Request) -> Entry:
