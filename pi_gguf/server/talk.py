@@ -17,9 +17,9 @@ from pi_gguf.engine.engine import Engine
 from pi_gguf.engine.jobs import Job
 from pi_gguf.engine.library import Library
 from pi_gguf.server.answers import ChatForm, Chunks, CompletionForm, Gathered, Logprobs, Wanted, gather, with_usage
-from pi_gguf.server.protocol import ApiError, ChatRequest, Chosen, CompletionRequest, Generation, read_body
+from pi_gguf.server.protocol import ApiError, ChatRequest, Chosen, CompletionRequest, Generation
 from pi_gguf.server.tools import Apart, call_grammar, knows_tools, style_of
-from pi_gguf.server.wire import EventStream, begun, json_response, unless_gone
+from pi_gguf.server.wire import EventStream, begun, body_of, json_response, unless_gone
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 512
 """What is written at most where no number is given; less where the window has less room."""
@@ -53,7 +53,7 @@ class Talk:
             )  # fmt: skip
 
     async def completions(self, request: Request) -> Response:
-        asked = read_body(await request.body(), CompletionRequest)
+        asked = await body_of(request, CompletionRequest)
         self.check_name(asked.model)
         jobs = await unless_gone(request, asyncio.to_thread(self._completion_jobs, asked))
         form, wanted = CompletionForm(self.name), _wanted(asked, asked.logprobs is not None)
@@ -67,7 +67,7 @@ class Talk:
         return json_response(form.whole(choices, *(one.end for one in found)))
 
     async def chat(self, request: Request) -> Response:
-        asked = read_body(await request.body(), ChatRequest)
+        asked = await body_of(request, ChatRequest)
         self.check_name(asked.model)
         job, apart = await unless_gone(request, asyncio.to_thread(self.chat_job, asked))
         form = ChatForm(self.name, self.engine.model.is_end, apart, self._quotes(asked.document))

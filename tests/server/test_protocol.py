@@ -112,6 +112,34 @@ def test_a_hundred_thousand_faults_are_found_by_the_first(kind, field, value):
     assert error.value.error_count() < 12
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "one", "most"),
+    [
+        (ChatRequest, "messages", SAID[0], 10_000), (ResponseRequest, "input", SAID[0], 10_000),
+        (ChatRequest, "tools", {"type": "function", "function": {"name": "a"}}, 10_000),
+        (CompletionRequest, "prompt", "a", 256), (CompletionRequest, "prompt", [1], 256),
+        (CompletionRequest, "prompt", 1, 2**20), (DetokenizeRequest, "tokens", 1, 2**20),
+    ],
+)  # fmt: skip
+def test_no_more_are_looked_at_than_there_may_be(kind, field, one, most):
+    body = {"messages": SAID, "prompt": "a"}
+    assert len(getattr(read_body(json.dumps({**body, field: [one] * most}).encode(), kind), field)) == most
+    error = refused({**body, field: [one] * (most + 1)}, kind)
+    assert (
+        error["param"] == field and f"{field}: must have at most {most:,} parts, got {most + 1:,}" in error["message"]
+    )
+    with pytest.raises(ValidationError) as found:  # not one of a hundred thousand wrong ones is reported before
+        kind.model_validate({**body, field: [*[one] * most, *[3.5] * 100_000]})
+    assert "parts, got" in str(found.value)
+
+
+def test_a_message_has_so_many_parts_at_most():
+    parts = [{"type": "text", "text": ""}]
+    assert chat(messages=[{"role": "user", "content": parts * 10_000}]).messages[0].text() == ""
+    error = refused({"messages": [{"role": "user", "content": parts * 10_001}]}, ChatRequest)
+    assert "must have at most 10,000 parts, got 10,001" in error["message"]
+
+
 def test_what_is_missing_is_named():
     assert refused(b"{}") == {
         "message": "prompt: field required", "type": "invalid_request_error", "param": "prompt",
