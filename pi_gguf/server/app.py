@@ -60,7 +60,7 @@ class Settings:
 def create_app(engine: Engine, library: Library, settings: Settings) -> Starlette:
     """Return the application."""
     file, name = str(engine.model.path), engine.model.path.stem
-    talk, shelf, desk = Talk(engine, library, name), Shelf(library, file), _desk()
+    talk, shelf, desk = Talk(engine, library, name), Shelf(library, file, engine.model.n_ctx), _desk()
     model, metrics, description = _model(engine, name, settings.form), Metrics(engine.figures), describe(name)
 
     async def models(request: Request) -> Response:

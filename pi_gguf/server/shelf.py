@@ -18,14 +18,15 @@ from pi_gguf.errors import GgufError
 from pi_gguf.server.answers import Chunks
 from pi_gguf.server.markdown import render as to_html
 from pi_gguf.server.protocol import ApiError, LookedRequest, RenderRequest, error_of
+from pi_gguf.server.talk import check_characters
 from pi_gguf.server.wire import EventStream, body_of, json_response, unless_gone
 
 
 class Shelf:
     """What a library is asked for by clients."""
 
-    def __init__(self, library: Library, file: str) -> None:
-        self._library, self._file = library, file
+    def __init__(self, library: Library, file: str, window: int) -> None:
+        self._library, self._file, self._window = library, file, window
 
     async def add(self, request: Request) -> Response:
         try:
@@ -80,6 +81,7 @@ class Shelf:
     async def looked(self, request: Request) -> Response:
         entry, asked = self._entry(request), await body_of(request, LookedRequest)
         messages = [message.to_template() for message in asked.messages]
+        check_characters([messages, asked.answer], self._window)
         try:
             passages = await unless_gone(request, self._library.looked(entry.id, messages, asked.answer))
         except GgufError as error:  # as where an answer has no word of the document

@@ -7,6 +7,7 @@ long texts) goes on in threads.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from pi_gguf.server.wire import EventStream, begun, body_of, json_response, unle
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 512
 """What is written at most where no number is given; less where the window has less room."""
+
+CHARACTERS_A_TOKEN = 64
+"""What a conversation may have for each token of the window, before its template is run; words have about five."""
 
 Echo = tuple[str, bytes] | None
 
@@ -141,6 +145,7 @@ class Talk:
         elif asked.tool_choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
         messages, stops = [message.to_template() for message in asked.messages], tuple[str, ...]()
+        check_characters([messages, tools], model.n_ctx)
         if asked.document is None:
             ids = model.chat_ids(messages, tools)
         else:
@@ -154,6 +159,29 @@ class Talk:
         if document is None:
             return None
         return lambda text: asyncio.to_thread(self.library.quotes, document, text)
+
+
+def check_characters(value: Any, window: int) -> None:
+    """Check that the texts of a conversation are not far too long for a window of so many tokens.
+
+    Raises:
+        ApiError: they are.
+    """
+    characters, parts = 0, [value]
+    while parts:
+        match parts.pop():
+            case str() as text:
+                characters += len(text)
+            case list() as some:
+                parts += some
+            case dict() as some:
+                parts += (*some, *some.values())
+    if characters > CHARACTERS_A_TOKEN * window:
+        raise ApiError(
+            400, f"conversation of {characters:,} characters does not fit the window of {window} tokens",
+            "exceed_context_size_error", code="context_length_exceeded", param="messages",
+            more={"n_prompt_tokens": math.ceil(characters / CHARACTERS_A_TOKEN), "n_ctx": window},
+        )  # fmt: skip
 
 
 def _demanded(asked: ChatRequest) -> list[dict[str, Any]]:

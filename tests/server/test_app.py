@@ -587,6 +587,21 @@ def test_what_cannot_be_honoured_is_refused(client, options, stream):
     assert "/" not in error.value.message.replace("grammars/README", "").replace("#/x", ""), "no folder of this machine"
 
 
+def test_a_conversation_that_is_far_too_long_is_refused_before_its_template_is_run(http, server):
+    much = "<|" * (32 * server.engine.model.n_ctx)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {much: {}}}}}
+    for body in (
+        {"messages": [{"role": "user", "content": much + "."}]},
+        {"messages": [{"role": "user", "content": "a"}], "tools": [tool]},
+    ):
+        answer = http.post("/v1/chat/completions", json=body)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["type"] == "exceed_context_size_error", error
+        assert "characters does not fit" in error["message"] and error["n_prompt_tokens"] > error["n_ctx"] == 2048
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": much[20:]}]})
+    assert "characters" not in answer.json()["error"]["message"], "of others the tokens are counted"
+
+
 def test_bad_json_is_refused(http):
     for content in (b"{", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}', b"[" * 10_000, b"\xff\xfe"):
         answer = http.post("/v1/completions", content=content)
