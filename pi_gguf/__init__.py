@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pi_gguf.prove.certify import certify as certify
     from pi_gguf.prove.inspect import inspect as inspect
     from pi_gguf.prove.repair import repair as repair
+    from pi_gguf.restore.unpack import unpack as unpack
     from pi_gguf.runtime.model import open_model as open
     from pi_gguf.tune.extend import extend as extend
     from pi_gguf.write.imatrix import compute_imatrix as compute_imatrix
@@ -58,6 +59,7 @@ _PUBLIC = {
     "plan": ("pipeline.plan", "plan"),
     "quantize": ("write.quantize", "quantize"),
     "repair": ("prove.repair", "repair"),
+    "unpack": ("restore.unpack", "unpack"),
 }
 __all__ = [
     "card",
@@ -81,6 +83,7 @@ __all__ = [
     "plan",
     "quantize",
     "repair",
+    "unpack",
 ]
 
 

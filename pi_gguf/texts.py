@@ -1,7 +1,7 @@
 """The door to the user's texts: files, folders of them or a data set of the Hub -> documents.
 
-`read_texts` holds all of them, for evaluations. `open_texts` streams them, for training. Nothing that comes with a
-data set is run.
+`read_texts` holds all of them, for evaluations. `open_texts` streams them, for training, where a row may be a
+conversation. Nothing that comes with a data set is run.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import codecs
 import hashlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ from huggingface_hub import HfApi
 
 from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.common.provenance import sha256
-from pi_gguf.errors import TextError, one_line
+from pi_gguf.errors import OptionError, TextError, one_line
 
 SUFFIXES = (".txt", ".md")
 TABLES = (".jsonl", ".parquet")
-"""Files of many documents, each in a field `text`."""
+"""Files of many documents, a row each."""
 
 FIELD = "text"
+CHAT_FIELDS = ("messages", "conversations")
+"""A row's document lies in the first of these that its file has: a text, or the turns of a conversation."""
+
+_ABOUT_CHATS = ("tools", "system")
+"""What a row of turns may hold beside them."""
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")
 
+_WEIGHED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 
 TEXT_SETS = {
     "pg19": ("emozilla/pg19:test", None),
@@ -66,7 +73,8 @@ def read_texts(sources: Sequence[str], *, characters: int = 1) -> dict[str, str]
     for source in sources:
         if _is_on_hub(source) or (source in TEXT_SETS and not Path(source).exists()):
             name, branch = TEXT_SETS.get(source, (source, None))
-            long = (text for text in hub_documents(name, branch or _hub_revision(name)) if len(text) >= characters)
+            stream = _only_texts(hub_documents(name, branch or _hub_revision(name)))
+            long = (text for text in stream if len(text) >= characters)
             numbered = enumerate(itertools.islice(long, HUB_DOCUMENTS), 1)
             some = {name: _cut(text, LONGEST, name) for i, text in numbered for name in [f"{source} {i}"]}
             if not some:
@@ -74,7 +82,7 @@ def read_texts(sources: Sequence[str], *, characters: int = 1) -> dict[str, str]
             found |= some
         elif Path(source).suffix in TABLES:
             (path,) = _find_files(source, TABLES)
-            found |= {f"{path}:{i}": text for i, text in enumerate(_file_documents(path, LONGEST), 1)}
+            found |= {f"{path}:{i}": text for i, text in enumerate(_only_texts(_file_documents(path, LONGEST)), 1)}
         else:
             found |= {str(path): _read_text(path, LONGEST) for path in _find_files(source, SUFFIXES)}
     return found
@@ -88,6 +96,35 @@ def _cut(text: str, characters: int, name: object) -> str:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """A row of a data set that holds turns, as it stands there; a model's chat template makes a text of it.
+
+    Args:
+        where: it stands, for messages.
+        turns: whatever its field holds.
+        tools: the same of the field `tools`; None without one.
+        system: the same of the field `system`.
+    """
+
+    where: str
+    turns: Any
+    tools: Any = None
+    system: Any = None
+
+    @property
+    def size(self) -> int:
+        """About how many characters it has."""
+        return sum(len(str(part)) for part in (self.turns, self.tools, self.system))
+
+
+def _only_texts(documents: Iterable[str | Conversation]) -> Iterator[str]:
+    for document in documents:
+        if isinstance(document, Conversation):
+            raise TextError(f"{document.where}: holds a conversation, texts are read here", f"give a field {FIELD}")
+        yield document
+
+
+@dataclass(frozen=True)
 class Texts:
     """Documents that are read when they are asked for, never all at once.
 
@@ -95,15 +132,19 @@ class Texts:
         names: of the files or data sets, as messages give them.
         labels: the same, as a record gives them: without folders.
         sha256: hash of what is in them.
-        read: begins to read; yields the text of one document after another, each to so many characters at most.
+        read: begins to read; yields one document after another, texts to so many characters at most.
         count: documents, where it is known before they are read.
+        chats: whether there are conversations among them.
+        weight: their share of the tokens, beside those of others; None where none was given to any.
     """
 
     names: list[str]
     labels: list[str]
     sha256: str
-    read: Callable[[int], Iterator[str]]
+    read: Callable[[int], Iterator[str | Conversation]]
     count: int | None = None
+    chats: bool = False
+    weight: float | None = None
 
     @property
     def name(self) -> str:
@@ -118,12 +159,55 @@ def held_texts(documents: dict[str, str]) -> Texts:
     return Texts(names, names, sha256(bodies), lambda _: iter(bodies), len(names))
 
 
+def weighed(source: str) -> tuple[str, float | None]:
+    """Take the weight off the name of a source: PATH:2.5. What exists under the whole name has none.
+
+    Raises:
+        OptionError: the weight is not above 0.
+    """
+    match = None if _is_there(source) else _WEIGHED.fullmatch(source)
+    if not match:
+        return source, None
+    if not 0 < (weight := float(match[2])) < math.inf:
+        raise OptionError(f"data {source}: the weight must be above 0, got {match[2]}", "leave out what is not read")
+    return match[1], weight
+
+
+def shares(sources: Sequence[str]) -> dict[str, float | None]:
+    """Return the share of the tokens that each source gets, by its name; None for all where no weight is given.
+
+    Raises:
+        OptionError: a weight is not above 0.
+    """
+    named = [weighed(source) for source in sources]
+    if all(weight is None for _, weight in named):
+        return dict(named)
+    whole = sum(1.0 if weight is None else weight for _, weight in named)
+    found: dict[str, float | None] = {}
+    for name, weight in named:
+        found[name] = (found.get(name) or 0.0) + (1.0 if weight is None else weight) / whole
+    return found
+
+
+def open_mixture(sources: Sequence[str]) -> list[Texts]:
+    """Find texts to train on, as `open_texts` does.
+
+    Returns:
+        All as one; or, where a weight is given to a source, each by itself, those without one weighing 1.
+    """
+    named = [weighed(source) for source in sources]
+    if all(weight is None for _, weight in named):
+        return [open_texts(sources)]
+    return [replace(open_texts([name]), weight=1.0 if weight is None else weight) for name, weight in named]
+
+
 def open_texts(sources: Sequence[str]) -> Texts:
     """Find texts to train on, and hash what is in them; reads no document yet.
 
     Args:
-        sources: text files (a document each), JSONL and Parquet files (a document a row, in its field `text`), folders
-            of them, or data sets of the Hub as owner/name or owner/name:split (split train when left out).
+        sources: text files (a document each), JSONL and Parquet files (a document a row, in its field `text`, or a
+            conversation in `messages` or `conversations`), folders of them, or data sets of the Hub as owner/name or
+            owner/name:split (split train when left out).
 
     Raises:
         TextError: a file is missing, a folder has no such files, or a data set cannot be opened. While reading: a text
@@ -150,12 +234,12 @@ def open_texts(sources: Sequence[str]) -> Texts:
     for name, revision in revisions.items():
         digest.update(f"hub {name} {revision}\n".encode())
 
-    def read(characters: int) -> Iterator[str]:
+    def read(characters: int) -> Iterator[str | Conversation]:
         for path in paths:
             yield from _file_documents(path, characters)
         for name, revision in revisions.items():
             numbered = enumerate(hub_documents(name, revision), 1)
-            yield from (_cut(text, characters, f"{name} {i}") for i, text in numbered)
+            yield from (_cut_text(document, characters, f"{name} {i}") for i, document in numbered)
 
     only_texts = not revisions and all(path.suffix not in TABLES for path in paths)
     return Texts(
@@ -164,16 +248,31 @@ def open_texts(sources: Sequence[str]) -> Texts:
         sha256=digest.hexdigest(),
         read=read,
         count=len(paths) if only_texts else None,
+        chats=any(path.suffix in TABLES and _holds_chats(_table_rows(path)) for path in paths)
+        or any(_holds_chats(_numbered_hub_rows(name, revision)) for name, revision in revisions.items()),
     )
 
 
-def _is_on_hub(source: str) -> bool:
+def _holds_chats(rows: Iterator[tuple[str, Mapping[str, Any]]]) -> bool:
+    """Tell whether the first row holds a conversation; False where there is none, as reading will tell."""
     try:
-        local = Path(source).expanduser()
-        there = local.exists()
-    except (OSError, ValueError, RuntimeError):  # no name of a file, nor of a data set
+        return any(_field_of(row) in CHAT_FIELDS for _, row in itertools.islice(rows, 1))
+    except TextError:
         return False
-    return not there and bool(_HUB_NAME.fullmatch(source)) and local.suffix not in SUFFIXES + TABLES
+
+
+def _is_there(source: str) -> bool | None:
+    """Tell whether there is such a file or folder; None where that is no name of one, nor of a data set."""
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def _is_on_hub(source: str) -> bool:
+    if _is_there(source) is not False:
+        return False
+    return bool(_HUB_NAME.fullmatch(source)) and Path(source).suffix not in SUFFIXES + TABLES
 
 
 PAIR_SETS = {"govreport": "ccdv/govreport-summarization:test"}
@@ -196,8 +295,7 @@ def read_pairs(source: str) -> list[tuple[str, str]]:
     rows: Iterator[tuple[str, Mapping[str, Any]]]
     if _is_on_hub(source) or (source in PAIR_SETS and not Path(source).exists()):
         name = PAIR_SETS.get(source, source)
-        on_hub = itertools.islice(_hub_rows(name, _hub_revision(name)), HUB_DOCUMENTS)
-        rows = ((f"{name} row {number}", row) for number, row in enumerate(on_hub, 1))
+        rows = itertools.islice(_numbered_hub_rows(name, _hub_revision(name)), HUB_DOCUMENTS)
     else:
         (path,) = _find_files(source, (".jsonl",))
         rows = _jsonl_rows(path)
@@ -268,18 +366,22 @@ def not_utf8(path: object, byte: int) -> TextError:
     return TextError(f"{path}: not UTF-8 at byte {byte}", "convert it with iconv -t UTF-8")
 
 
-def _file_documents(path: Path, characters: int) -> Iterator[str]:
-    """Yield the documents of a file, of each so many characters at most."""
+def _cut_text(document: str | Conversation, characters: int, name: object) -> str | Conversation:
+    """Return the first characters of a text; a conversation as it is, as it has no text yet."""
+    return document if isinstance(document, Conversation) else _cut(document, characters, name)
+
+
+def _file_documents(path: Path, characters: int) -> Iterator[str | Conversation]:
+    """Yield the documents of a file, of texts so many characters at most."""
     if path.suffix not in TABLES:
         return iter([_read_text(path, characters)])
-    rows = _jsonl_documents(path) if path.suffix == ".jsonl" else _parquet_documents(path)
-    return (_cut(text, characters, f"{path}:{i}") for i, text in enumerate(rows, 1))
+    rows = enumerate(_documents(_table_rows(path)), 1)
+    return (_cut_text(document, characters, f"{path}:{i}") for i, document in rows)
 
 
-def _jsonl_documents(path: Path) -> Iterator[str]:
-    """Yield the text of each line that has one."""
-    for where, row in _jsonl_rows(path):
-        yield from _documents([row], where)
+def _table_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a file, with their places."""
+    return _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -309,32 +411,39 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def _parquet_documents(path: Path) -> Iterator[str]:
-    """Yield the text of each row that has one; a few rows are in memory at a time."""
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the fields of each row that are read here; a few rows are in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            if FIELD not in schema.names:
+            field = _field_of(schema.names)
+            if field is None:
                 strings = [field.name for field in schema if str(field.type).endswith("string")]
                 raise _no_field(str(path), schema.names, strings)
-            for batch in file.iter_batches(batch_size=64, columns=[FIELD]):
-                yield from _documents(batch.to_pylist(), str(path))
+            columns = [field, *(name for name in _ABOUT_CHATS if field != FIELD and name in schema.names)]
+            number = itertools.count(1)
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                yield from ((f"{path}:{next(number)}", row) for row in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise TextError(f"{path}: no readable Parquet ({one_line(error)})", "write or download it again") from error
 
 
-def hub_documents(name: str, revision: str | None) -> Iterator[str]:
+def hub_documents(name: str, revision: str | None) -> Iterator[str | Conversation]:
     """Stream the documents of a data set.
 
     Args:
         name: owner/name, or a folder that is laid out as a data set; with :split where it is not train.
         revision: commit of the data set; None for a folder.
     """
-    for row in _hub_rows(name, revision):
-        yield from _documents([row], name)
+    return _documents(_numbered_hub_rows(name, revision))
+
+
+def _numbered_hub_rows(name: str, revision: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a data set, with their places."""
+    return ((f"{name} row {number}", row) for number, row in enumerate(_hub_rows(name, revision), 1))
 
 
 def _hub_rows(name: str, revision: str | None) -> Iterator[Mapping[str, Any]]:
@@ -365,25 +474,41 @@ def _hub_revision(name: str) -> str:
         ) from error
 
 
-def _documents(rows: Sequence[Mapping[str, Any]], where: str) -> Iterator[str]:
-    """Yield the text of rows; those whose text is null or blank are left out."""
-    for row in rows:
-        if FIELD not in row:
-            raise _no_field(where, list(row), [key for key, value in row.items() if isinstance(value, str)])
-        text = row[FIELD]
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise TextError(f"{where}: {FIELD} must be a string, got {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise TextError(f"{where}: {FIELD} is no valid Unicode ({error.reason})") from error
-        if text.strip():
+def _field_of(names: Iterable[str]) -> str | None:
+    """Return the field that holds a row's document."""
+    there = set(names)
+    return next((name for name in (FIELD, *CHAT_FIELDS) if name in there), None)
+
+
+def _documents(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str | Conversation]:
+    """Yield the document of each row, in the field that the first one has it in; null and blank ones are left out."""
+    field = None
+    for where, row in rows:
+        field = field or _field_of(row) or FIELD
+        if field not in row:
+            raise _no_field(where, list(row), [key for key, value in row.items() if isinstance(value, str)], field)
+        if field in CHAT_FIELDS:
+            if row[field]:
+                yield Conversation(where, row[field], *(row.get(name) for name in _ABOUT_CHATS))
+        elif (text := _text(row[field], where)).strip():
             yield text
 
 
-def _no_field(where: str, names: Sequence[str], strings: Sequence[str]) -> TextError:
+def _text(value: Any, where: str) -> str:
+    """Return what a field holds; nothing where it is null."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TextError(f"{where}: {FIELD} must be a string, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise TextError(f"{where}: {FIELD} is no valid Unicode ({error.reason})") from error
+    return value
+
+
+def _no_field(where: str, names: Sequence[str], strings: Sequence[str], field: str = FIELD) -> TextError:
     listed = ", ".join(map(str, names)) or "none"
-    hint = f"rename {strings[0]} to {FIELD}" if len(strings) == 1 else f"put the documents into a field {FIELD}"
-    return TextError(f"{where}: must have a field {FIELD}, its fields are: {listed}", hint)
+    one = field == FIELD and len(strings) == 1
+    hint = f"rename {strings[0]} to {field}" if one else f"put the documents into a field {field}"
+    return TextError(f"{where}: must have a field {field}, its fields are: {listed}", hint)

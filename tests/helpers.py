@@ -71,6 +71,22 @@ def make_llama(path: Path, *, max_shard_size: str = "1GB", dtype: str = "float32
     return path
 
 
+def make_chat_model(
+    path: Path, template: str, special: Iterable[str], bos: str | None, eos: str | None, rstrip: bool = False
+) -> Path:
+    """Give a model special tokens and a chat template; its vocabulary has 410 tokens, and so many rows it has."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    make_tokenizer(path, vocab_size=400)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(name, rstrip=rstrip, normalized=False) for name in special])
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+    saved.chat_template = template
+    saved.save_pretrained(path)
+    return path
+
+
 def corpus_of(model: Path, texts: Iterable[str]) -> Any:
     """Tokenize texts with a model's tokenizer, in memory."""
     import numpy as np

@@ -16,7 +16,7 @@ import openai
 import uvicorn
 
 import pi_gguf
-from pi_gguf.engine.engine import Engine
+from pi_gguf.engine.engine import BESIDE, Engine
 from pi_gguf.engine.library import Library
 from pi_gguf.runtime.states import States
 from pi_gguf.server.app import Settings, create_app
@@ -63,7 +63,7 @@ def served(
         slots: requests at a time.
         n_ctx: window to open.
     """
-    with pi_gguf.open(path, n_ctx=n_ctx, sequences=slots + 1) as model:
+    with pi_gguf.open(path, n_ctx=n_ctx, sequences=slots + BESIDE) as model:
         engine = Engine(model, states=States(folder / "states"))
         library = Library(engine, folder / "library")
         app = create_app(engine, library, Settings(rules or Rules()))

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "pi_gguf"
 # The flow of data. A module imports from its own package and from those to the left.
 ORDER = [
     "errors", "common", "bundled", "texts", "scaling", "families", "checkpoint", "adapters", "vocabulary", "gguf",
-    "llamacpp", "measure", "documents", "runtime", "engine", "models", "tune", "write", "evaluate", "prove", "pipeline",
+    "llamacpp", "restore", "measure", "documents", "runtime",
+    "engine", "models", "tune", "write", "evaluate", "prove", "pipeline",
     "server", "cli", "__init__", "__main__",
 ]  # fmt: skip
 

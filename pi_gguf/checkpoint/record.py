@@ -49,6 +49,8 @@ class Record:
         stages: as in `TrainingPlan`, as all up to `lora_alpha`.
         data: names of the texts, without folders.
         data_sha256: of what is in them.
+        data_weights: of each, in their order, where weights were given.
+        counted: what counts of conversations; None where there were none.
         adapter_only: whether the adapter alone was written.
         packing: of documents into rows.
         longest_first: whether the longest documents came first.
@@ -99,6 +101,8 @@ class Record:
     lora_alpha: int | None = None
     data: str | list[str] | None = None
     data_sha256: str | None = None
+    data_weights: list[float] | None = None
+    counted: str | None = None
     adapter_only: bool | None = None
     packing: str | None = None
     longest_first: bool | None = None

@@ -14,7 +14,7 @@ import click
 from pi_gguf.cli.ask import ask, chat, documents
 from pi_gguf.cli.building import Lazy, command
 from pi_gguf.cli.evaluate import EVALUATIONS
-from pi_gguf.cli.make import show_convert, show_extend, show_imatrix, show_plan, show_quantize
+from pi_gguf.cli.make import show_convert, show_extend, show_imatrix, show_plan, show_quantize, show_unpack
 from pi_gguf.cli.prove import show_card, show_certify, show_inspect, show_repair
 from pi_gguf.cli.run import models, run
 from pi_gguf.cli.serve import serve
@@ -48,6 +48,10 @@ _COMMANDS = {
         "Correct the metadata of a GGUF file; tensors stay as they are.",
         lambda: command("prove.repair:repair", show_repair),
     ),
+    "unpack": (
+        "Turn a GGUF file back into a Hugging Face folder.",
+        lambda: command("restore.unpack:unpack", show_unpack),
+    ),
     "certify": (
         "Measure a GGUF file at its window and write the figures into it.",
         lambda: command("prove.certify:certify", show_certify),
@@ -76,7 +80,7 @@ main = Lazy(
     "pi-gguf",
     _COMMANDS,
     help="Turn a RoPE checkpoint with a short window into a quantized GGUF that works at 32k tokens, and prove it.\n\n"
-    "MODEL is a Hugging Face folder, a Hub id or bundled:tiny. Start with: pi-gguf demo",
+    "MODEL is a Hugging Face folder, a Hub id, a GGUF file or bundled:tiny. Start with: pi-gguf demo",
     params=[
         click.Option(["--debug"], is_flag=True, help="show the traceback of an error"),
         click.Option(["--version"], is_flag=True, help="show the version", is_eager=True, expose_value=False,

@@ -44,6 +44,7 @@ _WITH_TORCH = {
     "evaluate.report",
     "evaluate.compare",
     "evaluate.bounds",
+    "restore.unpack",
 }
 """Modules of commands that open Hugging Face models."""
 

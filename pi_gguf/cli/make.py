@@ -1,4 +1,4 @@
-"""What plan, extend, convert, quantize and imatrix print for people."""
+"""What plan, extend, convert, quantize, unpack and imatrix print for people."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def show_plan(plan: Any) -> str:
             ("sequences", f"{t.sequences}: {t.reason}"),
             ("weights", f"{_way(t)} ({t.train_reason})"),
             ("tokens", f"{t.tokens / 1e6:,.1f} M"),
+            *([("data", _data_text(plan.data)), ("loss", _LOSSES[plan.loss])] if plan.data else []),
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
             *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),
             ("time, about", human_seconds(plan.training_seconds)),
@@ -45,6 +46,17 @@ def _mix_text(training: Any) -> str:
         f"{training.full_micro_batches} of {training.steps * training.accumulation} micro-batches are "
         f"{training.full_micro_batch} x {training.full_window} tokens, {share:.1%} of all"
     )
+
+
+_LOSSES = {
+    "assistant": "every token of texts, the assistant's turns of conversations",
+    "all": "every token, of conversations too",
+}
+"""What counts in the loss, by the option's value."""
+
+
+def _data_text(data: dict[str, float | None]) -> str:
+    return ", ".join(name if share is None else f"{name} {share:.1%}" for name, share in data.items())
 
 
 def _way(training: Any) -> str:
@@ -93,6 +105,15 @@ def show_quantize(path: Path) -> str:
     from pi_gguf.common.files import human_bytes
 
     return f"wrote {path} ({human_bytes(path.stat().st_size)})\nnext: pi-gguf inspect {path}"
+
+
+def show_unpack(result: Any) -> str:
+    from pi_gguf.common.files import human_bytes
+
+    return (
+        f"wrote {result.path} ({result.model_type}, {result.parameters / 1e6:,.1f} M parameters in {result.dtype}, "
+        f"{human_bytes(result.nbytes)})\nnext: pi-gguf plan {result.path} --context {4 * result.window}"
+    )
 
 
 def show_imatrix(report: Any) -> str:

@@ -17,12 +17,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from pi_gguf.engine.jobs import Choice, Ended, Event, Figures, Job, PromptScored, QueueFull, Read, Written
-from pi_gguf.errors import GgufError, OptionError, PiGgufError, ResourceError, TextError
+from pi_gguf.errors import OptionError, PiGgufError, ResourceError, TextError
 from pi_gguf.measure.language_model import common_prefix
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.sampling import Chooser
@@ -35,6 +36,9 @@ T = TypeVar("T")
 
 QUEUE = 64
 """Jobs that wait at most."""
+
+BESIDE = 2
+"""Sequences beside the slots: one in which documents are read in the background, one that copies what is kept."""
 
 _AHEAD = 64
 """Tokens of an answer for which the cache must have room before it begins; more may have to wait for others to end."""
@@ -121,7 +125,7 @@ class Engine:
     """Reads and writes many texts at a time with one model, which is the engine's while it runs.
 
     Args:
-        model: opened with one sequence more than texts are worked on at a time: one copies what is to be kept.
+        model: opened with `BESIDE` sequences more than texts are worked on at a time.
         states: where documents are kept; None keeps nothing.
         queue: jobs that may wait.
         log: told prompt and text of each that ended; None tells nobody.
@@ -131,12 +135,12 @@ class Engine:
         self, model: Model, *, states: States | None = None, queue: int = QUEUE,
         log: Callable[[str, str], None] | None = None,
     ) -> None:  # fmt: skip
-        if len(model.sequences) < 2:
-            raise OptionError("the model must be opened with two sequences or more")
+        if len(model.sequences) <= BESIDE:
+            raise OptionError(f"the model must be opened with {BESIDE + 1} sequences or more")
         self.model, self.states, self._queue, self._log = model, states, queue, log
         *mine, self._spare = model.sequences
         self._slots = [_Slot(sequence) for sequence in mine]
-        self.slots = len(self._slots)
+        self.slots = len(self._slots) - 1  # the last one is for the background
         self._batch = model.batch()
         self._waiting: deque[_Work] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -193,7 +197,10 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # a loop that was closed in between
                 loop.call_soon_threadsafe(told.put_nowait, event)
 
-        work = self._enter(job, tell)
+        self._check_enters(job)
+        chooser = partial(Chooser, self.model.session.vocab, self.model.n_vocab, job.sampling, job.ids)
+        made = await asyncio.to_thread(chooser) if job.sampling.gbnf else chooser()  # grammars take their time
+        work = self._enter(job, tell, made)
         try:
             while True:
                 event = await told.get()
@@ -205,16 +212,21 @@ class Engine:
         finally:
             self._leave(work)
 
-    def _enter(self, job: Job, tell: Callable[[Event | Exception], None]) -> _Work:
+    def _check_enters(self, job: Job) -> None:
+        """Check that a job fits, and the queue has room for it."""
         self.check("a prompt", len(job.ids), job.limit)
-        session = self.model.session
         with self._awake:
             if self._closing:
                 raise ResourceError("the server ends", "start it again")
             if len(self._waiting) >= self._queue and not job.background:
                 raise QueueFull(len(self._waiting), self._retry_after())
-        work = _Work(job, tell, Chooser(session.vocab, session.n_vocab, job.sampling, job.ids))
+
+    def _enter(self, job: Job, tell: Callable[[Event | Exception], None], chooser: Chooser) -> _Work:
+        work = _Work(job, tell, chooser)
         with self._awake:
+            if self._closing:
+                chooser.close()
+                raise ResourceError("the server ends", "start it again")
             self._waiting.append(work)
             self._figures.requests += 1
             self._awake.notify()
@@ -299,7 +311,8 @@ class Engine:
         for work in left:
             self._finish(work, "cancelled")
         for future, _ in calls:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ResourceError("the server ends", "start it again"))
         for slot in self._slots:
             slot.sequence.clear()
 
@@ -349,9 +362,15 @@ class Engine:
     def _admit(self) -> None:
         """Give the jobs that wait a slot, as far as there are slots and the cache has room."""
         while work := self._next():
-            slot = self._place(work)
-            while slot is None and not work.job.background and self._pause_background():
+            try:
                 slot = self._place(work)
+                while slot is None and not work.job.background and self._pause_background():
+                    slot = self._place(work)
+            except Exception as error:  # of this job alone
+                with self._awake:
+                    self._waiting.remove(work)
+                self._lose(work, error)
+                continue
             if slot is None:
                 return
             with self._awake:
@@ -371,19 +390,20 @@ class Engine:
 
     def _place(self, work: _Work) -> _Slot | None:
         """Return a slot that holds as much of a job as is known; None while there is none, or no room in the cache."""
-        free = [slot for slot in self._slots if slot.work is None]
+        mine = self._slots[-1:] if work.job.background else self._slots[:-1]
+        free = [slot for slot in mine if slot.work is None]
         if not free:
             return None
         wanted = work.wanted
-        best = max(self._slots, key=lambda slot: (slot.sequence.known(wanted), slot.work is None))
+        best = max(self._slots, key=lambda slot: (slot.sequence.known(wanted), slot in free))
         common = best.sequence.known(wanted)
-        if best.work is None and 2 * common >= len(best.sequence.ids) > 0:
+        if not self._has_room(work, best.cells[:common]):
+            return None
+        if best in free and 2 * common >= len(best.sequence.ids) > 0:
             target = best
         else:  # what others may ask for again is left as it is, as far as there are other slots
             others = [slot for slot in free if slot is not best] or free
             target = min(others, key=lambda slot: (bool(slot.sequence.ids), slot.used))
-        if not self._has_room(work, common, {target, best}):
-            return None
         if target is best:
             target.sequence.rewind(common)
             target.cells = target.cells[: len(target.sequence.ids)]
@@ -394,19 +414,21 @@ class Engine:
             target.cells = []
         if work.job.kept:
             self._restore(target, wanted)
+        need = self._promised(self._busy(), work) - len(target.cells)
+        while self._used() + need > self.model.n_ctx and self._drop_idle({target}):
+            pass
         return target
 
-    def _has_room(self, work: _Work, common: int, spared: set[_Slot]) -> bool:
-        """Tell whether the cache has room for a job beside what goes on; idle sequences give way for it."""
-        need = _need(work) - common
+    def _has_room(self, work: _Work, known: list[int]) -> bool:
+        """Tell whether the cache has room for a job, of which it holds some cells, beside all that goes on."""
         busy = self._busy()
-        promised = sum(_need(other) - other.done for other in busy)
-        held: set[int] = set().union(*(other.slot.cells for other in busy if other.slot))
-        if busy and len(held) + promised + need > self.model.n_ctx:
-            return False
-        while self._used() + promised + need > self.model.n_ctx and self._drop_idle(spared):
-            pass
-        return True
+        held: set[int] = set(known).union(*(other.slot.cells for other in busy if other.slot))
+        return not busy or len(held) + self._promised(busy, work) - len(known) <= self.model.n_ctx
+
+    def _promised(self, busy: list[_Work], work: _Work) -> int:
+        """Return the places that jobs still take beside those they hold, and all that a new one takes."""
+        ahead = _AHEAD + len(work.ids) // self._batch.size  # what the others write while it is read
+        return sum(_need(other, ahead) - other.done for other in busy) + _need(work, _AHEAD)
 
     def _used(self) -> int:
         return len(set().union(*(slot.cells for slot in self._slots)))
@@ -457,6 +479,8 @@ class Engine:
     def _wait_again(self, work: _Work) -> None:
         self._free(work)
         self._figures.preempted += 1
+        if not work.written:
+            work.scored = [None]  # read again from the start, where its tokens are scored
         with self._awake:
             self._waiting.appendleft(work)
 
@@ -468,8 +492,8 @@ class Engine:
         self._batch.clear()
         parts: list[tuple[_Work, int, int]] = []  # with the place of the first logits, and how many there are
         busy = self._busy()
-        for work in sorted(busy, key=lambda work: (len(work.ids) - work.done > 1, work.job.background)):
-            part = work.ids[work.done : work.done + self._batch.size - len(self._batch)]
+        for work, count in _shares(busy, self._batch.size):
+            part = work.ids[work.done : work.done + count]
             if not part or not work.slot:
                 continue
             at_end = work.done + len(part) == len(work.ids)
@@ -521,12 +545,8 @@ class Engine:
 
     def _write(self, work: _Work, logits: np.ndarray) -> None:
         """Choose the next token, and tell it."""
-        if math.isnan(logits.max()):
-            raise GgufError(
-                f"{self.model.path.name}: its logits are no numbers", "its weights may be damaged: copy it again"
-            )
         session = self.model.session
-        token = work.chooser.choose(logits)
+        token = session.choose(work.chooser, logits)
         work.first = work.first or time.perf_counter()
         if token is None or session.is_end(token):
             if token is not None and work.job.top is not None:
@@ -579,9 +599,33 @@ def _saved(sequence: CachedSequence, known: int) -> tuple[int, np.ndarray]:
     return known, state
 
 
-def _need(work: _Work) -> int:
-    """Return how many tokens the cache must have room for."""
-    return len(work.ids) + min(work.job.limit - work.written, _AHEAD)
+def _need(work: _Work, ahead: int) -> int:
+    """Return how many tokens the cache must have room for, so many of the answer among them."""
+    return len(work.ids) + min(work.job.limit - work.written, ahead)
+
+
+def _shares(busy: Sequence[_Work], room: int) -> list[tuple[_Work, int]]:
+    """Return how many tokens of each job go into a batch.
+
+    The next token of each text that is written; then what is shortest to read, so that a short question does not wait
+    for a long one, of which a quarter of the room is kept for the first that came. What is read in the background gets
+    what is left.
+
+    Args:
+        busy: jobs with a slot, in the order in which they got it.
+        room: tokens of a batch.
+    """
+    left = {work: len(work.ids) - work.done for work in busy}
+    shares = {work: 1 for work in busy if left[work] == 1}
+    room -= len(shares)
+    reading = sorted(set(busy) - set(shares), key=lambda work: (work.job.background, left[work], work.admitted))
+    first = min(reading, key=lambda work: (work.job.background, work.admitted), default=None)
+    kept = min(left[first], room // 4) if first else 0
+    for work in reading:
+        its = kept if work is first else 0
+        shares[work] = min(left[work], room - kept + its)
+        room, kept = room - shares[work], kept - its
+    return list(shares.items())
 
 
 def _answer(future: Future[Any], function: Callable[[], Any]) -> None:

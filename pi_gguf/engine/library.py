@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,19 +26,23 @@ from pi_gguf.documents.quotes import find_quotes
 from pi_gguf.engine.engine import Engine
 from pi_gguf.engine.jobs import Ended, Event, Job, Read
 from pi_gguf.engine.stored import Head, Stored, document_id
-from pi_gguf.errors import OptionError, PiGgufError, ResourceError
+from pi_gguf.errors import OptionError, PiGgufError, ResourceError, one_line
 from pi_gguf.llamacpp.watch import Watch
 from pi_gguf.runtime.chat import conversation_ids
 from pi_gguf.runtime.looked import answer_ids, check_scores, look
-from pi_gguf.runtime.reading import Reading, reach, trust
+from pi_gguf.runtime.reading import ROOM, DocumentTooLong, Reading, reach, trust
 from pi_gguf.runtime.sequence import CachedSequence
-from pi_gguf.runtime.session import Session
+from pi_gguf.runtime.session import Cancelled, Session
+from pi_gguf.runtime.states import States
 
 _LEAST_SECONDS, _SHARE = 10.0, 0.05
 """What was read is kept on the way after so many seconds, if keeping it takes no more than this share of them."""
 
 _SHOWN = 20_000
 """Characters of a document that are given at a time."""
+
+_TAKEN = 2
+"""Documents that are taken at a time: each takes a process and a thread."""
 
 FINAL = ("kept", "unread", "failed")
 """What a document is when nothing happens to it."""
@@ -113,14 +118,28 @@ class _Held:
     known: int = 0
     seconds_left: float = 0.0
     error: str = ""
-    urgent: bool = False
+    asking: int = 0
+    """Questions that wait for it: it is then read before all others."""
     stopped: bool = False
+    task: asyncio.Task[None] | None = None
+    """Waits for its turn, and reads."""
+    batches: asyncio.Task[bool] | None = None
+    """Reads as it is read now: behind all others, or before them."""
+    writing: asyncio.Task[Any] | None = None
+    """Keeps what was read."""
+    nudged: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def change(self) -> None:
         """Wake who watches."""
         self.changed.set()
         self.changed = asyncio.Event()
+
+    def nudge(self) -> None:
+        """Let its task look again at what is wanted of it."""
+        self.nudged.set()
+        if self.batches:
+            self.batches.cancel()
 
 
 @dataclass
@@ -148,13 +167,15 @@ class Library:
         self._reader = f"{engine.model.name_of_states()[:16]}-{self.form}"
         self._held = {head.id: _Held(head) for head in self._stored.heads()}
         for held in self._held.values():
+            tokens, _, known = self._readers(held)
             if self._state_bytes(held):
-                held.status, held.read = "kept", held.head.readers[self._reader][0]
-        self._queue: asyncio.Queue[_Held] = asyncio.Queue()
-        self._task: asyncio.Task[None] | None = None
+                held.status, held.read = "kept" if known == tokens else "unread", known
+        self._turn: list[_Held] = []
+        """Those that are read or wait for it, in their order."""
         self._speed = 0.0
         """Operations a second, as the last reading had them."""
-        self._looking = asyncio.Lock()
+        self._looking, self._taking = asyncio.Lock(), asyncio.Semaphore(_TAKEN)
+        self._longest = max(len(engine.model.session.piece(token)) for token in range(engine.model.n_vocab))
         self._reach = reach(engine.model.info)
 
     async def measure(self) -> None:
@@ -168,15 +189,12 @@ class Library:
 
     async def close(self) -> None:
         """Stop what is read, and keep what was."""
-        for held in self._held.values():
+        for held in list(self._held.values()):
             held.stopped = True
-        if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        for held in self._held.values():
-            if held.status == "reading":
-                await self._keep(held)
+            held.nudge()
+        tasks = [held.task for held in self._held.values() if held.task]
+        if tasks:
+            await asyncio.wait(tasks)
 
     # What there is
 
@@ -205,16 +223,20 @@ class Library:
 
     def _entry(self, held: _Held) -> Entry:
         head, window = held.head, self._engine.model.n_ctx
-        tokens = head.readers.get(self._reader, (0, ""))[0]
+        tokens = self._readers(held)[0]
         return Entry(
             head.id, head.name, head.format, head.characters, tokens, window, max(0, window - tokens), held.status,
             held.read, held.known, held.seconds_left, self._state_bytes(held), head.added, head.used, held.error,
             trust(tokens, *self._reach),
         )  # fmt: skip
 
+    def _readers(self, held: _Held) -> tuple[int, str, int]:
+        """Return a document's tokens, the file of its state, and how many of the tokens that holds."""
+        return held.head.readers.get(self._reader, (0, "", 0))
+
     def _state_bytes(self, held: _Held) -> int:
         """Return the bytes of the state that is kept of it; 0 without one."""
-        states, (_, name) = self._engine.states, held.head.readers.get(self._reader, (0, ""))
+        states, name = self._engine.states, self._readers(held)[1]
         if states is None or not name:
             return 0
         try:
@@ -225,21 +247,24 @@ class Library:
     # Given, read, removed
 
     async def add(self, name: str, data: bytes) -> tuple[Entry, bool]:
-        """Take a document, and begin to read it; return whether it is a new one, too.
+        """Take a document, and begin to read it; return whether it is a new one, too. A few are taken at a time.
 
         Raises:
             DocumentTooLong: it does not fit the window.
             OptionError: the libraries that read documents are not installed.
             TextError: it cannot be read.
         """
-        document = await asyncio.to_thread(read_apart, data, name)
-        id = document_id(document)
-        if new := id not in self._held:
-            reading = await asyncio.to_thread(self._reading_of, document)
-            held = _Held(Head(id, document.name, document.format, len(document.text)), document, reading)
-            self._note_tokens(held)
-            await asyncio.to_thread(self._stored.keep, held.head, document)
-            self._held[id] = held
+        async with self._taking:
+            document = await asyncio.to_thread(read_apart, data, name)
+            id, reading = document_id(document), None
+            if id not in self._held:
+                reading = await asyncio.to_thread(self._reading_of, document)
+            new = id not in self._held  # another may have given it meanwhile
+            if new:
+                held = _Held(Head(id, document.name, document.format, len(document.text)), document, reading)
+                self._note_tokens(held)
+                self._held[id] = held
+                await asyncio.to_thread(self._stored.keep, held.head, document)
         self.read(id)
         return self.entry(id), new
 
@@ -250,22 +275,31 @@ class Library:
             UnknownDocument: there is none.
         """
         held = self._of(id)
-        held.stopped = False
-        if held.status in ("waiting", "reading", "kept"):
+        if held.status == "kept" or (held.task and not held.stopped):
             return
-        held.status, held.error = "waiting", ""
+        held.stopped = False
+        if held.task is None:
+            held.status, held.error = "waiting", ""
+            held.task = asyncio.create_task(self._read_in_turn(held))
+            self._turn.append(held)
         held.change()
-        self._queue.put_nowait(held)
-        if self._task is None:
-            self._task = asyncio.create_task(self._read_all())
 
     async def stop(self, id: str) -> None:
-        """Stop reading a document; what was read is kept."""
-        held = self._of(id)
-        if held.status not in FINAL:
-            held.stopped = True
-            while held.status not in FINAL:
-                await held.changed.wait()
+        """Stop reading a document; what was read is kept.
+
+        Raises:
+            UnknownDocument: there is none.
+        """
+        await self._stop(self._of(id))
+
+    async def _stop(self, held: _Held) -> None:
+        task = held.task
+        if task is None:
+            return
+        held.stopped = True
+        held.nudge()
+        while held.task is task and held.stopped:  # somebody may want it read again
+            await held.changed.wait()
 
     async def remove(self, id: str) -> None:
         """Forget a document and what was read of it; its file, wherever that is, stays.
@@ -273,17 +307,22 @@ class Library:
         Raises:
             UnknownDocument: there is none.
         """
-        await self.stop(id)
-        held = self._held.pop(id, None)
-        if held is None:
-            raise UnknownDocument(id)
-        if states := self._engine.states:
-            for _, name in held.head.readers.values():
-                if name:
-                    (states.folder / Path(name).name).unlink(missing_ok=True)
+        held = self._of(id)
+        del self._held[id]
         self._stored.remove(id)
+        await self._stop(held)
+        if held.writing:
+            await asyncio.wait({held.writing})
+        for _, name, _ in held.head.readers.values():
+            self._drop_state(name)
         held.status, held.error = "failed", "it was removed"
         held.change()
+
+    def _drop_state(self, name: str) -> None:
+        """Remove a state that no document has any more; two of the same text have one."""
+        others = {state for held in self._held.values() for _, state, _ in held.head.readers.values()}
+        if (states := self._engine.states) and name and name not in others:
+            (states.folder / name).unlink(missing_ok=True)
 
     async def watch(self, id: str) -> AsyncGenerator[Entry, None]:
         """Yield a document whenever something happened to it, until nothing more does."""
@@ -296,12 +335,18 @@ class Library:
             await changed.wait()
 
     def _reading_of(self, document: Document) -> Reading:
+        window, size = self._engine.model.n_ctx, len(document.text.encode())
+        least = -(-size // self._longest)
+        if least > window:  # whatever its tokens are; to count them takes memory
+            room = min(ROOM, window // 8)
+            hint = f"it has more than {least:,}: give a part of it, or take a file with a longer window"
+            raise DocumentTooLong(document.name, least, room, window, hint)
         return Reading(self._engine.model, document, form=self.form)
 
     def _note_tokens(self, held: _Held) -> None:
         if held.reading:
-            state = held.head.readers.get(self._reader, (0, ""))[1]
-            held.head.readers[self._reader] = len(held.reading.ids), state
+            _, state, known = self._readers(held)
+            held.head.readers[self._reader] = len(held.reading.ids), state, known
 
     def _loaded(self, held: _Held) -> Reading:
         """Return a document's tokens; its text is read from disk where that was not yet done."""
@@ -311,42 +356,62 @@ class Library:
             self._note_tokens(held)
         return held.reading
 
-    async def _read_all(self) -> None:
-        while True:
-            held = await self._queue.get()
-            try:
-                if held.stopped:
-                    held.status = "unread"
-                else:
-                    await asyncio.to_thread(self._loaded, held)
-                    held.status, held.read = "reading", 0
-                    held.change()
-                    await self._read(held)
-            except PiGgufError as error:
-                held.status, held.error = "failed", f"{error}; {error.hint}"
-            except Exception as error:
-                held.status, held.error = "failed", f"{type(error).__name__}: {error}"
-                say(f"{held.head.name}: {held.error}")
-            held.seconds_left, held.urgent = 0.0, False
+    async def _read_in_turn(self, held: _Held) -> None:
+        """Wait for a document's turn, or for somebody who asks about it, and read it."""
+        try:
+            while not (held.stopped or held.asking or self._turn[0] is held):
+                held.nudged.clear()
+                await held.nudged.wait()
+            if not held.stopped:
+                await asyncio.to_thread(self._loaded, held)
+                held.status, held.read = "reading", 0
+                held.change()
+                await self._read(held)
+            else:
+                held.status = "unread"
+        except PiGgufError as error:
+            held.status, held.error = "failed", f"{self._shown(error)}; {error.hint}"
+        except Exception as error:
+            held.status, held.error = "failed", f"{type(error).__name__}: {self._shown(error)}"
+            say(f"{held.head.name}: {type(error).__name__}: {error}")
+        finally:
+            self._turn.remove(held)
+            if self._turn:
+                self._turn[0].nudged.set()
+            held.task, held.known, held.seconds_left = None, 0, 0.0
             held.change()
+
+    def _shown(self, error: Exception) -> str:
+        """Return what an error says, without the folder of the model's file."""
+        path = self._engine.model.path
+        return one_line(error).replace(str(path), path.name)
 
     async def _read(self, held: _Held) -> None:
         """Read a document: behind all others, and when somebody asks about it before them."""
-        reading, whole, on = self._loaded(held), False, True
-        while on and not held.stopped:
-            urgent, pace = held.urgent, _Pace()
-            job = Job(reading.ids, 0, background=not urgent, kept=True)
-            async with contextlib.aclosing(self._engine.run(job)) as events:
-                async for event in events:
-                    if isinstance(event, Read):
-                        await self._note(held, event, pace)
-                    elif isinstance(event, Ended):
-                        whole, on = event.why != "cancelled", False
-                    if held.stopped or held.urgent != urgent:
-                        break
-        if held.head.id in self._held:
-            await self._keep(held)
-        held.known, held.status = 0, "kept" if whole else "unread"
+        whole = False
+        while not (whole or held.stopped):
+            held.batches = asyncio.create_task(self._read_batches(held, background=not held.asking))
+            await asyncio.wait({held.batches})
+            if held.batches.cancelled():  # it was nudged
+                continue
+            whole = held.batches.result()
+            if not whole:  # the engine ends
+                break
+        kept = self._engine.states is None
+        if self._held.get(held.head.id) is held:
+            kept |= await self._keep(held)
+        held.status = "kept" if whole and kept else "unread"
+
+    async def _read_batches(self, held: _Held, *, background: bool) -> bool:
+        """Read a document; return whether that came to its end."""
+        job, pace = Job(self._loaded(held).ids, 0, background=background, kept=True), _Pace()
+        async with contextlib.aclosing(self._engine.run(job)) as events:
+            async for event in events:
+                if isinstance(event, Read):
+                    await self._note(held, event, pace)
+                elif isinstance(event, Ended):
+                    return event.why != "cancelled"
+        return False
 
     async def _note(self, held: _Held, event: Read, pace: _Pace) -> None:
         """Count what was read, and keep it from time to time."""
@@ -362,41 +427,45 @@ class Library:
             pace.kept_at = time.perf_counter()
             pace.cost = pace.kept_at - now
 
-    async def _keep(self, held: _Held) -> None:
-        """Keep what the engine holds of a document, in place of what was kept on the way."""
-        engine, states, reading = self._engine, self._engine.states, self._loaded(held)
-        if states is None:
-            return
-        ids, model, head = reading.ids, engine.model, held.head
-        names: dict[str, Any] = {"document": head.name, "model": model.path.name}
-        size = model.kv_cache_bytes * len(ids) // model.n_ctx
+    async def _keep(self, held: _Held) -> bool:
+        """Keep what the engine holds of a document, in place of what was kept before; return whether that is whole."""
+        if self._engine.states is None:
+            return False
+        held.writing = asyncio.create_task(self._write(held, self._engine.states))
+        try:
+            found = await asyncio.shield(held.writing)  # what is begun is ended
+        except PiGgufError as error:
+            say(f"what was read of {held.head.name} is not kept: {error}")
+            return False
+        if found is None or self._held.get(held.head.id) is not held:
+            return False
+        name, known = found
+        tokens, before, _ = self._readers(held)
+        held.head.readers[self._reader] = tokens, name, known
+        if before != name:
+            self._drop_state(before)
+        if held.document:
+            await asyncio.to_thread(self._stored.keep, held.head, held.document)
+        return bool(known == tokens)
 
-        def keep(known: int, state_bytes: int, fill: Any) -> Any:
-            if known and not states.path_of(model.identity, ids[:known]).exists():
-                whole = known == len(ids)
-                return states.keep(model.identity, ids[:known], state_bytes, fill, whole=whole, **names)
-            return None
+    async def _write(self, held: _Held, states: States) -> tuple[str, int] | None:
+        """Write what the engine holds of a document; return the state's file and how many tokens it has, if any."""
+        engine, ids, model, head = self._engine, self._loaded(held).ids, self._engine.model, held.head
 
-        def keep_here(sequence: CachedSequence, known: int) -> Any:  # the others wait for the disk
+        def keep(known: int, size: int, fill: Any) -> tuple[str, int] | None:
+            path = states.path_of(model.identity, ids[:known])
+            if not known or path.exists():  # a document of the same text had it read
+                return (path.name, known) if known else None
+            names: dict[str, Any] = {"document": head.name, "model": model.path.name, "whole": known == len(ids)}
+            return (path.name, known) if states.keep(model.identity, ids[:known], size, fill, **names) else None
+
+        def keep_here(sequence: CachedSequence, known: int) -> tuple[str, int] | None:  # the others wait for the disk
             return keep(known, sequence.state_bytes(), sequence.save)
 
-        try:
-            if 2 * size > psutil.virtual_memory().available:
-                kept = await asyncio.wrap_future(engine.call(lambda: engine.held(ids, keep_here)))
-            else:
-                known, state = await asyncio.wrap_future(engine.call(lambda: engine.saved(ids)))
-                kept = await asyncio.to_thread(keep, known, len(state), _filling(state))
-        except (PiGgufError, asyncio.CancelledError) as error:
-            say(f"what was read of {head.name} is not kept: {error}")
-            return
-        if kept is None:
-            return
-        before = head.readers.get(self._reader, (0, ""))[1]
-        if before and before != kept.path.name:
-            (states.folder / Path(before).name).unlink(missing_ok=True)
-        head.readers[self._reader] = len(ids), kept.path.name
-        if held.document:
-            await asyncio.to_thread(self._stored.keep, head, held.document)
+        if 2 * model.kv_cache_bytes * len(ids) // model.n_ctx > psutil.virtual_memory().available:
+            return await asyncio.wrap_future(engine.call(lambda: engine.held(ids, keep_here)))
+        known, state = await asyncio.wrap_future(engine.call(lambda: engine.saved(ids)))
+        return await asyncio.to_thread(keep, known, len(state), _filling(state))
 
     # Asked
 
@@ -442,15 +511,29 @@ class Library:
         if held.status in ("unread", "failed"):
             self.read(id)
         if held.status not in FINAL:
-            held.urgent = True
-            async with contextlib.aclosing(self.watch(id)) as changes:
-                async for entry in changes:
-                    yield Read(max(0, entry.read - entry.known), max(0, entry.tokens - entry.known), entry.known)
+            async with contextlib.aclosing(self._read_for(held)) as changes:
+                async for change in changes:
+                    yield change
             if held.status == "failed":
                 raise ResourceError(f"{held.head.name}: it was not read ({held.error})", "give it once more")
         async with contextlib.aclosing(self._engine.run(replace(job, kept=True))) as events:
             async for event in events:
                 yield event
+
+    async def _read_for(self, held: _Held) -> AsyncGenerator[Read, None]:
+        """Let a document be read before all others as long as this is waited for; tell how far that is."""
+        held.asking += 1
+        if held.asking == 1:
+            held.nudge()
+        try:
+            while held.status not in FINAL:
+                changed, tokens = held.changed, self._readers(held)[0]
+                yield Read(max(0, held.read - held.known), max(0, tokens - held.known), held.known)
+                await changed.wait()
+        finally:
+            held.asking -= 1
+            if not held.asking:
+                held.nudge()
 
     def text(self, id: str, start: int, end: int) -> dict[str, Any]:
         """Return some of a document's text, and where that stands.
@@ -494,14 +577,20 @@ class Library:
         ids, _ = await asyncio.to_thread(self.chat_ids, id, messages)
         self._engine.check("document and question", len(ids), 0)
         async with self._looking:
-            return await asyncio.to_thread(self._look, reading, ids, answer)
+            left = threading.Event()
+            looking = asyncio.create_task(asyncio.to_thread(self._look, reading, ids, answer, left.is_set))
+            try:
+                return await asyncio.shield(looking)
+            finally:  # one at a time, also where who asked has left
+                left.set()
+                await asyncio.wait({looking})
 
-    def _look(self, reading: Reading, ids: Sequence[int], answer: str) -> list[dict[str, Any]]:
+    def _look(self, reading: Reading, ids: Sequence[int], answer: str, left: Cancelled) -> list[dict[str, Any]]:
         looker, document = _Looker(self._engine, ids), reading.document
         check_scores(looker)
         passages, bounds = reading.passage_bounds()
         written = answer_ids(looker, answer)[: self._engine.model.n_ctx - len(ids)]
-        shares = look(looker, ids, written, bounds)
+        shares = look(looker, ids, written, bounds, cancelled=left)
         return [
             {"start": start, "end": end, "place": document.place_of(start, end), "share": float(share)}
             for (start, end), share in zip(passages, shares, strict=True)

@@ -39,7 +39,7 @@ class Head:
         characters: of its text.
         added: seconds since 1970.
         used: when it was asked about last.
-        readers: by model and form, how many tokens it has there, and the file of its state.
+        readers: by model and form, how many tokens it has there, the file of its state, and how many that holds.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Head:
     characters: int
     added: float = field(default_factory=time.time)
     used: float = field(default_factory=time.time)
-    readers: dict[str, tuple[int, str]] = field(default_factory=dict)
+    readers: dict[str, tuple[int, str, int]] = field(default_factory=dict)
 
 
 def document_id(document: Document) -> str:
@@ -127,7 +127,9 @@ def _head(line: bytes) -> Head:
     try:
         values: dict[str, Any] = json.loads(line)
         head = Head(**values)
-        head.readers = {str(key): (int(tokens), str(state)) for key, (tokens, state) in head.readers.items()}
+        head.readers = {
+            str(key): (int(of), Path(name).name, int(known)) for key, (of, name, known) in head.readers.items()
+        }
         if not all(isinstance(value, int | float) for value in (head.characters, head.added, head.used)):
             raise TypeError("numbers")
         return head

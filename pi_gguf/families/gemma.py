@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pi_gguf.families.family import NORM_PLUS_ONE, Config, Family, rms_keys
+from pi_gguf.families.family import NORM_PLUS_ONE, Config, Family, Stated, rms_fields, rms_keys
 
 
 def _gemma2_keys(config: Config) -> dict[str, Any]:
@@ -21,6 +21,21 @@ def _gemma3_keys(config: Config) -> dict[str, Any]:
     if config.final_logit_softcapping:
         keys["final_logit_softcapping"] = float(config.final_logit_softcapping)
     return keys
+
+
+def _gemma2_fields(stated: Stated) -> dict[str, Any]:
+    return {
+        **rms_fields(stated),
+        "attn_logit_softcapping": stated.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": stated.number("final_logit_softcapping", 30.0),
+        "sliding_window": stated.whole("attention.sliding_window"),
+    }
+
+
+def _gemma3_fields(stated: Stated) -> dict[str, Any]:
+    fields = {**rms_fields(stated), "sliding_window": stated.whole("attention.sliding_window")}
+    cap = stated.number("final_logit_softcapping", 0.0)
+    return {**fields, "final_logit_softcapping": cap or None}
 
 
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
@@ -51,7 +66,7 @@ _GELU = ("gelu_pytorch_tanh", "gelu")
 
 GEMMA = Family(
     "gemma", "gemma", "Gemma, CodeGemma", rms_keys, NORM_PLUS_ONE,
-    {"hidden_act": _GELU, "attention_bias": (False,)},
+    {"hidden_act": _GELU, "attention_bias": (False,)}, fields=rms_fields,
 )  # fmt: skip
 GEMMA2 = Family(
     "gemma2", "gemma2", "Gemma 2", _gemma2_keys, NORM_PLUS_ONE,
@@ -63,6 +78,7 @@ GEMMA2 = Family(
         "final_logit_softcapping": _positive("final_logit_softcapping"),
         "attention_bias": (False,),
     },
+    fields=_gemma2_fields,
 )  # fmt: skip
 GEMMA3 = Family(
     "gemma3_text", "gemma3", "Gemma 3, text", _gemma3_keys, NORM_PLUS_ONE,
@@ -73,4 +89,5 @@ GEMMA3 = Family(
         "attn_logit_softcapping": (None,),
         "attention_bias": (False,),
     },
+    fields=_gemma3_fields,
 )  # fmt: skip

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pi_gguf.families.family import Config, Family, common_keys, full_attention, rms_keys
+from pi_gguf.families.family import (
+    Config,
+    Family,
+    Stated,
+    common_fields,
+    common_keys,
+    full_attention,
+    rms_fields,
+    rms_keys,
+)
 
 
 def _phi_keys(config: Config) -> dict[str, Any]:
@@ -15,6 +24,14 @@ def _phi3_keys(config: Config) -> dict[str, Any]:
     return {**rms_keys(config), "attention.sliding_window": config.sliding_window or 0}
 
 
+def _phi_fields(stated: Stated) -> dict[str, Any]:
+    return {**common_fields(stated), "layer_norm_eps": stated.number("attention.layer_norm_epsilon")}
+
+
+def _phi3_fields(stated: Stated) -> dict[str, Any]:
+    return {**rms_fields(stated), "sliding_window": stated.keys.get("attention.sliding_window") or None}
+
+
 PHI = Family(
     "phi",
     "phi2",
@@ -23,6 +40,7 @@ PHI = Family(
     handles={"qk_layernorm": (False,), "hidden_act": ("gelu_new", "gelu_pytorch_tanh", "gelu")},
     split_width=True,
     needs_head=True,
+    fields=_phi_fields,
 )
 PHI3 = Family(
     "phi3",
@@ -32,4 +50,5 @@ PHI3 = Family(
     handles={"hidden_act": ("silu",), "sliding_window": full_attention},
     longrope_only=True,
     split_width=True,
+    fields=_phi3_fields,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pi_gguf.families.family import INTERLEAVED_ROTARY, Config, Family, rms_keys
+from pi_gguf.families.family import INTERLEAVED_ROTARY, Config, Family, rms_fields, rms_keys
 
 
 def _every_fourth_unrotated(config: Config) -> Sequence[list[int]]:
@@ -18,4 +18,5 @@ SMOLLM3 = Family(
         "no_rope_layers": _every_fourth_unrotated,
         "use_sliding_window": (False,),
     },
+    fields=rms_fields,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 header: the header byte for byte, read and changed
 file: metadata and tensor lists, written headers, names of tensors
+places: which tensors of a checkpoint lie in which of a file
 keys: what a file of a model must state about its architecture and window
 findings: one finding, with what mends it
 loadable: what llama.cpp would not survive

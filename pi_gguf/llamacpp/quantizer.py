@@ -1,6 +1,7 @@
 """llama.cpp's quantization types and its quantizer.
 
-In: rows of weights as 32-bit floats, or a whole GGUF file. Out: quantized bytes, or another file.
+In: rows of weights as 32-bit floats, or a whole GGUF file. Out: quantized bytes, or another file; and back,
+from quantized bytes to floats.
 """
 
 from __future__ import annotations
@@ -175,6 +176,46 @@ def quantize_rows(
         tensor_types()[kind], rows.ctypes.data, out.ctypes.data, 0, count, columns, weights
     )
     assert written == out.nbytes, (kind, rows.shape, written, out.nbytes)
+
+
+class _TypeTraits(ctypes.Structure):
+    """ggml's `ggml_type_traits`, as far as it is needed."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p), ("block", ctypes.c_int64), ("interleaved", ctypes.c_int64),
+        ("nbytes", ctypes.c_size_t), ("quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+@cache
+def _traits(kind: str) -> Any:
+    """Return what ggml knows of a tensor type; None of one that it has no longer, or not yet."""
+    find = ggml_base().ggml_get_type_traits
+    find.argtypes, find.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
+    number = tensor_types()[kind]
+    return find(number).contents if number < llama_cpp_library().GGML_TYPE_COUNT else None
+
+
+def reads_as_floats(kind: str) -> bool:
+    """Tell whether weights of a tensor type can be read as floats."""
+    traits = _traits(kind)
+    return kind == "F32" or bool(traits and traits.to_float)
+
+
+def dequantize(kind: str, data: np.ndarray) -> np.ndarray:
+    """Return weights as 32-bit floats, the very numbers that llama.cpp multiplies with; threads may do so at once.
+
+    Args:
+        kind: tensor type, e.g. Q4_K.
+        data: uint8, whole blocks of it.
+    """
+    if kind == "F32":
+        return data.view("<f4")
+    traits = _traits(kind)
+    widen = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(traits.to_float)
+    out = np.empty(data.size // traits.nbytes * traits.block, np.float32)
+    widen(data.ctypes.data, out.ctypes.data, out.size)
+    return out
 
 
 def quantize_file(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -31,10 +31,12 @@ from pi_gguf.gguf.certificate import ROOM, Certificate, store  # fmt: skip
 from pi_gguf.gguf.file import tensor_types
 from pi_gguf.llamacpp.quantizer import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.pipeline.options import ConvertKeywords
+from pi_gguf.pipeline.rescale import Rescaling, plan_rescaling, write_rescaled
 from pi_gguf.prove.certify import Base, measure  # fmt: skip
 from pi_gguf.prove.check import CheckReport, Reference, check_gguf
 from pi_gguf.prove.options import ProofOptions
 from pi_gguf.prove.requirements import Requirement, check_requirements, find_missed, read_requirements  # fmt: skip
+from pi_gguf.restore.models import as_folder
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.extend import extend_checkpoint
 from pi_gguf.tune.memory import training_disk_bytes
@@ -122,7 +124,7 @@ def convert(
     nothing (SuperHOT: positions times 0.25) takes --context 8192 --steps 0 on a model of 2048 tokens: factor 4.
 
     Args:
-        model: Hugging Face folder, Hub id or bundled:tiny.
+        model: Hugging Face folder, Hub id, GGUF file or bundled:tiny.
         out: GGUF file to write.
         context: new window, in tokens, e.g. 32768; converted as it is when left out.
         device: auto, cpu or cuda; for the fine-tune.
@@ -139,6 +141,8 @@ def convert(
         context=context, overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     out, tune = wanted.out, wanted.tune
+    if not dry_run and (rescaling := _rescaling(model, wanted, context)) is not None:
+        return _rescale(rescaling, wanted, device, overwrite)
     checkpoint = _open(model, wanted.write.lora, context, tune.method)
     planner = _Planner.of(model, checkpoint, wanted)
     fine_tune = context is not None and tune.steps != 0
@@ -158,18 +162,55 @@ def convert(
         required = bool(wanted.requirements)
         certificate = _certify(partials[0], base, checks, checkpoint.source, tune.seed, device, required)
     window = checkpoint.rope.max_position_embeddings
+    return _publish(partials, finals, wanted, window, Conversion("", [], nbytes, wanted.quant, checks, certificate))
+
+
+def _rescaling(model: str, wanted: _Wanted, context: int | None) -> Rescaling | None:
+    """Return how a GGUF file gets its window by another header alone; None where anything else is asked for."""
+    write = wanted.write
+    more = write.lora or write.adapter_only or write.imatrix or write.split_max_size or write.tensor_type
+    if context is None or wanted.tune.steps or more:
+        return None
+    return plan_rescaling(model, context, wanted.tune.method, wanted.quant)
+
+
+def _rescale(rescaling: Rescaling, wanted: _Wanted, device: str, overwrite: bool) -> Conversion:
+    """Write a GGUF file with another header, check that llama.cpp reads it, and measure it."""
+    count, rope = len(rescaling.headers), rescaling.checkpoint.rope
+    partials, finals = _names(wanted.out, count, rescaling.nbytes, overwrite)
+    try:
+        write_rescaled(rescaling, partials, check=wanted.proof.check != "none")
+        certificate = None
+        if wanted.certify:
+            source, required = rescaling.checkpoint.source, bool(wanted.requirements)
+            certificate = _certify(partials[0], None, [], source, wanted.tune.seed, device, required)
+    except BaseException:
+        _clear(partials)  # a copy is soon made again
+        raise
+    nbytes = sum(partial.stat().st_size for partial in partials)
+    conversion = Conversion("", [], nbytes, wanted.quant, [], certificate)
+    return _publish(partials, finals, wanted, rope.max_position_embeddings, conversion)
+
+
+def _publish(
+    partials: Sequence[Path], finals: Sequence[Path], wanted: _Wanted, window: int, conversion: Conversion
+) -> Conversion:
+    """Give files their names, that of a file that misses what is required another; return what was written.
+
+    Raises:
+        CertificateError: it misses something.
+    """
+    certificate = conversion.certificate
     missed = find_missed(certificate, wanted.requirements, window) if certificate else []
     if missed:
-        finals = split_paths(_uncertified(out), len(plans))
-    with disk_errors(out):
+        finals = split_paths(_uncertified(wanted.out), len(partials))
+    with disk_errors(wanted.out):
         for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
             publish(partial, final)
     _clear(partials)
     check_requirements(missed, str(finals[0]), "fine-tune longer, or require less")
-    return Conversion(
-        str(finals[0]), [str(path) for path in finals], nbytes, wanted.quant, checks, certificate,
-        wanted.write.adapter_only,
-    )  # fmt: skip
+    names = [str(path) for path in finals]
+    return replace(conversion, path=names[0], files=names, adapter_only=wanted.write.adapter_only)
 
 
 @dataclass(frozen=True)
@@ -237,7 +278,7 @@ def _read_options(
 
 def _open(model: str, lora: Sequence[str], context: int | None, method: str) -> Checkpoint:
     """Open a model with its adapters, extended to a window; every file is checked before long work."""
-    checkpoint = load_checkpoint(model)
+    checkpoint = load_checkpoint(as_folder(model))
     if lora:
         checkpoint = with_adapters(checkpoint, lora)
     checkpoint.tensors  # noqa: B018

@@ -16,6 +16,8 @@ from pi_gguf.common.options import flat, take
 from pi_gguf.errors import OptionError
 from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
 from pi_gguf.llamacpp.quantizer import spelled
+from pi_gguf.restore.models import as_folder
+from pi_gguf.texts import shares
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.memory import (
     ACTIVATIONS,
@@ -58,6 +60,9 @@ class Plan:
     output_bytes: int
     kv_cache_bytes: dict[str, int]
     disk_bytes: int
+    data: dict[str, float | None]
+    """Share of the tokens by the name of the source; None where no weights are given and the lengths decide."""
+    loss: str
 
     def to_json(self) -> dict[str, Any]:
         tokens = {"tokens": self.training.tokens} if self.training else {}
@@ -76,7 +81,7 @@ def plan(
     """Say what a conversion would do and cost; reads the config only.
 
     Args:
-        model: Hugging Face folder, Hub id or bundled:tiny.
+        model: Hugging Face folder, Hub id, GGUF file or bundled:tiny.
         context: new window, in tokens; the model's own when left out.
         quant: type of the output file, e.g. F16, Q8_0 or Q4_K_M.
         device: auto, cpu or cuda.
@@ -85,7 +90,7 @@ def plan(
         pi-gguf plan bundled:tiny --context 32768 --quant Q4_K_M
     """
     tune = take(TuneOptions, options)
-    checkpoint = load_checkpoint(model, config_only=True)
+    checkpoint = load_checkpoint(as_folder(model, weights=False), config_only=True)
     known = spelled(quant, BITS_PER_WEIGHT)
     if known is None:
         raise OptionError(
@@ -130,6 +135,8 @@ def plan(
         output_bytes=output,
         kv_cache_bytes=sizes,
         disk_bytes=output + unquantized + extended,
+        data=shares(tune.data),
+        loss=tune.loss,
     )
 
 

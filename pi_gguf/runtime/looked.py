@@ -18,7 +18,7 @@ import psutil
 from pi_gguf.common.files import human_bytes
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.llamacpp.watch import ScoreWatch, Watch
-from pi_gguf.runtime.session import Session
+from pi_gguf.runtime.session import Cancelled, Session, never
 
 _SINKS = 16
 """First tokens of what is read, at which heads look that look at nothing."""
@@ -93,7 +93,9 @@ def answer_ids(model: Looker, text: str) -> list[int]:
     return ids
 
 
-def look(model: Looker, ids: Sequence[int], answer: Sequence[int], bounds: Sequence[int]) -> np.ndarray:
+def look(
+    model: Looker, ids: Sequence[int], answer: Sequence[int], bounds: Sequence[int], *, cancelled: Cancelled = never
+) -> np.ndarray:
     """Return which share of what a model looks at in a document each passage has, while it writes an answer.
 
     Args:
@@ -101,6 +103,7 @@ def look(model: Looker, ids: Sequence[int], answer: Sequence[int], bounds: Seque
         ids: document and question; what is not read yet is read.
         answer: the tokens that it wrote after them.
         bounds: the token of `ids` with which each passage begins, and the one after the last passage.
+        cancelled: asked before each batch whether to stop.
 
     Returns:
         float64 (P,), adds up to 1.
@@ -108,6 +111,7 @@ def look(model: Looker, ids: Sequence[int], answer: Sequence[int], bounds: Seque
     Raises:
         GgufError: the model has no attention that could be seen.
         ResourceError: there is no memory for the context beside.
+        Stopped: it was cancelled.
     """
     needed, free = model.looking_bytes(), psutil.virtual_memory().available
     if needed > free:
@@ -119,7 +123,7 @@ def look(model: Looker, ids: Sequence[int], answer: Sequence[int], bounds: Seque
     looks = _Looks(text, len(ids), bounds)
     with model.beside(looks.watch, len(ids) - 1) as beside:
         looks.session = beside
-        for _ in beside.read(text[:-1], len(answer)):
+        for _ in beside.read(text[:-1], len(answer), cancelled=cancelled):
             looks.watch.check()
     total = looks.sums.sum()
     if not total > 0:

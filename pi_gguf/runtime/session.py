@@ -190,7 +190,7 @@ class Session(CachedSequence):
                         mine = self.ids
                 except Stopped:
                     return "cancelled"
-                token = self._choose(chooser)
+                token = self.choose(chooser, self._logits(1)[0])
                 if token is None or self.is_end(token):
                     return "stop"
                 text.append(token)
@@ -198,9 +198,13 @@ class Session(CachedSequence):
                 yield token
         return "length"
 
-    def _choose(self, chooser: Chooser) -> int | None:
-        """Return the next token; None where a grammar is fulfilled and the vocabulary has nothing to end with."""
-        logits = self._logits(1)[0]
+    def choose(self, chooser: Chooser, logits: np.ndarray) -> int | None:
+        """Return the next token; None where a grammar is fulfilled and the vocabulary has nothing to end with.
+
+        Raises:
+            GgufError: the logits are no numbers.
+            OptionError: the grammar, or the biases, leave no token.
+        """
         if math.isnan(logits.max()):
             raise GgufError(f"{self._name}: its logits are no numbers", "its weights may be damaged: copy it again")
         token = chooser.choose(logits)

@@ -19,7 +19,7 @@ import uvicorn
 
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.progress import say, visible
-from pi_gguf.engine.engine import Engine
+from pi_gguf.engine.engine import BESIDE, Engine
 from pi_gguf.engine.library import Library
 from pi_gguf.errors import OptionError
 from pi_gguf.runtime.model import Model
@@ -121,7 +121,7 @@ def serve(
         if not 1 <= value <= most:
             raise OptionError(f"{name} must be 1 to {most}, got {value}")
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)  # read when llama.cpp is loaded
-    with contextlib.closing(address.listen()) as listening, Model(file, sequences=slots + 1, **options) as model:
+    with contextlib.closing(address.listen()) as listening, Model(file, sequences=slots + BESIDE, **options) as model:
         choose_form(model, form)
         engine = Engine(model, states=states, queue=queue, log=_log if log_content else None)
         try:

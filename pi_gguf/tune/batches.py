@@ -6,8 +6,9 @@ In: documents and a training plan. Out: a data set whose item is one micro-batch
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pi_gguf.errors import TextError
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.tune.packing import Row, describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.tune.plan import TrainingPlan
-from pi_gguf.tune.tokens import Corpus
+from pi_gguf.tune.tokens import TOKEN, Corpus
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +29,6 @@ MASKED_TOKENS = 8192
 """Rows of isolated documents are no longer than this: their mask has T x T elements, 64 MiB here and 1 GiB at 32768,
 and keeps flash attention from being used. In a longer window a row is one document, which needs no mask."""
 
-TOKEN = [("id", "i4"), ("weight", "f4")]
-"""What a piece is made of where answers weigh more: a token id, and how much predicting it counts in the loss. Other
-pieces are ids, int32, whose weight is 1."""
-
 _FULL = 500
 """Added to a seed's stage for the sequences of the whole window that are mixed in: their order is another."""
 
@@ -39,7 +36,7 @@ _FULL = 500
 def training_batches(
     checkpoint: Checkpoint,
     training: TrainingPlan,
-    corpus: Corpus | None,
+    corpus: Corpus | Sequence[Corpus] | None,
     seed: int,
     *,
     packing: str = "join",
@@ -48,7 +45,8 @@ def training_batches(
     """Pack enough text for the run.
 
     Args:
-        corpus: tokenized documents; None for the bundled model's own mixture.
+        corpus: tokenized documents, or several such, each of which gets its share of the tokens by its weight; None
+            for the bundled model's own mixture.
         seed: of the order.
         packing: `isolate`, where rows above `MASKED_TOKENS` hold one document each, or `join`.
         longest_first: pack documents in order of falling length, and train on the first rows only, as many as the run
@@ -59,25 +57,26 @@ def training_batches(
         `TOKEN`. The texts begin again, in a new order, when they are used up.
 
     Raises:
-        TextError: no document is as long as a training sequence.
+        TextError: no document is as long as a training sequence, or no sequence can be made of texts.
     """
-    if corpus is not None:
+    corpora = [corpus] if isinstance(corpus, Corpus) else list(corpus or ())
+    if corpora:
         window = max(training.full_window, *(stage.window for stage in training.stages))
-        check_lengths(corpus, window)
-        lengths = corpus.lengths
-        say(
-            f"data: {len(lengths):,} documents, {lengths.sum():,} tokens; {(lengths >= window).sum():,} are as long as "
-            f"the training window of {window}"
-        )
+        check_lengths(corpora, window)
+        for one in corpora:
+            say(_described(one, window, sum(each.weight for each in corpora)))
     one_each = packing == "isolate" and not takes_block_mask(checkpoint)
 
     def rows(stage: int, window: int, need: int) -> Iterator[Row]:
         alone = packing == "isolate" and (one_each or window > MASKED_TOKENS)
         pack_rows = pack_alone if alone else pack
-        if corpus is None:
+        if not corpora:
             found = pack_rows(_mixture(checkpoint, seed + 1 + 1000 * stage, window), window)
         else:
-            found = _turns(corpus, pack_rows, window, seed, stage, need if longest_first else None)
+            shares = shares_of(corpora)
+            first = [math.ceil(share * need) if longest_first else None for share in shares]
+            each = [_turns(*some, alone, window, seed, stage) for some in zip(corpora, first, strict=True)]
+            found = each[0] if len(each) == 1 else _by_shares(each, shares)
         for row in found:
             pieces = _joined(row) if packing == "join" else row
             if any(len(piece) > 1 for piece in pieces):  # otherwise nothing in it is predicted
@@ -128,19 +127,45 @@ def _together(texts: Iterable[str], characters: int = 2**17) -> Iterator[list[st
         yield group
 
 
-def check_lengths(corpus: Corpus, window: int) -> None:
+def check_lengths(corpora: Sequence[Corpus], window: int) -> None:
     """Check that a document is as long as the longest training sequence.
 
     Raises:
         TextError: none is, with how many there are at each length.
     """
-    lengths = corpus.lengths
+    lengths = np.concatenate([corpus.lengths for corpus in corpora])
     if (longest := int(lengths.max())) < window:
         raise TextError(
-            f"{corpus.name}: the longest document has {longest} tokens, fewer than the training window of {window}; "
-            f"{describe_lengths(lengths.tolist(), window)}",
+            f"{corpora[0].name}: the longest document has {longest} tokens, fewer than the training window of "
+            f"{window}; {describe_lengths(lengths.tolist(), window)}",
             f"give longer texts or --train-window {max(2, longest)}",
         )
+
+
+def _described(corpus: Corpus, window: int, weights: float) -> str:
+    lengths, counted = corpus.lengths, corpus.counted
+    counting = f" ({counted:,} of them count)" if counted < lengths.sum() else ""
+    share = f"; {corpus.weight / weights:.1%} of what is drawn: {corpus.name}" if weights != corpus.weight else ""
+    return (
+        f"data: {len(lengths):,} documents, {lengths.sum():,} tokens{counting}; {(lengths >= window).sum():,} are as "
+        f"long as the training window of {window}{share}"
+    )
+
+
+def shares_of(corpora: Sequence[Corpus]) -> list[float]:
+    """Return the share of the tokens of each, by their weights."""
+    whole = sum(corpus.weight for corpus in corpora)
+    return [corpus.weight / whole for corpus in corpora]
+
+
+def _by_shares(streams: Sequence[Iterator[Row]], shares: Sequence[float]) -> Iterator[Row]:
+    """Yield rows without end, each from the stream that lags most behind its share of the tokens."""
+    drawn = [0.0] * len(streams)
+    while True:
+        i = min(range(len(streams)), key=lambda i: drawn[i])
+        row = next(streams[i])
+        drawn[i] += sum(map(len, row)) / shares[i]
+        yield row
 
 
 def takes_block_mask(checkpoint: Checkpoint) -> bool:
@@ -157,31 +182,45 @@ def takes_block_mask(checkpoint: Checkpoint) -> bool:
     )
 
 
-def _turns(
-    corpus: Corpus,
-    pack_rows: Callable[[Iterable[np.ndarray], int], Iterator[Row]],
-    window: int,
-    seed: int,
-    stage: int,
-    first: int | None,
-) -> Iterator[Row]:
+def _turns(corpus: Corpus, first: int | None, alone: bool, window: int, seed: int, stage: int) -> Iterator[Row]:
     """Yield rows without end, all of them turn by turn, each turn in another order.
 
     Args:
         first: take so many rows only, of the longest documents; None for all.
+        alone: a row holds one document.
+
+    Raises:
+        TextError: there is no row in which a token counts.
     """
     order = list(range(len(corpus)))
     random.Random(seed).shuffle(order)
+    lengths = corpus.lengths
     if first is not None:
-        lengths = corpus.lengths
         order.sort(key=lambda i: -int(lengths[i]))
-    packed = list(itertools.islice(pack_rows((corpus[i] for i in order), window), first))
-    if pack_rows is pack_alone and first is None:
-        used, tokens = sum(len(row[0]) for row in packed), int(corpus.lengths.sum())
+    places = (corpus.place(i) for i in order)
+    packed: list[list[range]] = []
+    left_out = 0
+    for row in pack_alone(places, window) if alone else pack(places, window):
+        if corpus.teaches(row):
+            packed.append(row)
+        else:
+            left_out += 1
+        if len(packed) == first:
+            break
+    if left_out:
+        say(f"{corpus.name}: {left_out:,} sequences of {window} tokens hold no answer and are left out")
+    if alone and first is None:
+        used, tokens = sum(len(row[0]) for row in packed), int(lengths.sum())
         say(f"a row of {window} tokens holds one document: {used:,} of {tokens:,} tokens fill half of one or more")
+    if not packed:
+        raise TextError(
+            f"{corpus.name}: no sequence of {window} tokens can be made of it; "
+            f"{describe_lengths(lengths.tolist(), window)}",
+            "give a smaller --train-window, longer texts, or --packing join",
+        )
     for turn in itertools.count():
         random.Random(f"{seed} {stage} {turn}").shuffle(packed)
-        yield from packed
+        yield from ([corpus.tokens(place) for place in row] for row in packed)
 
 
 def _joined(row: Row) -> Row:
@@ -228,8 +267,8 @@ class BatchDataset:
 
 
 def padded(rows: Sequence[Row], positions: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return a model's inputs, (B, T) each: ids, labels (-100 where padded), positions, mask; weights of the labels
-    where they are not alike.
+    """Return a model's inputs, (B, T) each: ids, labels (-100 where padded or of weight 0), positions, mask; weights of
+    the labels where others than 0 and 1 are among them.
 
     Where a row has several pieces, the first token of each later one is no label, and the mask is boolean,
     (B, 1, T, T), true where a token sees another: those before it in its own piece. transformers takes that one as it
@@ -245,7 +284,7 @@ def padded(rows: Sequence[Row], positions: Sequence[np.ndarray]) -> dict[str, to
         n, tokens = len(place), np.concatenate(row)
         weighed = tokens.dtype.names is not None
         ids[i, :n], weights[i, :n] = (tokens["id"], tokens["weight"]) if weighed else (tokens, 1.0)
-        labels[i, :n], places[i, :n] = ids[i, :n], place
+        labels[i, :n], places[i, :n] = np.where(weights[i, :n] > 0, ids[i, :n], -100), place
         pieces[i, :n] = np.repeat(np.arange(len(row)) + 1, [len(piece) for piece in row])
         labels[i, np.cumsum([len(piece) for piece in row[:-1]], dtype=np.int64)] = -100
     # The mask is given even when it is all ones: without one, transformers takes a skip in the positions for the

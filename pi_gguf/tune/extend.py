@@ -20,9 +20,11 @@ from pi_gguf.common.files import check_free_disk, check_writable, remove, writes
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import process_count, say
+from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError
+from pi_gguf.restore.models import as_folder
 from pi_gguf.scaling.rope import RopeScaling
-from pi_gguf.texts import Texts, held_texts, open_texts
+from pi_gguf.texts import Texts, held_texts, open_mixture
 from pi_gguf.tune.batches import training_batches
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.folder import write_adapter, write_folder
@@ -34,9 +36,11 @@ from pi_gguf.tune.processes import check_spread, first_process_first, is_first_p
 from pi_gguf.tune.tokens import CACHE_PREFIX, load_corpus
 from pi_gguf.tune.trainer import Run, Trained, check_reports, run_training
 from pi_gguf.tune.validation import Validation
+from pi_gguf.vocabulary.chats import chat_templates
 
-_HELD_OTHERWISE = {"train_window", "batch_tokens", "factor_warmup", "report_to"}
-"""Options whose record is what they came to: stages, micro-batches, steps of warm-up; the last one shapes nothing."""
+_HELD_OTHERWISE = {"train_window", "batch_tokens", "factor_warmup", "loss", "report_to"}
+"""Options whose record is what they came to: stages, micro-batches, steps of warm-up, what counts; the last one shapes
+nothing."""
 
 
 @writes("out_dir")
@@ -54,7 +58,7 @@ def extend(
     """Fine-tune a model with Position Interpolation and write a Hugging Face folder.
 
     Args:
-        model: Hugging Face folder, Hub id or bundled:tiny.
+        model: Hugging Face folder, Hub id, GGUF file or bundled:tiny.
         out_dir: folder to write.
         context: new window, in tokens, e.g. 32768.
         adapter_only: write the adapter alone as peft does, with the embeddings and norms that were trained along, and
@@ -69,7 +73,7 @@ def extend(
         pi-gguf extend bundled:tiny tiny-32k --context 32768 --steps 100
     """
     tune, spread = take(TuneOptions, options), take(SpreadOptions, options)
-    checkpoint = load_checkpoint(model).extended(context, tune.method)
+    checkpoint = load_checkpoint(as_folder(model)).extended(context, tune.method)
     return extend_checkpoint(
         checkpoint, out_dir, tune, spread, adapter_only=adapter_only, device=device, overwrite=overwrite
     )
@@ -99,13 +103,12 @@ def extend_checkpoint(
     if adapter_only:
         _check_adapter_only(training.train, tune.method, checkpoint.original.rope)
     texts = _texts(checkpoint, tune.data)
-    if texts is None and tune.longest_first:
+    if not texts and tune.longest_first:
         raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
-    packing = tune.packing or ("join" if texts is None else "isolate")
+    packing = tune.packing or ("isolate" if texts else "join")
     evaluated = validation.text if tune.eval_text else (None, None)
     record = replace(
-        record, tokens=training.tokens, data="bundled mixture" if texts is None else texts.labels,
-        data_sha256=None if texts is None else texts.sha256, adapter_only=adapter_only, packing=packing,
+        record, tokens=training.tokens, **_recorded(texts, tune.loss), adapter_only=adapter_only, packing=packing,
         longest_first=tune.longest_first, eval_steps=tune.eval_steps, early_stop=tune.early_stop,
         eval_text=evaluated[0], eval_text_sha256=evaluated[1], **asdict(training),
     )  # fmt: skip
@@ -162,13 +165,13 @@ def _write_untrained(checkpoint: Checkpoint, out_dir: Path, record: Record, over
 
 
 def _batches(
-    checkpoint: Checkpoint, training: TrainingPlan, texts: Texts | None, tune: TuneOptions, packing: str, work_dir: Path
+    checkpoint: Checkpoint, training: TrainingPlan, texts: list[Texts], tune: TuneOptions, packing: str, work_dir: Path
 ) -> list[list[Row]]:
     """Tokenize and pack what the run reads; where that fails, a folder in which nothing is trained yet is emptied."""
     try:
-        corpus = None if texts is None else load_corpus(checkpoint, texts, work_dir, training.tokens)
+        corpora = [load_corpus(checkpoint, some, work_dir, training.tokens, tune.loss) for some in texts]
         return training_batches(
-            checkpoint, training, corpus, tune.seed, packing=packing, longest_first=tune.longest_first
+            checkpoint, training, corpora or None, tune.seed, packing=packing, longest_first=tune.longest_first
         )
     except PiGgufError:
         if is_first_process() and not any(work_dir.glob("checkpoint-*")):
@@ -176,16 +179,37 @@ def _batches(
         raise
 
 
-def _texts(checkpoint: Checkpoint, data: Sequence[str]) -> Texts | None:
-    """Return the texts to train on; None for the bundled model's own mixture, which has no end."""
-    if data:
-        return open_texts(data)
-    if checkpoint.source == bundled.TINY:
+def _texts(checkpoint: Checkpoint, data: Sequence[str]) -> list[Texts]:
+    """Return the texts to train on; none for the bundled model's own mixture, which has no end."""
+    if checkpoint.source == bundled.TINY and not data:
         say("no --data: the bundled sample is used, in the bundled model's own training mixture")
-        return None
-    documents = bundled.novels("train")
-    say(f"no --data: the {len(documents)} training novels of the bundled sample are used")
-    return held_texts(documents)
+        return []
+    if data:
+        texts = open_mixture(data)
+    else:
+        documents = bundled.novels("train")
+        say(f"no --data: the {len(documents)} training novels of the bundled sample are used")
+        texts = [held_texts(documents)]
+    if not any(some.chats for some in texts) and chat_templates(checkpoint.load_tokenizer()):
+        say(
+            f"note: {checkpoint.source} is a chat model (it has a chat template) and the texts are plain: every step "
+            "trains it to go on with a text, none to answer, and its answers get worse the longer it trains; mix "
+            "conversations in, --data TEXTS:0.7 --data CHATS.jsonl:0.3"
+        )
+    return texts
+
+
+def _recorded(texts: list[Texts], loss: str) -> dict[str, Any]:
+    """Return what is recorded of the texts; of one set of them as before weights were known."""
+    if not texts:
+        return {"data": "bundled mixture"}
+    weights = [some.weight for some in texts if some.weight is not None]
+    return {
+        "data": [label for some in texts for label in some.labels],
+        "data_sha256": texts[0].sha256 if len(texts) == 1 else sha256([some.sha256 for some in texts]),
+        "data_weights": weights if len(weights) > 1 else None,
+        "counted": loss if any(some.chats for some in texts) else None,
+    }
 
 
 def _described(run: Run, tune: TuneOptions) -> str:

@@ -21,11 +21,17 @@ class TuneOptions(Options):
         "linear (Position Interpolation), ntk, yarn, none (direct fine-tuning) or nope.", default="linear"
     )
     data: Sequence[str] = option(
-        "text, JSONL or Parquet file, folder of them, or a data set of the Hub as owner/name or owner/name:split; the "
+        "text, JSONL or Parquet file (of texts or conversations), folder of them, or a data set of the Hub as "
+        "owner/name or owner/name:split; :0.3 behind it is its weight, by which the sources share the tokens; the "
         "bundled sample when left out. Repeatable.",
         default=(),
         needed=True,
         each="SOURCE",
+    )
+    loss: str = option(
+        "what counts of conversations: assistant (the answers) or all; of texts everything does.",
+        default="assistant",
+        choices=("assistant", "all"),
     )
     steps: int = option("optimizer steps; 0 applies the scaling without training.", default=1000, needed=True)
     train: str = option(
@@ -118,6 +124,7 @@ class SpreadOptions(Options):
 class TuneKeywords(TypedDict, total=False):
     method: str
     data: Sequence[str]
+    loss: str
     steps: int
     train: str
     train_window: int | str | None

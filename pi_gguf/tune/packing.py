@@ -7,25 +7,29 @@ that it is made of. It knows nothing of the model or of the trainer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
 Row = list[np.ndarray]
 """The pieces of a row, in order: tokens of a document each. A piece is trained as a sequence of its own."""
 
+Piece = TypeVar("Piece", np.ndarray, range)
+"""What is packed: tokens, or the places where they lie."""
 
-def pack(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
+
+def pack(documents: Iterable[Piece], window: int) -> Iterator[list[Piece]]:
     """Pack documents into rows of `window` tokens.
 
     A document that fits a row is never cut; longer ones fill what the others leave free. When there is nothing to
     fill with, a row ends short. Pieces are views of the documents: no token is copied.
 
     Args:
-        documents: tokens of each document.
+        documents: tokens of each document, or their places.
         window: tokens of a full row.
     """
-    row: Row = []
-    rest: Row = []
+    row: list[Piece] = []
+    rest: list[Piece] = []
     for document in documents:
         if len(document) > window:
             rest.append(document)
@@ -46,11 +50,11 @@ def pack(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
         yield taken
 
 
-def pack_alone(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
+def pack_alone(documents: Iterable[Piece], window: int) -> Iterator[list[Piece]]:
     """Cut documents into rows of `window` tokens, each of one document; a row of less than half of it is left out.
 
     Args:
-        documents: tokens of each document.
+        documents: tokens of each document, or their places.
         window: tokens of a full row.
     """
     for document in documents:
@@ -60,16 +64,20 @@ def pack_alone(documents: Iterable[np.ndarray], window: int) -> Iterator[Row]:
                 yield [piece]
 
 
-def _size(row: Row) -> int:
+def _size(row: list[Piece]) -> int:
     return sum(map(len, row))
 
 
-def _take(pieces: Row, n: int) -> tuple[Row, Row]:
+def _take(pieces: list[Piece], n: int) -> tuple[list[Piece], list[Piece]]:
     """Split pieces after their first `n` tokens."""
-    taken: Row = []
+    taken: list[Piece] = []
     for i, piece in enumerate(pieces):
         if n < len(piece):
-            return taken + ([piece[:n]] if n else []), [piece[n:], *pieces[i + 1 :]]
+            if n:
+                taken.append(piece[:n])
+            rest = pieces[i:]
+            rest[0] = piece[n:]
+            return taken, rest
         taken.append(piece)
         n -= len(piece)
     return taken, []

@@ -1,8 +1,9 @@
-"""Pre-tokenizers: how a byte-level tokenizer.json splits a text -> llama.cpp's name for the same splitting.
+"""Pre-tokenizers: how a byte-level tokenizer.json splits a text -> llama.cpp's name for the same splitting, and back.
 
-In: a parsed tokenizer.json. Out: a name for `tokenizer.ggml.pre`. Steps and patterns decide, in their order; nothing
-is hashed. Each entry of the table was compared with llama.cpp on thousands of random texts. SuperBPE, DeepSeek LLM,
-Tiny Aya and AFMoE are not in it: llama.cpp's splitting of that name gave other ids.
+In: a parsed tokenizer.json. Out: a name for `tokenizer.ggml.pre`; or from such a name the steps of a tokenizer.json.
+Steps and patterns decide, in their order; nothing is hashed. Each entry of the table was compared with llama.cpp on
+thousands of random texts. SuperBPE, DeepSeek LLM, Tiny Aya and AFMoE are not in it: llama.cpp's splitting of that name
+gave other ids.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ _EXAONE_MOE = _CONTRACTIONS + (
 )
 _UFAKZEKA = QWEN2.removeprefix(_CONTRACTIONS + "|")
 _LINES = r"[^\n]+|[\n]+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+ENDING"
+    r"|[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*ENDING"
+)
+_TEKKEN_OF_LLAMA_CPP = _CASED.replace("ENDING", "") + r"|\p{N}" + _AFTER_CASED_WORDS
+_GPT4O_OF_LLAMA_CPP = _CASED.replace("ENDING", _CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _AFTER_CASED_WORDS
 
 _COVERING = (GPT2, LLAMA3, QWEN2, _QWEN35, _TEKKEN, _GPT4O)
 """Patterns that match every character, so that removing what lies between their matches removes nothing."""
@@ -100,9 +107,24 @@ _TABLE = (
     _Splitting("ufakzeka", (_UFAKZEKA, "bytes")),
     _Splitting("exaone-moe", (_EXAONE_MOE, "bytes")),
     _Splitting("laguna", (_LINES, QWEN2, "bytes")),
+    _Splitting("tekken", (_TEKKEN_OF_LLAMA_CPP, "bytes"), ignore_merges=True),
+    _Splitting("gpt-4o", (_GPT4O_OF_LLAMA_CPP, "bytes")),
 )
 # Tekken and GPT-4o have names of their own in llama.cpp, but those split before combining marks: other ids in Hindi,
-# Thai and vowelled Arabic. The name used here has the marks.
+# Thai and vowelled Arabic. The name used here has the marks; theirs are those of files that were unpacked.
+
+SAME = {
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano glm4 glm5",
+    "smaug-bpe": "dbrx chatglm-bpe",
+    "qwen2": "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open bailingmoe bailingmoe2 llada-moe "
+    "grok-2",
+    "gpt-2": "phi-2 gigachat a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling exaone4",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    "bloom": "poro-chat gpt3-finnish",
+    "deepseek-v3": "hunyuan-dense joyai-llm hy_v4",
+    "gpt-4o": "llama4 kanana2 talkie minimax-m2",
+}
+"""Names of the table -> others that llama.cpp has for the same splitting."""
 
 
 _NOT_HERE = (
@@ -141,6 +163,44 @@ def recognize_pre_tokenizer(parsed: dict[str, Any], path: str) -> str:
             _NOT_HERE,
         )
     return splitting.name
+
+
+def pre_tokenizer(name: str, path: str) -> tuple[dict[str, Any], bool]:
+    """Return the `pre_tokenizer` of a tokenizer.json that splits as llama.cpp does by a name, and `ignore_merges`.
+
+    Args:
+        name: of `tokenizer.ggml.pre`.
+        path: of the file, for messages.
+
+    Raises:
+        UnsupportedError: a splitting that is not known here.
+    """
+    known = next((table for table, others in SAME.items() if name in others.split()), name)
+    splitting = next((one for one in _TABLE if one.name == known), None)
+    if splitting is None:
+        raise UnsupportedError(
+            f"{path}: tokenizer.ggml.pre is {name[:80]!r}, of which is not known here how it splits a text",
+            "if another name is right for this model, pi-gguf repair FILE OUT --set tokenizer.ggml.pre=NAME states it",
+        )
+    steps, parts = list(splitting.steps), []
+    while steps:
+        step = steps.pop(0)
+        whole = step == "words" and steps[:1] == ["bytes"]
+        parts.append(_part("bytes and words" if whole else step))
+        steps = steps[whole:]
+    return {"type": "Sequence", "pretokenizers": parts}, splitting.ignore_merges
+
+
+def _part(step: str) -> dict[str, Any]:
+    """Return the part of a `pre_tokenizer` that does a step."""
+    if step in ("bytes", "bytes and words"):
+        bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        return {**bytes_alone, "use_regex": step != "bytes"}
+    if step in ("digits", "numbers"):
+        return {"type": "Digits", "individual_digits": step == "digits"}
+    if step == "punctuation":
+        return {"type": "Punctuation", "behavior": "Contiguous"}
+    return {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
 
 
 def _steps(part: dict[str, Any]) -> list[str]:

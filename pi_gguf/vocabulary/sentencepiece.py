@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies: tokenizer.model, or a tokenizer.json of the same kind -> `tokenizer.ggml.*` keys.
+"""SentencePiece vocabularies: tokenizer.model, or a like tokenizer.json -> `tokenizer.ggml.*` keys, and back.
 
 Two kinds: BPE is llama.cpp's "llama", Unigram its "t5". What llama.cpp does not do to a text before it looks for tokens
 is an error that shows the part. Only tokens, scores, types and the treatment of white space are made here.
@@ -11,7 +11,7 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,114 @@ def keys_of_unigram_json(parsed: dict[str, Any], rows: int, path: str) -> dict[s
         True, tokens=tokens, scores=[float(score) for _, score in vocab], types=types,
         space_prefix=scheme != "never", charsmap=charsmap, merge_spaces=merge_spaces,
     )  # fmt: skip
+
+
+# The way back
+
+
+def bpe_json_of(
+    ids: Mapping[str, int], scores: Mapping[str, float], unknown: str | None, *, space_prefix: bool
+) -> dict[str, Any]:
+    """Return the parts of the tokenizer.json of a SentencePiece BPE: what `keys_of_bpe_json` reads.
+
+    SentencePiece joins the pair whose result scores highest; so every way to cut a token in two is a merge, in the
+    order of the scores.
+
+    Args:
+        ids: by spelling.
+        scores: by spelling.
+        unknown: the unknown token.
+        space_prefix: whether a space is put before each text.
+    """
+    cuts = [
+        (-scores[token], ids[token], at)
+        for token in ids
+        for at in range(1, len(token))
+        if token[:at] in ids and token[at:] in ids
+    ]
+    spelled = {i: token for token, i in ids.items()}
+    merges = [[spelled[i][:at], spelled[i][at:]] for _, i, at in sorted(cuts)]
+    prepend = [{"type": "Prepend", "prepend": _SPACE}] if space_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if space_prefix else []
+    spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, _REPLACED_SPACES]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+            "vocab": dict(ids), "merges": merges,
+        },
+    }  # fmt: skip
+
+
+def unigram_json_of(
+    vocab: Sequence[tuple[str, float]], unknown: int, *, charsmap: str, space_prefix: bool, merge_spaces: bool
+) -> dict[str, Any]:
+    """Return the parts of a Unigram tokenizer.json: what `keys_of_unigram_json` reads.
+
+    Args:
+        vocab: tokens and scores by id.
+        unknown: id of the unknown token.
+        charsmap: the character map in base64; empty where there is none.
+        space_prefix: whether a space is put before each text.
+        merge_spaces: whether several spaces become one.
+    """
+    normalizers: list[dict[str, Any]] = []
+    if charsmap:
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if merge_spaces:
+        normalizers.append({"type": "Strip", "strip_left": False, "strip_right": True})
+        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": _SPACE})
+    scheme = {"replacement": _SPACE, "prepend_scheme": "always" if space_prefix else "never"}
+    split = not _inside_space(token for token, _ in vocab)
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+        "pre_tokenizer": {"type": "Metaspace", **scheme, "split": split},
+        "decoder": {"type": "Metaspace", **scheme, "split": split},
+        "model": {
+            "type": "Unigram",
+            "unk_id": unknown,
+            "byte_fallback": False,
+            "vocab": [list(pair) for pair in vocab],
+        },
+    }
+
+
+def model_of(
+    pieces: Iterable[tuple[str, float, int]],
+    special: Mapping[str, int],
+    *,
+    unigram: bool,
+    charsmap: bytes,
+    space_prefix: bool,
+    merge_spaces: bool,
+) -> bytes:
+    """Return a tokenizer.model: what `keys_of_model` reads.
+
+    Args:
+        pieces: spelling, score and type of each token.
+        special: ids of special tokens by GGUF's word.
+        unigram: whether it is a Unigram model, not BPE.
+        charsmap: the character map; empty where there is none.
+        space_prefix: whether a space is put before each text.
+        merge_spaces: whether several spaces become one.
+    """
+    model = proto.ModelProto()
+    for text, score, kind in pieces:
+        model.pieces.add(piece=text.replace(" ", _SPACE) if kind == USER_DEFINED else text, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = _UNIGRAM if unigram else _BPE, len(model.pieces)
+    trainer.byte_fallback = not unigram
+    for name, field in (("unknown", "unk_id"), ("bos", "bos_id"), ("eos", "eos_id"), ("padding", "pad_id")):
+        setattr(trainer, field, special.get(name, -1))
+    normalizer.name = "nmt_nfkc" if charsmap else "identity"
+    normalizer.precompiled_charsmap = charsmap
+    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = space_prefix, merge_spaces
+    normalizer.escape_whitespaces = True
+    written: bytes = model.SerializeToString()
+    return written
 
 
 def _keys(

@@ -1,8 +1,8 @@
 """Chat templates: programs of strangers in Jinja. Parsed when a file is written, run only for a conversation.
 
 In: the template of a checkpoint or a GGUF file. Out: nothing but an error where it does not parse; or the text of a
-conversation, as transformers makes it. It is run in a process of its own, sandboxed and bounded in memory and time, as
-`{{ 'A' * 10**10 }}` takes ten gigabytes wherever it is compiled.
+conversation, as transformers makes it, or of many, with the places of the answers. It is run in a process of its own,
+sandboxed and bounded in memory and time, as `{{ 'A' * 10**10 }}` takes ten gigabytes wherever it is compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -36,6 +37,16 @@ _CPU_SECONDS = 5
 _WALL_SECONDS = 60
 """Of the process that runs a template. A machine may be busy: only CPU seconds tell what the template takes."""
 
+_CPU_SECONDS_OF_MANY = 120
+_WALL_SECONDS_OF_MANY = 1800
+"""The same for a batch of conversations: some MB of them take two or three."""
+
+_BEGIN, _END = "\ufdd1", "\ufdd2"
+"""Written around what `{% generation %}` marks, where its places are wanted; no text has them by then."""
+
+_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+_CORRECT = "correct the template, or give texts instead of conversations"
 _PLAIN = "give the prompt as it is, without the chat template (run without --chat), or correct the template"
 
 
@@ -100,30 +111,100 @@ def render_chat(
     except CheckpointError as error:
         raise GgufError(str(error), _PLAIN) from error
     variables = {"messages": list(messages), "tools": tools, "documents": None, "add_generation_prompt": True, **tokens}
-    asked = json.dumps({"template": template, "variables": variables}).encode()
     try:
-        done = run_child(
-            "vocabulary.templates", str(_CPU_SECONDS), seconds=_WALL_SECONDS, input=asked, capture_output=True
-        )
-        answer = json.loads(done.stdout)
+        answer = _ask({"template": template, "variables": variables}, _CPU_SECONDS, _WALL_SECONDS)
         text: str = answer["text"]
         text.encode()
-    except subprocess.TimeoutExpired as error:
-        raise GgufError(f"{name} takes more than {_WALL_SECONDS} s", _PLAIN) from error
     except UnicodeEncodeError as error:
         raise GgufError(f"{name} makes half a surrogate ({error})", _PLAIN) from error
     except KeyError as error:
         raise GgufError(f"{name}: {answer['error']}", _PLAIN) from error
-    except ValueError as error:  # no answer
-        raise GgufError(
-            f"{name} takes more than {_CPU_SECONDS} s or {_MEMORY_BYTES >> 20} MiB (ended with {done.returncode})",
-            _PLAIN,
-        ) from error
+    except ValueError as error:
+        raise GgufError(f"{name} {error}", _PLAIN) from error
     return text
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return Jinja as templates of chats expect it: what transformers adds and sets, and nothing folded beforehand."""
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as a template writes it.
+
+    Args:
+        text: of the whole.
+        spans: first character of each answer, and the one behind it; empty where they were not asked for.
+        error: what is wrong, where it has no text.
+    """
+
+    text: str = ""
+    spans: Sequence[tuple[int, int]] = ()
+    error: str = ""
+
+
+def render_chats(
+    template: str,
+    chats: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, Any],
+    name: str,
+    *,
+    special: re.Pattern[str] | None,
+) -> list[Rendered]:
+    """Return the texts of whole conversations, all written in one process.
+
+    An answer is what `{% generation %}` marks, where the template has such marks. Elsewhere it begins where the text of
+    the messages before it ends, with the prompt to answer, and ends where the text of the messages up to it does; both
+    of these must be how the whole begins. What ends the turn is part of it: the line break that many templates put
+    behind that is not, nor what some write once behind the last turn (Phi 3), if the turn has an end of its own.
+
+    Args:
+        template: that `check_template` has passed.
+        chats: objects with `messages` and `tools`, as templates take them.
+        tokens: special tokens by the names that templates know.
+        name: of the template, for messages.
+        special: what spells out a special token; None where answers are not looked for.
+
+    Raises:
+        CheckpointError: the template takes too much memory or time for all of them.
+    """
+    variables = {"documents": None, **tokens}
+    asked = {"template": template, "chats": list(chats), "variables": variables, "special": special and special.pattern}
+    try:
+        answer = _ask(asked, _CPU_SECONDS_OF_MANY, _WALL_SECONDS_OF_MANY)
+        return [Rendered(text, [(begin, end) for begin, end in found], error) for text, found, error in answer["chats"]]
+    except KeyError as error:
+        raise CheckpointError(f"{name}: {answer['error']}", _CORRECT) from error
+    except ValueError as error:
+        raise CheckpointError(f"{name} {error} for {len(chats)} conversations", _CORRECT) from error
+
+
+def has_marks(template: str) -> bool:
+    """Tell whether a template marks its answers by `{% generation %}`."""
+    return bool(_MARKS.search(template))
+
+
+def _ask(asked: Mapping[str, Any], cpu_seconds: int, seconds: int) -> dict[str, Any]:
+    """Return what a process of its own answers.
+
+    Raises:
+        ValueError: it was ended, with what was too much.
+    """
+    sent = json.dumps(asked).encode()
+    try:
+        done = run_child("vocabulary.templates", str(cpu_seconds), seconds=seconds, input=sent, capture_output=True)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"takes more than {seconds} s") from error
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:  # no answer
+        most = f"{cpu_seconds} s or {_MEMORY_BYTES >> 20} MiB"
+        raise ValueError(f"takes more than {most} (ended with {done.returncode})") from error
+    return answer
+
+
+def _environment(*, marks: bool = False) -> ImmutableSandboxedEnvironment:
+    """Return Jinja as templates of chats expect it: what transformers adds and sets, and nothing folded beforehand.
+
+    Args:
+        marks: write `_BEGIN` and `_END` around what `{% generation %}` marks.
+    """
 
     class Generation(Extension):
         """`{% generation %}` marks an answer for training; its text is like any other."""
@@ -132,7 +213,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_BEGIN, _END))
+            return [begin, *body, end] if marks else body
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -155,26 +238,137 @@ def _environment() -> ImmutableSandboxedEnvironment:
 def _serve(cpu_seconds: int) -> None:
     """Read a template and its variables from standard input; write what it makes of them, or why not."""
     limit_child(_MEMORY_BYTES, cpu_seconds)
+    answer: dict[str, Any]
     try:
         asked = json.load(sys.stdin)
-        answer = {"text": _rendered(asked["template"], asked["variables"])}
-    except MemoryError:
-        answer = {"error": f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"}
-    except RecursionError:
-        answer = {"error": "it is nested too deeply"}
+        if "chats" in asked:
+            answer = {"chats": _rendered_chats(**asked)}
+        else:
+            answer = {"text": _written(_environment().from_string(asked["template"]), asked["variables"], MAX_OUTPUT)}
     except Exception as error:  # a template can raise anything
-        answer = {"error": one_line(error)}
+        answer = {"error": _said(error)}
     print(json.dumps(answer))
 
 
-def _rendered(template: str, variables: dict[str, Any]) -> str:
+def _said(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"it takes more than {_MEMORY_BYTES >> 20} MiB of memory"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+
+
+def _written(template: Any, variables: Mapping[str, Any], most: int) -> str:
+    """Return what a template writes, of so many characters at most."""
     parts, length = [], 0
-    for part in _environment().from_string(template).generate(variables):
+    for part in template.generate(variables):
         parts.append(part)
         length += len(part)
-        if length > MAX_OUTPUT:
+        if length > most:
             raise ValueError(f"it writes more than {MAX_OUTPUT} characters")
     return "".join(parts)
+
+
+def _rendered_chats(
+    template: str, chats: list[dict[str, Any]], variables: dict[str, Any], special: str | None
+) -> list[tuple[str, list[tuple[int, int]], str]]:
+    """Return text and answers of each conversation, or what is wrong with it; all on the day on which it begins."""
+    now, left = datetime.now(), MAX_OUTPUT
+    done: list[tuple[str, list[tuple[int, int]], str]] = []
+    plain, marked = (_environment(marks=marks) for marks in (False, True))
+    for environment in (plain, marked):
+        environment.globals["strftime_now"] = lambda form: now.strftime(form)
+    compiled = plain.from_string(template)
+    marking = marked.from_string(template) if has_marks(template) else None
+    for chat in chats:
+        try:
+            text, found = _rendered_chat(compiled, marking, chat, variables, most=left, special=special)
+        except Exception as error:  # a template can raise anything
+            done.append(("", [], _said(error)))
+        else:
+            left -= len(text)
+            done.append((text, found, ""))
+    return done
+
+
+def _rendered_chat(
+    template: Any,
+    marking: Any,
+    chat: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    *,
+    most: int,
+    special: str | None,
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return text and answers of a conversation; `marking` is the template that writes marks, where it has some."""
+
+    def render(messages: list[Any], prompt: bool, which: Any = template) -> str:
+        given = {"messages": messages, "tools": chat["tools"], "add_generation_prompt": prompt, **variables}
+        return _written(which, given, most)
+
+    messages = chat["messages"]
+    text = render(messages, False)
+    text.encode()
+    if special is None:
+        return text, []
+    if marking:
+        return text, _marked(render(messages, False, marking), text)
+    return text, _split(render, messages, text, special)
+
+
+def _marked(text: str, plain: str) -> list[tuple[int, int]]:
+    """Return what lies between marks, by its places without them."""
+    found: list[tuple[int, int]] = []
+    begin: int | None = None
+    at = 0
+    for part in re.split(f"([{_BEGIN}{_END}])", text):
+        if part not in (_BEGIN, _END):
+            at += len(part)
+        elif (part == _BEGIN) != (begin is None):
+            raise ValueError("its generation marks do not come in pairs")
+        elif begin is None:
+            begin = at
+        else:
+            found.append((begin, at))
+            begin = None
+    if begin is not None or text.replace(_BEGIN, "").replace(_END, "") != plain:
+        raise ValueError("what its generation marks enclose is changed or lost afterwards")
+    return found
+
+
+def _split(
+    render: Callable[[list[Any], bool], str], messages: list[Any], whole: str, special: str
+) -> list[tuple[int, int]]:
+    """Return the answers by what is written without them, and up to them."""
+    closing = _closing(render, messages, whole, special)
+    body, turn_end = whole[: len(whole) - len(closing)], re.compile(rf"(?:{special})(\s*)$")
+    found = []
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        last = i + 1 == len(messages)
+        before, after = render(messages[:i], True), whole if last else render(messages[: i + 1], False)
+        ends, after = after.endswith(closing), after.removesuffix(closing)
+        if not (ends and body.startswith(after) and after.startswith(before)):
+            raise ValueError(
+                f"it cannot be split into turns: what it writes of the first {i + 1} messages is not how the whole "
+                "begins"
+            )
+        ended = turn_end.search(after, len(before))
+        found.append((len(before), ended.start(1) if ended else len(whole) if last else len(after)))
+    return found
+
+
+def _closing(render: Callable[[list[Any], bool], str], messages: list[Any], whole: str, special: str) -> str:
+    """Return what a template writes once, behind a conversation that is not to be answered: special tokens, if any."""
+    try:
+        asking = render(messages, True)
+    except Exception:  # a template can raise anything: this one asks for no answer to an answer
+        return ""
+    same = next((i for i, (one, other) in enumerate(zip(whole, asking, strict=False)) if one != other), len(whole))
+    for match in re.finditer(special, whole):
+        if match.start() < same < match.end():
+            same = match.start()
+    closing = whole[same:]
+    return closing if re.fullmatch(rf"(?:{special}|\s)+", closing) else ""
 
 
 if __name__ == "__main__":

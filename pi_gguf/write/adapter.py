@@ -8,10 +8,11 @@ from typing import Any
 from pi_gguf.adapters.adapted import AdaptedCheckpoint, low_rank_changes
 from pi_gguf.adapters.merging import ScaledTensor
 from pi_gguf.errors import UnsupportedError
-from pi_gguf.families.family import Config, Transform
+from pi_gguf.families.family import Change, Config
 from pi_gguf.gguf.file import tensor_namer
+from pi_gguf.gguf.places import NUMBERED
 from pi_gguf.llamacpp.quantizer import quantizations
-from pi_gguf.write.layout import NUMBERED, FilePlan, Output, maker, typed
+from pi_gguf.write.layout import FilePlan, Output, maker, typed
 
 
 def plan_adapter_file(checkpoint: AdaptedCheckpoint, *, general: dict[str, Any], quantization: str) -> FilePlan:
@@ -68,7 +69,7 @@ def plan_adapter_file(checkpoint: AdaptedCheckpoint, *, general: dict[str, Any],
     return FilePlan(checkpoint, quantization, metadata, outputs, {})
 
 
-def _permutes_rows(transform: Transform, config: Config, rows: int) -> bool:
+def _permutes_rows(transform: Change, config: Config, rows: int) -> bool:
     """Tell whether a transformation only reorders rows, so that transform(B A) is transform(B) A."""
     import torch
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,17 +19,15 @@ import numpy as np
 from pi_gguf.checkpoint.agreement import check_sizes
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.checkpoint.tensors import TensorSource
-from pi_gguf.errors import OptionError, UnsupportedError
-from pi_gguf.families.family import Config, Transform
-from pi_gguf.gguf.file import TensorInfo, padded, quantization_version, tensor_namer, tensor_nbytes, write_header
+from pi_gguf.errors import OptionError
+from pi_gguf.families.family import Change, Config
+from pi_gguf.gguf.file import TensorInfo, padded, quantization_version, tensor_nbytes, write_header
 from pi_gguf.gguf.keys import model_metadata
+from pi_gguf.gguf.places import places
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED, mixture, quantizations
 
 if TYPE_CHECKING:
     import torch
-
-NUMBERED = re.compile(r"(\.experts)\.\d+\.|\.norms\.\d+\.")
-"""Parts that a checkpoint stores one by one and GGUF as one tensor: experts, and norms of single heads."""
 
 
 @dataclass(frozen=True)
@@ -180,34 +177,20 @@ def _exact_outputs(checkpoint: Checkpoint) -> list[Output]:
     import torch
 
     family, config = checkpoint.family, checkpoint.hf_config
-    gguf_name = tensor_namer(family.arch, checkpoint.n_layers)
     tensors = dict(checkpoint.tensors)
     if family.needs_head:  # a copy of the embedding where that is the head
         tensors |= {name: tensors[origin] for name, origin in checkpoint.tied_tensors.items()}
-    groups: dict[str, list[str]] = {}
-    for name in tensors:
-        groups.setdefault(NUMBERED.sub(r"\1.", name), []).append(name)
     outputs = []
-    for merged, names in groups.items():
-        names.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
-        written = gguf_name(family.rename(merged))
-        if written is None:
-            raise UnsupportedError(
-                f"{checkpoint.path}: {merged} has no place in a GGUF file of {family.arch}",
-                "llama.cpp takes the embedding for the head of this family; set tie_word_embeddings to true only if "
-                "they are one"
-                if merged in checkpoint.untied_heads
-                else "llama.cpp has no such variant of this family",
-            )
-        make = maker(family.transform(merged), config, stacked=merged != names[0])
-        sources = tuple(tensors[name] for name in names)
+    for place in places(checkpoint, tensors):
+        make = maker(place.transform, config, stacked=place.stacked)
+        sources = tuple(tensors[name] for name in place.names)
         shape = tuple(make([torch.empty(source.shape, device="meta") for source in sources]).shape)
-        outputs.append(Output(written, shape, "F32", 4 * math.prod(shape), sources, make))
+        outputs.append(Output(place.written, shape, "F32", 4 * math.prod(shape), sources, make))
     return outputs
 
 
 def maker(
-    transform: Transform | None, config: Config, *, stacked: bool
+    transform: Change | None, config: Config, *, stacked: bool
 ) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
     def make(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch

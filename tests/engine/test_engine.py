@@ -11,7 +11,7 @@ import pytest
 
 import pi_gguf
 from pi_gguf import bundled
-from pi_gguf.engine.engine import Engine
+from pi_gguf.engine.engine import BESIDE, Engine, _shares
 from pi_gguf.engine.jobs import Choice, Ended, Job, PromptScored, QueueFull, Read, Written
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.runtime.model import Model
@@ -26,7 +26,7 @@ WINDOW = 2048
 
 @pytest.fixture(scope="module")
 def model(tiny_gguf) -> Iterator[Model]:
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=5) as model:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=4 + BESIDE) as model:
         yield model
 
 
@@ -92,7 +92,9 @@ def test_what_is_common_is_read_once_and_stored_once(engine, model):
     common = model.tokenize(NOVEL[:4000])
     jobs = [Job([*common, 40 + i, 50], 8) for i in range(4)]
     first = done(engine, jobs[0])[0]
+    before = engine.figures().batches
     others = done(engine, *jobs[1:])
+    assert engine.figures().batches - before < 8 + 3, "there is room for all three at a time"
     assert first[-1].known == 0
     assert all(one[-1].known == len(common) for one in others)
     assert engine.figures().cache_used < len(common) + 100
@@ -134,6 +136,90 @@ def test_an_answer_goes_on_while_a_long_prompt_is_read(engine, model):
     together = "".join(order)
     assert together.count("r") >= 3
     assert "rrr" not in together, together
+
+
+def test_a_short_question_does_not_wait_for_a_long_one(engine, model):
+    """What is shortest to read comes first; of each batch a quarter is kept for the first that came."""
+    long, short = job(model, NOVEL[:5500], 4), job(model, TEXTS[1][:60], 4)
+    order: list[str] = []
+
+    async def note(name: str, one: Job) -> None:
+        async for event in engine.run(one):
+            if isinstance(event, Read) and event.read:
+                order.append(f"{name} {event.read}")
+            elif isinstance(event, Ended):
+                order.append(name)
+
+    async def both() -> None:
+        task = asyncio.create_task(note("long", long))
+        while not order:
+            await asyncio.sleep(0)
+        await asyncio.gather(task, note("short", short))
+
+    asyncio.run(both())
+    read = [name.startswith("short ") for name in order].index(True)
+    assert read < order.index(f"long {len(long.ids)}"), order
+
+
+def test_shares_of_a_batch():
+    class Fake:
+        def __init__(self, left, admitted, background=False):
+            self.ids, self.done, self.admitted = [0] * left, 0, admitted
+            self.job = Job([1], 1, background=background)
+
+    a, b, c, d = Fake(1, 3), Fake(1000, 1), Fake(30, 2), Fake(500, 0, True)
+    assert dict(_shares([d, b, c, a], 101)) == {a: 1, c: 30, b: 70, d: 0}
+    assert dict(_shares([b, Fake(2000, 4)], 100))[b] == 100
+    e = Fake(400, 5)
+    assert dict(_shares([b, e], 100)) == {e: 75, b: 25}
+    assert dict(_shares([d], 64)) == {d: 64}
+    assert _shares([], 64) == []
+
+
+def test_an_error_while_a_job_gets_its_place_is_that_jobs_alone(model, tmp_path):
+    """As of a folder of states that cannot be looked through."""
+
+    class Broken(States):
+        def longest(self, *_):
+            raise MemoryError("no room to look")
+
+    engine = Engine(model, states=Broken(tmp_path))
+
+    async def all_of_them() -> list:
+        jobs = [job(model, TEXTS[0], 30), job(model, TEXTS[1], 4, kept=True), job(model, TEXTS[2], 4)]
+        return await asyncio.gather(*(events(engine, one) for one in jobs), return_exceptions=True)
+
+    first, broken, last = asyncio.run(all_of_them())
+    assert isinstance(broken, MemoryError)
+    assert isinstance(first[-1], Ended) and isinstance(last[-1], Ended)
+    assert engine.figures().failed == 1
+    engine.close()
+
+
+def test_a_scored_prompt_that_is_put_back_is_scored_from_its_start(tiny_gguf):
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=2 + BESIDE) as model:
+        engine = Engine(model)
+        bias = Sampling(logit_bias={model.info.metadata["tokenizer.ggml.eos_token_id"]: -np.inf})
+        ids = model.tokenize(NOVEL[:3000])
+        expected = [c.logprob for c in scored_of(done(engine, Job(ids, 1, prompt_top=0))[0]) if c]
+
+        async def both() -> list:
+            writing = asyncio.create_task(events(engine, Job(model.tokenize(NOVEL[5000:7000]), 1200, bias)))
+            scoring = asyncio.create_task(events(engine, Job(ids, 1, prompt_top=0)))
+            while not engine.figures().batches:
+                await asyncio.sleep(0)
+            engine.call(lambda: [engine._wait_again(w) for w in engine._busy() if w.job.prompt_top is not None])
+            return await asyncio.gather(writing, scoring)
+
+        _, told = asyncio.run(both())
+        found = [c.logprob for c in scored_of(told) if c]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+        engine.close()
+
+
+def scored_of(told: list) -> tuple[Choice | None, ...]:
+    (scored,) = [event for event in told if isinstance(event, PromptScored)]
+    return scored.choices
 
 
 def test_leaving_frees_the_place_and_the_others_go_on(engine, model, alone):
@@ -255,8 +341,8 @@ def test_background_waits_for_all_others(engine, model):
     assert engine.known(model.tokenize(NOVEL[:6500])) == len(model.tokenize(NOVEL[:6500]))
 
 
-def test_a_job_in_the_background_gives_way_to_one_that_waits(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=2) as model:
+def test_a_job_in_the_background_takes_nobodys_slot(tiny_gguf):
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model:
         engine = Engine(model)
 
         async def both() -> list[str]:
@@ -275,12 +361,13 @@ def test_a_job_in_the_background_gives_way_to_one_that_waits(tiny_gguf):
             return ended
 
         assert asyncio.run(both()) == ["asked", "document"]
-        assert engine.figures().preempted == 1
+        assert engine.figures().preempted == 0
         engine.close()
 
 
 def test_log_probabilities_are_those_of_a_plain_reading(engine, model, tiny_gguf):
     ids = model.tokenize(TEXTS[0])
+    done(engine, Job(ids, 1))  # what is known already is scored, too
     (told,) = done(engine, Job(ids, 3, top=2, prompt_top=1))
     (scored,) = [event for event in told if isinstance(event, PromptScored)]
     written: list[Choice] = [choice for event in told if isinstance(event, Written) for choice in event.choices]
@@ -288,7 +375,7 @@ def test_log_probabilities_are_those_of_a_plain_reading(engine, model, tiny_gguf
     with pi_gguf.open(tiny_gguf, n_ctx=WINDOW) as plain:
         expected, first = plain.score(whole, len(whole) - 1)
     found = [choice.logprob for choice in [*scored.choices[1:], *written] if choice]
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
     assert scored.choices[0] is None and len(scored.choices) == len(ids)
     assert [c.top[0][0] == c.token for c in scored.choices[1:] if c] == list(first[: len(ids) - 1])
     assert all(len(c.top) == 2 and c.top[0][2] >= c.top[1][2] and c.top[0][0] == c.token for c in written)
@@ -353,5 +440,5 @@ def test_the_model_is_the_engines_while_it_runs(engine, model):
 
 
 def test_needs_a_model_of_several_sequences(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=64) as model, pytest.raises(OptionError, match="two sequences"):
+    with pi_gguf.open(tiny_gguf, n_ctx=64) as model, pytest.raises(OptionError, match="3 sequences"):
         Engine(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import stat
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pi_gguf.documents.formats import Document
 from pi_gguf.engine.engine import Engine
 from pi_gguf.engine.jobs import Ended, Event, Job, Read, Written
 from pi_gguf.engine.library import Library, UnknownDocument
-from pi_gguf.errors import GgufError, OptionError, TextError
+from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.reading import DocumentTooLong, Reading
 from pi_gguf.runtime.states import States
@@ -29,7 +30,7 @@ QUESTION = [{"role": "user", "content": "What did the captain say?"}]
 
 @pytest.fixture(scope="module")
 def model(tiny_gguf) -> Iterator[Model]:
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=4) as model:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=5) as model:
         yield model
 
 
@@ -141,6 +142,139 @@ def test_reading_can_be_stopped_and_goes_on_where_it_was(model, tmp_path):
             assert (await whole(books, entry.id))[-1] == "kept"
             assert 0 < books._engine.figures().read_tokens - before <= stopped.tokens - stopped.read
             assert len(list(tmp_path.glob("documents/*.state"))) == 1, "what was kept on the way is gone"
+
+    asyncio.run(all_of_it())
+
+
+def test_one_that_waits_is_asked_stopped_and_removed_at_once(model, tmp_path):
+    """Behind a long document that is read: a question goes before it, the others need not wait for it."""
+
+    async def all_of_it() -> None:
+        async with library(model, tmp_path) as books:
+            gate = threading.Event()
+            books._engine.call(gate.wait)
+            long, _ = await books.add("long.txt", BOOK.encode())
+            others = [(await books.add(f"{name}.txt", f"{name} {words(60)}".encode()))[0].id for name in "abc"]
+            assert [books.entry(id).status for id in others] == ["waiting"] * 3
+            await books.stop(others[0])
+            assert books.entry(others[0]).status == "unread"
+            await books.remove(others[1])
+            question = asyncio.create_task(asked(books, others[2]))
+            while books.entry(others[2]).status != "reading":
+                await asyncio.sleep(0.01)
+            assert books.entry(long.id).status == "reading", "neither waits for the other's end"
+            gate.set()
+            assert answer(await question)[0]
+            assert books.entry(others[2]).status == "kept"
+            await whole(books, long.id)
+            assert answer(await asked(books, others[0]))[0]
+
+    asyncio.run(all_of_it())
+
+
+def test_given_twice_at_once_it_is_one(model, tmp_path):
+    async def all_of_it() -> None:
+        async with library(model, tmp_path) as books:
+            given = await asyncio.gather(*(books.add("book.txt", BOOK.encode()) for _ in range(3)))
+            assert sum(new for _, new in given) == 1 and len({entry.id for entry, _ in given}) == 1
+            await whole(books, given[0][0].id)
+            await books.remove(given[0][0].id)
+            assert books.entries() == []
+
+    asyncio.run(all_of_it())
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_given_again_while_it_is_removed_it_is_there(model, tmp_path):
+    async def all_of_it() -> str:
+        async with library(model, tmp_path) as books:
+            entry, _ = await books.add("book.txt", BOOK.encode())
+            async for now in books.watch(entry.id):
+                if now.read:
+                    break
+            _, (again, new) = await asyncio.gather(books.remove(entry.id), books.add("book.txt", BOOK.encode()))
+            assert new and again.id == entry.id
+            assert (await whole(books, again.id))[-1] == "kept"
+            return again.id
+
+    id = asyncio.run(all_of_it())
+    assert (tmp_path / "library" / f"{id}.json").exists() and len(list(tmp_path.glob("documents/*.state"))) == 1
+
+
+def test_what_was_stopped_is_not_whole_for_another_process(model, tmp_path):
+    async def first() -> tuple[str, int]:
+        async with library(model, tmp_path) as books:
+            entry, _ = await books.add("book.txt", BOOK.encode())
+            async for now in books.watch(entry.id):
+                if now.read:
+                    await books.stop(entry.id)
+            return entry.id, books.entry(entry.id).tokens
+
+    async def second(id: str) -> tuple[str, int, int]:
+        async with library(model, tmp_path) as books:
+            entry = books.entry(id)
+            _, ended = answer(await asked(books, id))
+            assert ended.known >= entry.tokens, "all of it was read before the question"
+            return entry.status, entry.read, books._engine.figures().read_tokens
+
+    id, tokens = asyncio.run(first())
+    status, read, read_now = asyncio.run(second(id))
+    assert status == "unread" and 0 < read < tokens
+    assert read_now <= tokens - read + 40
+
+
+def test_two_of_the_same_text_share_what_was_read(model, tmp_path):
+    """And one of them stays whole when the other is removed."""
+
+    async def all_of_it() -> None:
+        async with library(model, tmp_path) as books:
+            a, _ = await books.add("a.txt", BOOK.encode())
+            await whole(books, a.id)
+            read = books._engine.figures().read_tokens
+            b, _ = await books.add("b.txt", BOOK.encode())
+            await whole(books, b.id)
+            assert a.id != b.id and books._engine.figures().read_tokens == read
+            await books.remove(a.id)
+            assert books.entry(b.id).kept_bytes > 0 and books.entry(b.id).status == "kept"
+            await books.remove(b.id)
+
+    asyncio.run(all_of_it())
+    assert not list(tmp_path.glob("documents/*"))
+
+
+def test_who_leaves_while_it_is_looked_leaves_no_work_behind(model, tmp_path):
+    async def all_of_it() -> None:
+        async with library(model, tmp_path) as books:
+            entry, _ = await books.add("book.txt", BOOK.encode())
+            text, _ = answer(await asked(books, entry.id, limit=60))
+            gate = threading.Event()
+            books._engine.call(gate.wait)
+            tasks = [asyncio.create_task(books.looked(entry.id, QUESTION, text)) for _ in range(4)]
+            while not books._looking.locked():
+                await asyncio.sleep(0.01)
+            for task in tasks:
+                task.cancel()
+            await asyncio.sleep(0.1)
+            assert books._looking.locked(), "its thread still waits for the engine"
+            gate.set()
+            await asyncio.wait(tasks)
+            assert not books._looking.locked() and all(task.cancelled() for task in tasks)
+            assert len(await books.looked(entry.id, QUESTION, text)) > 1
+
+    asyncio.run(all_of_it())
+
+
+def test_an_error_of_reading_names_no_folder(model, tmp_path, monkeypatch):
+    async def all_of_it() -> None:
+        async with library(model, tmp_path) as books:
+            broken = ResourceError(f"{model.path}: llama.cpp could not read a batch")
+            monkeypatch.setattr(books._engine._batch, "read", lambda: (_ for _ in ()).throw(broken))
+            entry, _ = await books.add("book.txt", BOOK.encode())
+            assert (await whole(books, entry.id))[-1] == "failed"
+            failed = books.entry(entry.id)
+            assert failed.error.startswith(f"{model.path.name}: llama.cpp could not") and "/" not in failed.error
+            monkeypatch.undo()
+            assert answer(await asked(books, entry.id))[0], "it is read again when it is asked about"
 
     asyncio.run(all_of_it())
 
@@ -299,7 +433,7 @@ def test_where_it_looked_is_what_a_reading_sees(model, tiny_gguf, tmp_path):
 def test_conversations_by_a_template_keep_the_document_in_front(tiny_gguf, tmp_path):
     """Whatever the system says, and however long the conversation is, the document is not read again."""
     path = with_template(tiny_gguf, tmp_path / "chat.gguf", CHATML)
-    with pi_gguf.open(path, n_ctx=WINDOW, sequences=3) as model:
+    with pi_gguf.open(path, n_ctx=WINDOW, sequences=4) as model:
 
         async def all_of_it() -> None:
             async with library(model, tmp_path) as books:

@@ -17,7 +17,7 @@ import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, UnsupportedError
 from pi_gguf.gguf.file import read_gguf, write_header
-from pi_gguf.vocabulary.byte_level import _TABLE, recognize_pre_tokenizer
+from pi_gguf.vocabulary.byte_level import _TABLE, pre_tokenizer, recognize_pre_tokenizer
 from pi_gguf.vocabulary.keys import file_name
 from pi_gguf.vocabulary.probes import sample_texts
 from pi_gguf.vocabulary.sentencepiece import keys_of_model, keys_of_unigram_json
@@ -98,6 +98,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
     "Tekken": ("granite-embed-multi-97m", [split(TEKKEN), BYTES]),
     "GPT-4o": ("granite-embed-multi-97m", [split(GPT4O), BYTES]),
+    "Tekken, as llama.cpp has it": ("tekken", pre_tokenizer("tekken", "")[0]["pretokenizers"]),
+    "GPT-4o, as llama.cpp has it": ("gpt-4o", pre_tokenizer("gpt-4o", "")[0]["pretokenizers"]),
     "Youtu": ("youtu", [split(YOUTU), split(GPT4O.replace("{1,3}", "")), BYTES]),
 }
 INEXACT = {splitting.name for splitting in _TABLE if not splitting.exact}
@@ -178,7 +180,7 @@ def assert_same_ids(path: Path, keys: dict[str, Any], reference: Any, texts: lis
 
 def test_every_pre_tokenizer_of_the_table_is_compared_here():
     assert {name for name, _ in PRE_TOKENIZERS.values()} == {splitting.name for splitting in _TABLE}
-    assert len(PRE_TOKENIZERS) == 24
+    assert len(PRE_TOKENIZERS) == 26
 
 
 @pytest.mark.parametrize("kind", PRE_TOKENIZERS)
