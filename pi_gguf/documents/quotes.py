@@ -27,6 +27,13 @@ LIKENESS = 0.8
 _LEAST_LIKE = 20
 """Width of a quotation that is searched for by likeness, at least: a shorter one is like some passage by chance."""
 
+_MOST_LIKE = 1000
+"""Characters of a quotation that is searched for by likeness, at most: the search, in which Python's other threads
+stand still, takes as long as these and the document's together say, multiplied."""
+
+_MOST_SEARCHED = 50
+"""Quotations of an answer that are searched for by likeness, at most."""
+
 _LEAST_WORDS, _LEAST_WIDTH = 3, 12
 """Of a quotation; what has less of both is a name or a word in quotation marks."""
 
@@ -87,6 +94,8 @@ def find_quotes(answer: str, document: Document) -> list[Quote]:
     Quotations are what stands in quotation marks of any kind, from three words or a width of 12 characters on (one of
     Chinese, Japanese or Korean is two wide), and lines that begin with `>`. Of passages that are equally like one, the
     first is taken; where an ellipsis leaves something out, what stands before and after it is searched for in turn.
+    Of more than 1,000 characters, and behind the first 50 that are searched for by likeness, only those are found that
+    stand in the document but for what is left aside.
 
     Args:
         answer: what a model wrote.
@@ -104,10 +113,10 @@ def find_quotes(answer: str, document: Document) -> list[Quote]:
     quotations = list(_quotations(answer))
     if not quotations:
         return []
-    folded = _Folded(document.text)
+    folded, searches = _Folded(document.text), _Searches(_MOST_SEARCHED)
     found = []
     for start, end, text in quotations:
-        passage = _find(text, folded)
+        passage = _find(text, folded, searches)
         if passage is None:
             found.append(Quote(text, start, end, "none"))
             continue
@@ -176,7 +185,14 @@ class _Folded:
         return first, last
 
 
-def _find(quotation: str, folded: _Folded) -> tuple[int, int, float] | None:
+@dataclass
+class _Searches:
+    """How many parts of quotations may still be searched for by likeness."""
+
+    left: int
+
+
+def _find(quotation: str, folded: _Folded, searches: _Searches) -> tuple[int, int, float] | None:
     """Return begin and end of the passage that is quoted, and how much of it is the same."""
     start = folded.original.find(quotation)
     if start >= 0:
@@ -186,14 +202,14 @@ def _find(quotation: str, folded: _Folded) -> tuple[int, int, float] | None:
     if not parts:
         return None
     longest = parts.index(max(parts, key=len))
-    found = _find_part(parts[longest], folded.text)
+    found = _find_part(parts[longest], folded.text, searches)
     start, end, similarity = found or (0, 0, 0.0)
     for part in reversed(parts[:longest]) if found else ():
         low = max(0, start - _REACH)
-        found = found and _find_part(part, folded.text[low:start], last=True)
+        found = found and _find_part(part, folded.text[low:start], searches, last=True)
         start, similarity = (low + found[0], min(similarity, found[2])) if found else (start, 0.0)
     for part in parts[longest + 1 :] if found else ():
-        found = found and _find_part(part, folded.text[end : end + _REACH])
+        found = found and _find_part(part, folded.text[end : end + _REACH], searches)
         end, similarity = (end + found[1], min(similarity, found[2])) if found else (end, 0.0)
     if not found:
         return None
@@ -201,12 +217,13 @@ def _find(quotation: str, folded: _Folded) -> tuple[int, int, float] | None:
     return *(_whole_words(folded.original, start, end) if similarity < 1 else (start, end)), similarity
 
 
-def _find_part(part: str, text: str, last: bool = False) -> tuple[int, int, float] | None:
+def _find_part(part: str, text: str, searches: _Searches, last: bool = False) -> tuple[int, int, float] | None:
     """Return begin and end of a folded quotation in a folded text, and how much of it is the same there.
 
     Args:
         part: of the quotation, without an ellipsis; not empty.
         text: that is searched.
+        searches: by likeness, that are left.
         last: the last of several equal passages is wanted, not the first.
     """
     search = text.rfind if last else text.find
@@ -214,7 +231,10 @@ def _find_part(part: str, text: str, last: bool = False) -> tuple[int, int, floa
         start = search(same) if same else -1
         if start >= 0:
             return start, start + len(same), 2 * len(same) / (len(part) + len(same))
-    return _find_like(part, text) if _width(part) >= _LEAST_LIKE else None
+    if searches.left <= 0 or len(part) > _MOST_LIKE or _width(part) < _LEAST_LIKE:
+        return None
+    searches.left -= 1
+    return _find_like(part, text)
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -97,3 +98,10 @@ def ggml_base() -> Any:
     for name in ("ggml_bf16_to_fp32_row", "ggml_fp16_to_fp32_row"):
         getattr(library, name).argtypes, getattr(library, name).restype = [pointer, pointer, count], None
     return library
+
+
+def last_line(text: str) -> str:
+    """Return the line that tells why llama.cpp ended: its last assertion, else the last of all."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    asserted = [line for line in lines if "GGML_ASSERT" in line or "terminate called" in line or "what():" in line]
+    return re.sub(r"\S*/(?=[\w.-]+:\d+: )", "", (asserted or lines or [""])[-1])[:200]  # no folders of who compiled it

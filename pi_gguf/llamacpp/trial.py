@@ -12,23 +12,22 @@ import ctypes
 import hashlib
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from pi_gguf.common.children import run_child
 from pi_gguf.common.files import open_plain, user_cache
 from pi_gguf.common.progress import say
-from pi_gguf.errors import GgufError, OptionError, ResourceError
+from pi_gguf.errors import GgufError, ResourceError
 from pi_gguf.gguf.file import TensorInfo, padded, tensor_nbytes, write_header
 from pi_gguf.gguf.header import MEASURED, Header
-from pi_gguf.llamacpp.library import llama_cpp_library, log
+from pi_gguf.llamacpp.library import last_line, llama_cpp_library
 from pi_gguf.llamacpp.quantizer import mixture
 
 _LIVES, _REFUSES = "lives", 3
@@ -51,9 +50,6 @@ _FAULTS = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGBUS)
 _TEXT = b"Once upon a time, 12 cats."
 _MANY = 33
 """Tokens of a prompt that llama.cpp multiplies as a matrix, not one by one."""
-
-_NEEDS_VOCABULARY = "no vocab to parse token"
-"""What llama.cpp says where a grammar names a token and no model is open."""
 
 _WIDTH, _ROWS = 256, 64
 _KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -103,35 +99,6 @@ def check_quantizes(header: Header, quant: str) -> None:
         GgufError, ResourceError: as `check_opens`.
     """
     _check(f"quantize it to {quant}", [header], quant)
-
-
-@lru_cache(64)
-def check_grammar(grammar: str) -> None:
-    """Have a child read a grammar: llama.cpp ends at one that is nested too deeply, and prints what is wrong in others.
-
-    Args:
-        grammar: in GBNF.
-
-    Raises:
-        OptionError: llama.cpp cannot read it, with the reason.
-    """
-    hint = 'e.g. root ::= "yes" | "no"; llama.cpp describes them in grammars/README.md'
-    if not grammar.strip() or "\0" in grammar:
-        raise OptionError("grammar must be a text without null characters, and not empty", hint)
-    if not sys.executable:
-        return
-    try:
-        data = grammar.encode()
-        child = run_child("llamacpp.trial", "grammar", seconds=_SECONDS, input=data, capture_output=True)
-    except UnicodeEncodeError as error:
-        raise OptionError(f"grammar: not UTF-8 at character {error.start}", hint) from error
-    except subprocess.TimeoutExpired as error:
-        raise OptionError(f"grammar: llama.cpp does not read it within {_SECONDS} seconds", hint) from error
-    said = child.stderr.decode(errors="replace")
-    if child.stdout.endswith(_LIVES.encode()) or _NEEDS_VOCABULARY in said:
-        return
-    reason = said.partition("error parsing grammar: ")[2] or said or "it ends"
-    raise OptionError(f"grammar: llama.cpp cannot read it ({reason.strip().splitlines()[0][:200]})", hint)
 
 
 def trust(header: Header) -> None:
@@ -233,18 +200,11 @@ def _tried(what: str, identity: str, arguments: Sequence[str], seconds: float = 
             _keep(key)
         return None  # llama.cpp, or Python, says by itself what is wrong
     died = signal.Signals(-child.returncode).name
-    if what != "buffers" and died != "SIGKILL" and (said := _last_line(child.stderr.decode(errors="replace"))):
+    if what != "buffers" and died != "SIGKILL" and (said := last_line(child.stderr.decode(errors="replace"))):
         died = f"{died}: {said}"
     if what == "buffers" and -child.returncode in _FAULTS:
         _keep(key, died)
     return died
-
-
-def _last_line(text: str) -> str:
-    """Return the line that tells why llama.cpp ended: its last assertion, else the last of all."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    asserted = [line for line in lines if "GGML_ASSERT" in line or "terminate called" in line or "what():" in line]
-    return re.sub(r"\S*/(?=[\w.-]+:\d+: )", "", (asserted or lines or [""])[-1])[:200]  # no folders of who compiled it
 
 
 # The child
@@ -311,11 +271,7 @@ def _main(what: str, path: str = "", *more: str) -> None:
         sys.exit(not fast_buffers_work())
     if hasattr(signal, "alarm"):  # it does not go on for ever where its parent was killed
         signal.alarm(1 + int(_seconds([file for file in map(Path, (path, *more)) if file.exists()])))
-    if what == "grammar":
-        sampler = llama_cpp_library().llama_sampler_init_grammar(None, sys.stdin.buffer.read(), b"root")
-        if not sampler:
-            sys.exit(_last_line("".join(log)))
-    elif what == "quantize":
+    if what == "quantize":
         mixture(Path(path), *more, importance={})
     elif what == "buffers":
         _read_tokens(path, (), fast_buffers=True, tokens=range(_MANY))

@@ -5,9 +5,11 @@ In: logits. Out: a token. V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -16,11 +18,17 @@ import numpy as np
 
 from pi_gguf.common.options import flag
 from pi_gguf.errors import OptionError, one_line
+from pi_gguf.llamacpp.grammars import GRAMMAR, REPEATED, SCHEMA, SCHEMA_GRAMMAR, check_grammar, convert_schema
 from pi_gguf.llamacpp.library import llama_cpp_library
-from pi_gguf.llamacpp.trial import check_grammar
 
 PENALIZED = 64
 """How many of the last tokens a repeat penalty looks at, those of the prompt among them."""
+
+LEAST, MOST = 0.01, 10**6
+"""Of a temperature and a repeat penalty: others are 0 or infinite in 32 bits, which makes logits no numbers."""
+
+_MANY = 10**9
+"""What is told of a number that is far too great, at most."""
 
 _SEEDS = 2**32 - 1
 """Seeds there are; llama.cpp takes the next number for one of its own choice."""
@@ -51,12 +59,13 @@ class Sampling:
     """How the next token is chosen, and where a text ends.
 
     Args:
-        temperature: 0 takes the most probable token each time, and `top_k`, `top_p`, `min_p` and `seed` do nothing.
+        temperature: 0 takes the most probable token each time, and `top_k`, `top_p`, `min_p` and `seed` do nothing;
+            else 0.01 to 1,000,000.
         top_k: draws from so many most probable tokens; as many as the vocabulary has are all.
         top_p: draws from the most probable tokens that together have this probability; 1 draws from all.
         min_p: leaves out what is less probable than this share of the most probable; 0 leaves out nothing.
-        repeat_penalty: what the logits of the last 64 tokens are divided by, those below 0 multiplied with; 1 changes
-            nothing.
+        repeat_penalty: what the logits of the last 64 tokens are divided by, those below 0 multiplied with; 0.01 to
+            1,000,000, 1 changes nothing.
         frequency_penalty: what is taken off a token's logit for each time that it is among the last 64, -2 to 2.
         presence_penalty: what is taken off once for a token that is among them, -2 to 2.
         seed: of the sampling, 0 to 4294967294.
@@ -84,11 +93,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fits, rule in (
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
+            ("temperature", self.temperature == 0 or LEAST <= self.temperature <= MOST, f"0, or {LEAST} to {MOST:,}"),
             ("top_k", self.top_k >= 1, "at least 1"),
             ("top_p", 0 < self.top_p <= 1, "above 0, and 1 at most"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
-            ("repeat_penalty", 0 < self.repeat_penalty < math.inf, "above 0"),
+            ("repeat_penalty", LEAST <= self.repeat_penalty <= MOST, f"{LEAST} to {MOST:,}"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
             ("seed", 0 <= self.seed < _SEEDS, f"0 to {_SEEDS - 1}"),
@@ -107,7 +116,7 @@ class Sampling:
         if self.grammar is not None and self.json_schema is not None:
             raise OptionError("grammar and json_schema exclude each other", "give one of them")
         if (grammar := self.gbnf) is not None:
-            check_grammar(grammar)
+            check_grammar(grammar, GRAMMAR if self.json_schema is None else SCHEMA_GRAMMAR)
 
     @property
     def gbnf(self) -> str | None:
@@ -122,16 +131,44 @@ def schema_to_gbnf(schema: str | Mapping[str, Any]) -> str:
         OptionError: the schema is no JSON, or holds what the converter cannot express.
     """
     text = schema if isinstance(schema, str) else json.dumps(schema)
+    if len(text) > SCHEMA:
+        raise OptionError(f"json_schema must have at most {SCHEMA:,} characters, got {len(text):,}", "make it simpler")
     try:
-        if not isinstance(json.loads(text), dict):
+        if not isinstance(read := json.loads(text), dict):
             raise ValueError("a schema is an object")
-        grammar = str(llama_cpp_library().llama_grammar.json_schema_to_gbnf(text))
-    except Exception as error:  # the converter lets through whatever a schema makes its code run into
+        if most := next((number for number in _repetitions(read) if not number <= REPEATED), None):
+            raise ValueError(f"a part may be repeated {REPEATED:,} times at most, not {most:,}")
+        grammar = convert_schema(text)
+    except (ValueError, RecursionError) as error:
         raise OptionError(
-            f"json_schema: not a schema that is understood ({type(error).__name__}: {one_line(error)})",
+            f"json_schema: not a schema that is understood ({one_line(error)})",
             'e.g. {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}',
         ) from error
     return grammar.replace(*_CHARACTER)
+
+
+def _repetitions(schema: Any) -> Iterator[float]:
+    """Yield how often parts are repeated anywhere in a schema: the converter writes out each of them."""
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            parts += part.values()
+            for name in ("minLength", "maxLength", "minItems", "maxItems"):
+                if isinstance(number := part.get(name), int | float):
+                    yield min(number, _MANY)
+            if isinstance(pattern := part.get("pattern"), str):
+                yield from _numbers(pattern)
+
+
+def _numbers(pattern: str) -> Iterator[int]:
+    """Yield how often parts of a pattern are repeated, in any figures that Python reads, as the converter does."""
+    for braces in re.findall(r"\{([^{}]*)\}", pattern):
+        for number in braces.split(","):
+            with contextlib.suppress(ValueError):
+                yield min(int(number), _MANY)
 
 
 class Chooser:
@@ -183,10 +220,13 @@ class Chooser:
         data = ctypes.cast(self._row.ctypes.data, structures.llama_token_data_p)
         array = structures.llama_token_data_array(data=data, size=len(self._row), selected=-1, sorted=False)
         self._llama_cpp.llama_sampler_apply(allowed, ctypes.byref(array))
-        if self._row["logit"].max() == -math.inf:
+        forbidden = self._row["logit"] == -math.inf
+        if forbidden.all():
             return None
         self._llama_cpp.llama_sampler_apply(drawn, ctypes.byref(array))
-        token = int(array.data[array.selected].id)
+        token = int(array.data[array.selected].id) if 0 <= array.selected < array.size else -1
+        if token < 0 or forbidden[token]:  # of logits that are no numbers any; a grammar that takes it ends the process
+            return None
         for chain in self._chains:
             self._llama_cpp.llama_sampler_accept(chain, token)
         return token

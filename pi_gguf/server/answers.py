@@ -8,12 +8,16 @@ from __future__ import annotations
 import codecs
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from pi_gguf.engine.jobs import Choice, Ended, Event, PromptScored, Read, Written
+from pi_gguf.engine.library import UnknownDocument
+from pi_gguf.errors import GgufError
 from pi_gguf.server.protocol import ApiError
 from pi_gguf.server.tools import Apart, Call, as_answered
 
@@ -111,27 +115,68 @@ def chat_logprobs(choices: Sequence[Choice], is_end: Callable[[int], bool]) -> d
     return {"content": content, "refusal": None}
 
 
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that its answer begins with.
+
+    Args:
+        text: of it.
+        first: its first token as it is shown, the begin token, too.
+        pieces: what of the text each token is; nothing of it for the begin token.
+    """
+
+    text: str
+    first: bytes
+    pieces: tuple[bytes, ...]
+
+
+class Within:
+    """Holds tokens back until their text is part of the answer, which that of a stop string never is."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        self._waiting, self._next, self._length = deque[tuple[int, Choice]](), 0, 0
+
+    def add(self, text: str, choices: Sequence[Choice]) -> list[Choice]:
+        """Return the tokens that are certain, with a text and tokens more."""
+        self._length += len(text)
+        for choice in choices:
+            self._waiting.append((self._next, choice))
+            self._next += len(self._decoder.decode(choice.piece))
+        found = []
+        while self._waiting and self._waiting[0][0] < self._length:
+            found.append(self._waiting.popleft()[1])
+        return found
+
+    def end(self, why: str) -> list[Choice]:
+        """Return the rest: all of it where no stop string ended the text, but the model or a limit."""
+        if why == "stop" and self._waiting and self._waiting[-1][1].piece:
+            return []
+        return [choice for _, choice in self._waiting]
+
+
 class Logprobs:
     """Log-probabilities in the form of completions; offsets, in characters, go on from chunk to chunk."""
 
     def __init__(self) -> None:
         self._decoder, self._offset = codecs.getincrementaldecoder("utf-8")("ignore"), 0
 
-    def of(self, choices: Sequence[Choice | None], first: bytes = b"") -> dict[str, Any]:
+    def of(self, choices: Sequence[Choice | None], echo: Echo | None = None) -> dict[str, Any]:
         """Return the next of them.
 
         Args:
             choices: one a token; None for the first of a prompt, before which nothing stands.
-            first: the text of that.
+            echo: the prompt, where the first of them are its tokens.
         """
+        pieces = echo.pieces if echo else ()
         told: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for choice in choices:
-            piece = choice.piece if choice else first
+        for choice, in_text in zip_longest(choices, pieces[: len(choices)]):
+            piece = choice.piece if choice else echo.first if echo else b""
             told["tokens"].append(_shown(piece))
             told["token_logprobs"].append(_number(choice.logprob) if choice else None)
             told["top_logprobs"].append(_tops(choice) if choice else None)
             told["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(piece))
+            self._offset += len(self._decoder.decode(piece if in_text is None else in_text))
         return told
 
 
@@ -194,31 +239,34 @@ class CompletionForm(_Form):
     def choice(self, index: int, text: str, finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    async def stream(self, index: int, events: Events, echo: tuple[str, bytes] | None, wanted: Wanted) -> Chunks:
+    async def stream(self, index: int, events: Events, echo: Echo | None, wanted: Wanted) -> Chunks:
         """Yield the chunks of one prompt's text.
 
         Args:
             index: of the prompt.
             events: of the engine.
-            echo: the prompt, and the text of its first token, where the answer begins with it.
+            echo: the prompt, where the answer begins with it.
             wanted: what is told beside.
         """
-        logprobs, progress, found = Logprobs(), Progress(), Gathered()
+        logprobs, within, progress, found = Logprobs(), Within(), Progress(), Gathered()
         if echo and not wanted.logprobs:
-            yield self.chunk(self.choice(index, echo[0]))
+            yield self.chunk(self.choice(index, echo.text))
         async with aclosing(events):
             async for event in events:
                 match event:
                     case Read() if wanted.progress:
                         yield self.chunk(self.choice(index, ""), prompt_progress=progress.of(event))
                     case PromptScored() if echo:
-                        yield self.chunk(self.choice(index, echo[0], None, logprobs.of(event.choices, echo[1])))
+                        yield self.chunk(self.choice(index, echo.text, None, logprobs.of(event.choices, echo)))
                     case Written():
-                        told = logprobs.of(event.choices) if wanted.logprobs else None
-                        if event.text or (told and event.choices):
+                        choices = within.add(event.text, event.choices) if wanted.logprobs else []
+                        if event.text or choices:
+                            told = logprobs.of(choices) if wanted.logprobs else None
                             yield self.chunk(self.choice(index, event.text, None, told))
                     case Ended():
                         found.ended = event
+        if wanted.logprobs and (choices := within.end(found.end.why)):
+            yield self.chunk(self.choice(index, "", None, logprobs.of(choices)))
         yield self.chunk(self.choice(index, "", found.end.why), timings=timings(found.end), ended=found.end)
 
 
@@ -248,7 +296,12 @@ class ChatForm(_Form):
         return self._apart.end() if self._apart else ("", [])
 
     async def _quoted(self, text: str) -> dict[str, Any]:
-        return {"quotes": await self._quotes(text)} if self._quotes else {}
+        if self._quotes is None:
+            return {}
+        try:
+            return {"quotes": await self._quotes(text)}
+        except (UnknownDocument, GgufError):  # it was removed meanwhile; the answer is there all the same
+            return {"quotes": []}
 
     async def answer(self, found: Gathered, logprobs: bool) -> dict[str, Any]:
         """Return the whole answer."""

@@ -27,11 +27,11 @@ from pi_gguf.runtime.reading import reach, trust
 from pi_gguf.server.description import describe
 from pi_gguf.server.guard import Guard, Rules
 from pi_gguf.server.metrics import CONTENT_TYPE, Metrics
-from pi_gguf.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, read_body
+from pi_gguf.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest
 from pi_gguf.server.responses import responses
 from pi_gguf.server.shelf import Shelf
 from pi_gguf.server.talk import Talk
-from pi_gguf.server.wire import Gone, error_body, json_response
+from pi_gguf.server.wire import Gone, body_of, error_body, json_response
 
 _TYPES = {
     "html": "text/html; charset=utf-8",
@@ -60,7 +60,7 @@ class Settings:
 def create_app(engine: Engine, library: Library, settings: Settings) -> Starlette:
     """Return the application."""
     file, name = str(engine.model.path), engine.model.path.stem
-    talk, shelf, desk = Talk(engine, library, name), Shelf(library, file), _desk()
+    talk, shelf, desk = Talk(engine, library, name), Shelf(library, file, engine.model.n_ctx), _desk()
     model, metrics, description = _model(engine, name, settings.form), Metrics(engine.figures), describe(name)
 
     async def models(request: Request) -> Response:
@@ -162,7 +162,7 @@ def _model(engine: Engine, name: str, form: str | None) -> dict[str, Any]:
 
 def _tokenize(engine: Engine) -> Endpoint:
     async def tokenize(request: Request) -> Response:
-        asked = read_body(await request.body(), TokenizeRequest)
+        asked = await body_of(request, TokenizeRequest)
         ids = await asyncio.to_thread(engine.model.tokenize, asked.content, add_special=asked.add_special)
         return json_response({"tokens": ids})
 
@@ -171,7 +171,7 @@ def _tokenize(engine: Engine) -> Endpoint:
 
 def _detokenize(engine: Engine) -> Endpoint:
     async def detokenize(request: Request) -> Response:
-        ids = read_body(await request.body(), DetokenizeRequest).tokens
+        ids = (await body_of(request, DetokenizeRequest)).tokens
         if not all(one < engine.model.n_vocab for one in ids):
             raise ApiError(400, f"tokens must be from 0 to {engine.model.n_vocab - 1}", param="tokens")
         return json_response({"content": await asyncio.to_thread(engine.model.detokenize, ids) if ids else ""})

@@ -17,8 +17,8 @@ from markdown_it.token import Token
 
 from pi_gguf.errors import OptionError
 
-LIMIT = 400_000
-"""Characters that are rendered at most: an answer as long as a window of 32k tokens has a third."""
+LIMIT = 100_000
+"""Characters that are rendered at most, in seconds at worst: as many as an answer of about 25,000 tokens has."""
 
 SCHEMES = ("http://", "https://", "mailto:")
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -29,7 +30,7 @@ from pi_gguf.common.provenance import without_folders
 from pi_gguf.engine.jobs import QueueFull
 from pi_gguf.engine.library import UnknownDocument
 from pi_gguf.errors import OptionError, PiGgufError
-from pi_gguf.runtime.sampling import Sampling
+from pi_gguf.runtime.sampling import LEAST, Sampling
 from pi_gguf.runtime.session import TooLong
 
 TOP = 20
@@ -87,6 +88,24 @@ T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
 """A list of which one fault is enough: a body has room for millions."""
 
+PARTS, PROMPTS, TOKENS = 10_000, 256, 2**20
+"""Messages, their parts and calls, and tools; prompts; tokens of a prompt: as many at most, before one is looked at."""
+
+
+def few(most: int, kind: type | tuple[type, ...] = object) -> BeforeValidator:
+    """Return what refuses a list of more than so many parts, where the first is of a kind."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > most and isinstance(value[0], kind):
+            raise ValueError(f"must have at most {most:,} parts, got {len(value):,}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Some = Annotated[list[T], Field(fail_fast=True), few(PARTS)]
+"""One with so many parts at most."""
+
 
 class Part(BaseModel):
     """A part of a message's content."""
@@ -118,9 +137,9 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Many[Part] | None = None
+    content: str | Some[Part] | None = None
     name: str | None = None
-    tool_calls: Many[Call] | None = None
+    tool_calls: Some[Call] | None = None
     tool_call_id: str | None = None
 
     def text(self) -> str:
@@ -157,7 +176,7 @@ def _said(messages: list[Message]) -> list[Message]:
     return messages
 
 
-Messages = Annotated[Many[Message], Field(min_length=1), AfterValidator(_said)]
+Messages = Annotated[Some[Message], Field(min_length=1), AfterValidator(_said)]
 
 
 class Function(BaseModel):
@@ -233,6 +252,15 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 
 
+def _not_tiny(temperature: float) -> float:
+    if 0 < temperature < LEAST:
+        raise ValueError(f"must be 0, or at least {LEAST}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_not_tiny)]
+
+
 class Strict(BaseModel):
     """A request: a strict one, in which no text is a number, no truth value is one, and no number is nan."""
 
@@ -245,11 +273,11 @@ class Generation(Strict):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(default=None, ge=0, le=100)
+    temperature: Temperature | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1, le=2**31 - 1)
     min_p: float | None = Field(default=None, ge=0, lt=1)
-    repeat_penalty: float | None = Field(default=None, gt=0, le=100)
+    repeat_penalty: float | None = Field(default=None, ge=LEAST, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -305,7 +333,7 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """A text to go on with."""
 
-    prompt: str | Many[str] | Many[int] | Many[Many[int]]
+    prompt: Annotated[str | Many[str] | Many[int] | Many[Many[int]], few(TOKENS), few(PROMPTS, (str, list))]
     max_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=TOP)
@@ -317,8 +345,6 @@ class CompletionRequest(Generation):
     def _some(cls, prompt: Any) -> Any:
         if isinstance(prompt, list) and not (prompt and all(one != [] for one in prompt)):
             raise ValueError("must not be empty")
-        if isinstance(prompt, list) and isinstance(prompt[0], str | list) and len(prompt) > 256:
-            raise ValueError("must be 256 prompts at most")
         return prompt
 
     def prompts(self) -> list[str] | list[list[int]]:
@@ -339,7 +365,7 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=TOP)
     response_format: ResponseFormat | None = None
-    tools: Many[Tool] | None = None
+    tools: Some[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | Chosen | None = None
     parallel_tool_calls: bool | None = None
     document: str | None = None
@@ -378,7 +404,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """Tokens to make text of."""
 
-    tokens: Many[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Annotated[Many[Annotated[int, Field(ge=0, lt=2**31)]], few(TOKENS)]
 
 
 class RenderRequest(Strict):

@@ -17,9 +17,18 @@ from starlette.responses import Response
 
 from pi_gguf.engine.jobs import Ended, Written
 from pi_gguf.server.answers import Chunks, Events, Gathered, gather
-from pi_gguf.server.protocol import ChatRequest, Many, Message, NamedSchema, Part, ResponseFormat, Strict, read_body
+from pi_gguf.server.protocol import (
+    ChatRequest,
+    Message,
+    NamedSchema,
+    Part,
+    ResponseFormat,
+    Some,
+    Strict,
+    Temperature,
+)
 from pi_gguf.server.talk import Talk
-from pi_gguf.server.wire import EventStream, begun, json_response, unless_gone
+from pi_gguf.server.wire import EventStream, begun, body_of, json_response, unless_gone
 
 
 class Item(BaseModel):
@@ -28,7 +37,7 @@ class Item(BaseModel):
     model_config = ConfigDict(strict=True)
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Many[Part]
+    content: str | Some[Part]
 
 
 class Format(NamedSchema):
@@ -47,11 +56,11 @@ class TextOptions(BaseModel):
 class ResponseRequest(Strict):
     """Something to answer."""
 
-    input: str | Annotated[Many[Item], Field(min_length=1)]
+    input: str | Annotated[Some[Item], Field(min_length=1)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
-    temperature: float | None = Field(default=None, ge=0, le=100)
+    temperature: Temperature | None = None
     top_p: float | None = Field(default=None, gt=0, le=1)
     text: TextOptions | None = None
     stream: bool | None = None
@@ -142,7 +151,7 @@ def responses(talk: Talk, file: str) -> Any:
     """Return the endpoint."""
 
     async def answer(request: Request) -> Response:
-        asked = read_body(await request.body(), ResponseRequest)
+        asked = await body_of(request, ResponseRequest)
         talk.check_name(asked.model)
         job, _ = await unless_gone(request, asyncio.to_thread(talk.chat_job, asked.to_chat()))
         form = _Answer(talk.name, asked)

@@ -17,15 +17,16 @@ from pi_gguf.engine.library import Entry, Library
 from pi_gguf.errors import GgufError
 from pi_gguf.server.answers import Chunks
 from pi_gguf.server.markdown import render as to_html
-from pi_gguf.server.protocol import ApiError, LookedRequest, RenderRequest, error_of, read_body
-from pi_gguf.server.wire import EventStream, json_response, unless_gone
+from pi_gguf.server.protocol import ApiError, LookedRequest, RenderRequest, error_of
+from pi_gguf.server.talk import check_characters
+from pi_gguf.server.wire import EventStream, body_of, json_response, unless_gone
 
 
 class Shelf:
     """What a library is asked for by clients."""
 
-    def __init__(self, library: Library, file: str) -> None:
-        self._library, self._file = library, file
+    def __init__(self, library: Library, file: str, window: int) -> None:
+        self._library, self._file, self._window = library, file, window
 
     async def add(self, request: Request) -> Response:
         try:
@@ -78,8 +79,9 @@ class Shelf:
         return json_response(await asyncio.to_thread(self._library.text, entry.id, start, end))
 
     async def looked(self, request: Request) -> Response:
-        entry, asked = self._entry(request), read_body(await request.body(), LookedRequest)
+        entry, asked = self._entry(request), await body_of(request, LookedRequest)
         messages = [message.to_template() for message in asked.messages]
+        check_characters([messages, asked.answer], self._window)
         try:
             passages = await unless_gone(request, self._library.looked(entry.id, messages, asked.answer))
         except GgufError as error:  # as where an answer has no word of the document
@@ -87,10 +89,10 @@ class Shelf:
         return json_response({"passages": passages})
 
     async def render(self, request: Request) -> Response:
-        asked, quotes = read_body(await request.body(), RenderRequest), list[dict[str, Any]]()
+        asked, quotes = await body_of(request, RenderRequest), list[dict[str, Any]]()
+        html = await asyncio.to_thread(to_html, asked.markdown)  # first: it refuses what is too long
         if asked.document is not None:
             quotes = await asyncio.to_thread(self._library.quotes, asked.document, asked.markdown)
-        html = await asyncio.to_thread(to_html, asked.markdown)
         return json_response({"html": html, "quotes": quotes})
 
     def _entry(self, request: Request) -> Entry:

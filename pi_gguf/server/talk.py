@@ -7,6 +7,7 @@ long texts) goes on in threads.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +17,28 @@ from starlette.responses import Response
 from pi_gguf.engine.engine import Engine
 from pi_gguf.engine.jobs import Job
 from pi_gguf.engine.library import Library
-from pi_gguf.server.answers import ChatForm, Chunks, CompletionForm, Gathered, Logprobs, Wanted, gather, with_usage
-from pi_gguf.server.protocol import ApiError, ChatRequest, Chosen, CompletionRequest, Generation, read_body
+from pi_gguf.runtime.model import Model
+from pi_gguf.server.answers import (
+    ChatForm,
+    Chunks,
+    CompletionForm,
+    Echo,
+    Gathered,
+    Logprobs,
+    Wanted,
+    Within,
+    gather,
+    with_usage,
+)
+from pi_gguf.server.protocol import ApiError, ChatRequest, Chosen, CompletionRequest, Generation
 from pi_gguf.server.tools import Apart, call_grammar, knows_tools, style_of
-from pi_gguf.server.wire import EventStream, begun, json_response, unless_gone
+from pi_gguf.server.wire import EventStream, begun, body_of, json_response, unless_gone
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 512
 """What is written at most where no number is given; less where the window has less room."""
 
-Echo = tuple[str, bytes] | None
+CHARACTERS_A_TOKEN = 64
+"""What a conversation may have for each token of the window, before its template is run; words have about five."""
 
 
 class Talk:
@@ -53,7 +67,7 @@ class Talk:
             )  # fmt: skip
 
     async def completions(self, request: Request) -> Response:
-        asked = read_body(await request.body(), CompletionRequest)
+        asked = await body_of(request, CompletionRequest)
         self.check_name(asked.model)
         jobs = await unless_gone(request, asyncio.to_thread(self._completion_jobs, asked))
         form, wanted = CompletionForm(self.name), _wanted(asked, asked.logprobs is not None)
@@ -61,13 +75,13 @@ class Talk:
             return await self._stream_completions(request, form, jobs, wanted)
         found = await unless_gone(request, self._all([job for job, _ in jobs]))
         choices = [
-            form.choice(index, (echo[0] if echo else "") + one.text, one.end.why, _scored(one, echo, wanted.logprobs))
+            form.choice(index, (echo.text if echo else "") + one.text, one.end.why, _scored(one, echo, wanted.logprobs))
             for index, (one, (_, echo)) in enumerate(zip(found, jobs, strict=True))
         ]
         return json_response(form.whole(choices, *(one.end for one in found)))
 
     async def chat(self, request: Request) -> Response:
-        asked = read_body(await request.body(), ChatRequest)
+        asked = await body_of(request, ChatRequest)
         self.check_name(asked.model)
         job, apart = await unless_gone(request, asyncio.to_thread(self.chat_job, asked))
         form = ChatForm(self.name, self.engine.model.is_end, apart, self._quotes(asked.document))
@@ -81,9 +95,9 @@ class Talk:
 
     # Completions
 
-    def _completion_jobs(self, asked: CompletionRequest) -> list[tuple[Job, Echo]]:
+    def _completion_jobs(self, asked: CompletionRequest) -> list[tuple[Job, Echo | None]]:
         """Return what the engine has to do for each prompt, and what is to be repeated of it."""
-        sampling, model, jobs = asked.sampling(), self.engine.model, list[tuple[Job, Echo]]()
+        sampling, model, jobs = asked.sampling(), self.engine.model, list[tuple[Job, Echo | None]]()
         for prompt in asked.prompts():
             ids = model.tokenize(prompt) if isinstance(prompt, str) else prompt
             if not all(0 <= one < model.n_vocab for one in ids):
@@ -93,12 +107,12 @@ class Talk:
             room = self.engine.check("prompt", len(ids), asked.max_tokens)
             limit = min(COMPLETION_TOKENS, room) if asked.max_tokens is None else asked.max_tokens
             text = prompt if isinstance(prompt, str) else model.detokenize(ids)
-            echo = (text, model.session.piece(ids[0], True)) if asked.echo else None
+            echo = _echo(model, text, ids) if asked.echo else None
             jobs.append((Job(ids, limit, sampling, asked.logprobs, asked.logprobs if asked.echo else None), echo))
         return jobs
 
     async def _stream_completions(
-        self, request: Request, form: CompletionForm, jobs: Sequence[tuple[Job, Echo]], wanted: Wanted
+        self, request: Request, form: CompletionForm, jobs: Sequence[tuple[Job, Echo | None]], wanted: Wanted
     ) -> Response:
         """Return the texts of the prompts as a stream, one after the other."""
         first = await unless_gone(request, begun(self.engine.run(jobs[0][0])))
@@ -141,6 +155,7 @@ class Talk:
         elif asked.tool_choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
         messages, stops = [message.to_template() for message in asked.messages], tuple[str, ...]()
+        check_characters([messages, tools], model.n_ctx)
         if asked.document is None:
             ids = model.chat_ids(messages, tools)
         else:
@@ -154,6 +169,29 @@ class Talk:
         if document is None:
             return None
         return lambda text: asyncio.to_thread(self.library.quotes, document, text)
+
+
+def check_characters(value: Any, window: int) -> None:
+    """Check that the texts of a conversation are not far too long for a window of so many tokens.
+
+    Raises:
+        ApiError: they are.
+    """
+    characters, parts = 0, [value]
+    while parts:
+        match parts.pop():
+            case str() as text:
+                characters += len(text)
+            case list() as some:
+                parts += some
+            case dict() as some:
+                parts += (*some, *some.values())
+    if characters > CHARACTERS_A_TOKEN * window:
+        raise ApiError(
+            400, f"conversation of {characters:,} characters does not fit the window of {window} tokens",
+            "exceed_context_size_error", code="context_length_exceeded", param="messages",
+            more={"n_prompt_tokens": math.ceil(characters / CHARACTERS_A_TOKEN), "n_ctx": window},
+        )  # fmt: skip
 
 
 def _demanded(asked: ChatRequest) -> list[dict[str, Any]]:
@@ -174,8 +212,19 @@ def _wanted(asked: Generation, logprobs: bool) -> Wanted:
     return Wanted(bool(options and options.include_usage), bool(asked.return_progress), logprobs)
 
 
-def _scored(found: Gathered, echo: Echo, wanted: bool) -> dict[str, Any] | None:
+def _scored(found: Gathered, echo: Echo | None, wanted: bool) -> dict[str, Any] | None:
     """Return the log-probabilities of a text; those of the prompt first, where it is repeated."""
     if not wanted:
         return None
-    return Logprobs().of([*(found.prompt or ()), *found.choices], echo[1] if echo else b"")
+    within = Within()
+    choices = [*within.add(found.text, found.choices), *within.end(found.end.why)]
+    return Logprobs().of([*(found.prompt or ()), *choices], echo)
+
+
+def _echo(model: Model, text: str, ids: Sequence[int]) -> Echo:
+    """Return a prompt as its answer begins with it."""
+    pieces = [model.session.piece(one) for one in ids]
+    begin = next((i for i, piece in enumerate(pieces) if piece), 0)
+    if pieces[begin][:1] == b" " and text[:1] != " ":
+        pieces[begin] = pieces[begin][1:]  # the space that SentencePiece puts before a text
+    return Echo(text, model.session.piece(ids[0], True), tuple(pieces))

@@ -11,21 +11,36 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pi_gguf.errors import PiGgufError
-from pi_gguf.server.protocol import ApiError, dumped, error_of
+from pi_gguf.server.protocol import ApiError, dumped, error_of, read_body
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+_LONG = 2**16
+"""Bytes of a body above which it is long."""
 
 _log = logging.getLogger("uvicorn.error")
 
 
 class Gone(Exception):
     """The client is not there any more; nothing is answered."""
+
+
+async def body_of(request: Request, kind: type[M]) -> M:
+    """Return the request that a body is, read in a thread where it is long.
+
+    Raises:
+        ApiError: it is no JSON, or a field has a value that cannot be honoured.
+    """
+    data = await request.body()
+    return read_body(data, kind) if len(data) <= _LONG else await asyncio.to_thread(read_body, data, kind)
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

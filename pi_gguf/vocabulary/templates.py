@@ -82,11 +82,11 @@ def check_template(source: Any, name: str) -> None:
 
 
 def cut(value: Any, names: re.Pattern[str]) -> Any:
-    """Return what a template is given with `CUT` behind the first character of each name that a text of it has."""
+    """Return what a template is given, with `CUT` behind the first character of each name in its texts and keys."""
     if isinstance(value, str):
         return names.sub(lambda match: match[0][0] + CUT + match[0][1:], value.replace(CUT, ""))
     if isinstance(value, Mapping):
-        return {key: cut(item, names) for key, item in value.items()}
+        return {cut(key, names): cut(item, names) for key, item in value.items()}
     return [cut(item, names) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -158,7 +158,7 @@ def test_a_document_that_does_not_fit_is_refused_and_its_parts_are_read(tiny_ggu
             2,
             "cache-size must be a number of bytes such as 500M or 4G, got 'many'",
         ),
-        ("book.txt", b"text", ("--temperature", "-1"), 2, "temperature must be at least 0"),
+        ("book.txt", b"text", ("--temperature", "-1"), 2, "temperature must be 0, or 0.01"),
         ("book.txt", b"text", ("--form", "verse"), 2, "form must be one of"),
         ("book.txt", b"text", ("--max-tokens", "0"), 2, "max_tokens must be at least 1, got 0"),
     ],

@@ -197,6 +197,25 @@ def test_sentences_of_another_novel_are_not_found(novels):
     assert len(found) == 40 and {quote.found for quote in found} == {"none"}
 
 
+def test_a_long_quotation_is_found_but_for_what_is_left_aside_only(novels):
+    document = Document("a.txt", "txt", novels[0][:20_000].translate({ord(mark): "'" for mark in '"“”'}))
+    words = document.text[3000:4500].split()
+    near = [" ".join(["others", *words[1:part]]) for part in (100, len(words))]
+    assert len(near[0]) < 1000 < len(near[1])
+    answer = f'"{near[0]}" and "{near[1]}" and "{" ".join(words).upper()}"'
+    found = find_quotes(answer, document)
+    assert [quote.found for quote in found] == ["near", "none", "near"]
+    assert found[2].similarity == 1 and found[2].start == 3000
+
+
+def test_only_so_many_quotations_are_searched_for_by_likeness():
+    document = Document("a.txt", "txt", "It was a dark and stormy night; the rain fell in torrents.")
+    others = [f'"the moon {number} was no ship at all"' for number in range(49)]
+    near, exact = '"a dark and stormy light; the rain"', '"the rain fell"'
+    found = find_quotes(" ".join([*others, near, near, exact]), document)
+    assert [quote.found for quote in found] == [*["none"] * 49, "near", "none", "exact"]
+
+
 def test_the_examples_are_true():
     assert doctest.testmod(quotes) == doctest.TestResults(failed=0, attempted=3)
 

@@ -10,12 +10,16 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from pi_gguf.engine.jobs import Choice, Ended, Event, PromptScored, Read, Written
+from pi_gguf.engine.library import UnknownDocument
+from pi_gguf.errors import GgufError
 from pi_gguf.server.answers import (
     ChatForm,
     CompletionForm,
+    Echo,
     Gathered,
     Logprobs,
     Wanted,
+    Within,
     chat_logprobs,
     gather,
     usage,
@@ -38,7 +42,7 @@ async def told(*events: Event) -> AsyncGenerator[Event, None]:
         yield event
 
 
-def streamed(form: CompletionForm | ChatForm, wanted: Wanted, *events: Event, echo: tuple | None = None) -> list[dict]:
+def streamed(form: CompletionForm | ChatForm, wanted: Wanted, *events: Event, echo: Echo | None = None) -> list[dict]:
     async def chunks() -> list[dict]:
         if isinstance(form, ChatForm):
             part = form.stream(told(*events), wanted)
@@ -54,10 +58,10 @@ def streamed(form: CompletionForm | ChatForm, wanted: Wanted, *events: Event, ec
 
 def test_offsets_are_characters_whose_bytes_come_apart():
     logprobs = Logprobs()
-    first = logprobs.of([None, choice(b"ab"), choice(EURO[:1])], b"<s>")
+    first = logprobs.of([None, choice(b" ab"), choice(EURO[:1])], Echo("ab€c", b"<s>", (b"", b"ab")))
     second = logprobs.of([choice(EURO[1:]), choice(b"c")])
-    assert first["text_offset"] + second["text_offset"] == [0, 3, 5, 5, 6]
-    assert first["tokens"] + second["tokens"] == ["<s>", "ab", "bytes:\\xe2", "bytes:\\x82\\xac", "c"]
+    assert first["text_offset"] + second["text_offset"] == [0, 0, 2, 2, 3]
+    assert first["tokens"] + second["tokens"] == ["<s>", " ab", "bytes:\\xe2", "bytes:\\x82\\xac", "c"]
     assert first["token_logprobs"] == [None, -1.0, -1.0] and first["top_logprobs"][0] is None
 
 
@@ -119,11 +123,11 @@ def test_what_was_not_asked_for_is_not_told():
 
 
 def test_an_echo_comes_once_with_its_log_probabilities():
-    scored = PromptScored((None, choice(b"b")))
-    found = streamed(CompletionForm("m"), Wanted(), Written("c"), END, echo=("ab", b"a"))
+    scored, echo = PromptScored((None, choice(b"b"))), Echo("ab", b"a", (b"a", b"b"))
+    found = streamed(CompletionForm("m"), Wanted(), Written("c"), END, echo=echo)
     assert [one["choices"][0]["text"] for one in found] == ["ab", "c", ""]
     found = streamed(CompletionForm("m"), Wanted(logprobs=True), scored, Written("c", (choice(b"c"),)), END,
-                     echo=("ab", b"a"))  # fmt: skip
+                     echo=echo)  # fmt: skip
     assert [one["choices"][0]["text"] for one in found] == ["ab", "c", ""]
     assert [one["choices"][0]["logprobs"]["text_offset"] for one in found[:2]] == [[0, 1], [2]]
 
@@ -132,11 +136,38 @@ def test_held_text_has_its_log_probabilities():
     wanted = Wanted(logprobs=True)
     events = (Written("", (choice(EURO[:1]),)), Written("€", (choice(EURO[1:]),)), Written("x"), END)
     choices = [one["choices"][0] for one in streamed(CompletionForm("m"), wanted, *events)]
-    assert [one["text"] for one in choices] == ["", "€", "x", ""]
-    assert [len(one["logprobs"]["tokens"]) for one in choices if one["logprobs"]] == [1, 1, 0]
+    assert [one["text"] for one in choices] == ["€", "x", ""]
+    assert [len(one["logprobs"]["tokens"]) for one in choices if one["logprobs"]] == [2, 0]
     choices = [one["choices"][0] for one in streamed(ChatForm("m", lambda _: False), wanted, *events)]
     assert [one["delta"].get("content") for one in choices] == ["", "", "€", "x", None]
     assert [len(one["logprobs"]["content"]) for one in choices if one["logprobs"]] == [1, 1, 0]
+
+
+def test_the_tokens_of_a_stop_string_are_no_part_of_a_completion():
+    wanted, one, two, end = Wanted(logprobs=True), choice(b"one E"), choice(b"N"), choice(b"D two")
+    events = (Written("one ", (one,)), Written("", (two,)), Written("", (end,)), END)
+    choices = [part["choices"][0] for part in streamed(CompletionForm("m"), wanted, *events)]
+    assert [(part["text"], (part["logprobs"] or {}).get("tokens")) for part in choices] == [
+        ("one ", ["one E"]),
+        ("", None),
+    ]
+    limit = Ended("length", 5, 2, 3, 0.5, 0.25, 0.75)
+    choices = [part["choices"][0] for part in streamed(CompletionForm("m"), wanted, *events[:2], Written("EN"), limit)]
+    assert [token for part in choices if part["logprobs"] for token in part["logprobs"]["tokens"]] == ["one E", "N"]
+    by_the_model = Within()
+    assert by_the_model.add("a", [choice(b"a"), choice(EURO[:1]), choice(b"", token=STOP)]) == [choice(b"a")]
+    assert len(by_the_model.end("stop")) == 2, "the token that ends an answer is told"
+
+
+@pytest.mark.parametrize("error", [UnknownDocument("doc-1"), GgufError("a: no text", "give it again")])
+def test_an_answer_is_there_where_its_document_is_not_any_more(error):
+    async def quotes(_: str) -> list[dict]:
+        raise error
+
+    form = ChatForm("m", lambda _: False, None, quotes)
+    whole = asyncio.run(form.answer(Gathered("a", [], None, END), False))
+    assert whole["choices"][0]["message"]["content"] == "a" and whole["quotes"] == []
+    assert streamed(form, Wanted(), Written("a"), END)[-1]["quotes"] == []
 
 
 def test_a_chat_streams_its_role_first_and_quotes_last():

@@ -136,6 +136,8 @@ def test_a_seed_repeats_what_was_drawn(client, alone):
 def test_a_stop_string_ends_and_is_no_part(client, alone):
     stop = alone["completion"][9:13]
     expected = alone["completion"][: alone["completion"].index(stop)]
+    scored = complete(client, stop=stop, logprobs=0).choices[0]
+    assert scored.text == expected and all(offset < len(expected) for offset in scored.logprobs.text_offset)
     for stops in (stop, ["never there", stop]):
         for stream in (False, True):
             answer = complete(client, stop=stops, stream=stream)
@@ -181,6 +183,8 @@ def test_an_echo_scores_the_prompt(client, server, max_tokens):
         told = choice.logprobs
         assert choice.text.startswith(text) and len(told.tokens) == len(ids) + max_tokens
         assert told.token_logprobs[0] is None
+        shown = list(zip(told.tokens, told.text_offset, strict=True))[1:]
+        assert all(choice.text.startswith(token, offset) for token, offset in shown), shown
         np.testing.assert_allclose(told.token_logprobs[1 : len(ids)], expected, atol=2e-3)
         assert all(token in top for token, top in zip(told.tokens[1:], told.top_logprobs[1:], strict=True))
     whole = complete(client, prompt=text, echo=True, logprobs=1, max_tokens=4)
@@ -585,6 +589,21 @@ def test_what_cannot_be_honoured_is_refused(client, options, stream):
     with pytest.raises(openai.BadRequestError) as error:
         complete(client, stream=stream, **options)
     assert "/" not in error.value.message.replace("grammars/README", "").replace("#/x", ""), "no folder of this machine"
+
+
+def test_a_conversation_that_is_far_too_long_is_refused_before_its_template_is_run(http, server):
+    much = "<|" * (32 * server.engine.model.n_ctx)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {much: {}}}}}
+    for body in (
+        {"messages": [{"role": "user", "content": much + "."}]},
+        {"messages": [{"role": "user", "content": "a"}], "tools": [tool]},
+    ):
+        answer = http.post("/v1/chat/completions", json=body)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["type"] == "exceed_context_size_error", error
+        assert "characters does not fit" in error["message"] and error["n_prompt_tokens"] > error["n_ctx"] == 2048
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": much[20:]}]})
+    assert "characters" not in answer.json()["error"]["message"], "of others the tokens are counted"
 
 
 def test_bad_json_is_refused(http):

@@ -61,8 +61,10 @@ def test_what_is_no_object_is_refused(body):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", True), ("temperature", "0.5"), ("temperature", -1), ("temperature", 101), ("top_p", 0),
+        ("temperature", True), ("temperature", "0.5"), ("temperature", -1), ("temperature", 101),
+        ("temperature", 1e-38), ("top_p", 0),
         ("top_p", 1.5), ("top_k", 0), ("top_k", 1.5), ("top_k", True), ("min_p", 1), ("repeat_penalty", 0),
+        ("repeat_penalty", 1e-50),
         ("frequency_penalty", 3), ("presence_penalty", -2.1), ("seed", -1), ("seed", 2**63), ("seed", 1.0),
         ("stop", ""), ("stop", ["a", ""]), ("stop", [1]), ("stop", ["a"] * 17), ("n", 2), ("n", True), ("stream", 1),
         ("stream", "yes"), ("logit_bias", {"a": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"-1": 1}),
@@ -108,6 +110,34 @@ def test_a_hundred_thousand_faults_are_found_by_the_first(kind, field, value):
     with pytest.raises(ValidationError) as error:
         kind.model_validate({"messages": SAID, "prompt": "a", field: value})
     assert error.value.error_count() < 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "one", "most"),
+    [
+        (ChatRequest, "messages", SAID[0], 10_000), (ResponseRequest, "input", SAID[0], 10_000),
+        (ChatRequest, "tools", {"type": "function", "function": {"name": "a"}}, 10_000),
+        (CompletionRequest, "prompt", "a", 256), (CompletionRequest, "prompt", [1], 256),
+        (CompletionRequest, "prompt", 1, 2**20), (DetokenizeRequest, "tokens", 1, 2**20),
+    ],
+)  # fmt: skip
+def test_no_more_are_looked_at_than_there_may_be(kind, field, one, most):
+    body = {"messages": SAID, "prompt": "a"}
+    assert len(getattr(read_body(json.dumps({**body, field: [one] * most}).encode(), kind), field)) == most
+    error = refused({**body, field: [one] * (most + 1)}, kind)
+    assert (
+        error["param"] == field and f"{field}: must have at most {most:,} parts, got {most + 1:,}" in error["message"]
+    )
+    with pytest.raises(ValidationError) as found:  # not one of a hundred thousand wrong ones is reported before
+        kind.model_validate({**body, field: [*[one] * most, *[3.5] * 100_000]})
+    assert "parts, got" in str(found.value)
+
+
+def test_a_message_has_so_many_parts_at_most():
+    parts = [{"type": "text", "text": ""}]
+    assert chat(messages=[{"role": "user", "content": parts * 10_000}]).messages[0].text() == ""
+    error = refused({"messages": [{"role": "user", "content": parts * 10_001}]}, ChatRequest)
+    assert "must have at most 10,000 parts, got 10,001" in error["message"]
 
 
 def test_what_is_missing_is_named():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pi_gguf.errors import OptionError
-from pi_gguf.llamacpp.trial import check_grammar
+from pi_gguf.llamacpp.grammars import check_grammar
 from pi_gguf.server.tools import Apart, as_answered, call_grammar, knows_tools, style_of
 
 CALL = '{"name": "add", "arguments": {"a": 1, "b": "é"}}'

@@ -121,6 +121,18 @@ def test_a_file_opens_and_completes_whatever_its_template_is(template, plain_fil
     assert code == 6 and [line.partition(":")[0] for line in err.splitlines()[-2:]] == ["error", "hint"]
 
 
+@pytest.mark.parametrize("name", ["<s>", "</s>"])
+def test_the_name_of_a_special_token_is_none_wherever_a_client_writes_it(name, plain_file, tmp_path):
+    path = templated(plain_file, tmp_path / "tools.gguf", "{{ tools | tojson }}{{ messages | tojson }}")
+    with pi_gguf.open(path, n_ctx=512) as model:
+        (special,) = model.tokenize(name, add_special=False)
+        for value in (name, {"a": name}, {name: "a"}, {"a": [{f"b{name}c": {name: 1}}]}):
+            ids = model.chat_ids([{"role": "user", "content": name, "name": name}], [value])
+            assert special not in ids
+            text = b"".join(map(model.session.piece, ids)).decode()
+            assert name in text and json.loads(text[: text.index("]" + "[{")] + "]") == [value]
+
+
 def test_a_conversation_is_read_as_transformers_tokenizes_it(plain_file, llama, tmp_path):
     from transformers import AutoTokenizer
 
