@@ -211,8 +211,9 @@ def restore(path: Path, folder: Path, times: int) -> dict[str, Any]:
                 while file.readinto(buffer):
                     pass
             found["read the file"].append(time.perf_counter() - started)
-    medians = {what: round(statistics.median(seconds), 4) for what, seconds in found.items()}
-    return {**medians, "ratio": round(medians["restore"] / medians["read the file"], 2), "bytes": kept.nbytes}
+    medians = {what: statistics.median(seconds) for what, seconds in found.items()}
+    ratio = round(medians["restore"] / medians["read the file"], 2)
+    return {**{what: round(seconds, 4) for what, seconds in medians.items()}, "ratio": ratio, "bytes": kept.nbytes}
 
 
 def wanted(path: Path) -> list[int]:
