@@ -213,16 +213,23 @@ def clients_table(record: dict[str, Any]) -> str:
     return markdown_table(["file", "clients", "pi-gguf", peer, "ratio", "x one client", f"x one, {peer}"], rows)
 
 
+def _gap_cells(gap: dict[str, Any] | None, who: str) -> list[str]:
+    """Return how long an answer stands still beside a long request; nothing where that was not measured."""
+    if gap is None:
+        return [""] * 4
+    found = gap["medians"][who]
+    return [f"{gap['tokens']:,}", *(f"{found[by]:.2f}" for by in ("gap", "by a mean batch", "by the longest batch"))]
+
+
 def streams_table(record: dict[str, Any]) -> str:
     """Return what a server adds to a token, and how long a running answer stands still."""
     rows = []
     for file, found in record["server"].items():
-        gaps, more = found["gap"]["medians"], list(found["added"].values())
-        for who, gap in gaps.items():
+        gap, more = found.get("gap"), list(found["added"].values())
+        for who in more[0]["added"]:
             cells = [f"{part['added'][who]:.2f}" for part in more]
             session = f"{more[0]['medians']['session']:.2f}"
-            shares = [f"{gap[by]:.2f}" for by in ("gap", "by a mean batch", "by the longest batch")]
-            rows.append([file, who, session, *cells, f"{found['gap']['tokens']:,}", *shares])
+            rows.append([file, who, session, *cells, *_gap_cells(gap, who)])
     slots = next(iter(record["server"].values()))["slots"]
     header = [
         "file", "server", "ms a token, session", "one slot adds", f"{slots} slots add", "beside so many tokens",
@@ -235,6 +242,8 @@ def served_table(record: dict[str, Any]) -> str:
     """Return seconds to the first token about a document that is given to a server, and what its page takes."""
     rows = []
     for file, found in record["server"].items():
+        if "document" not in found:
+            continue
         document, page = found["document"], found["page"]
         for who, waits in document["medians"].items():
             shares = document["by the first"][who]
