@@ -282,17 +282,17 @@ def test_everything_is_done_with_keys(desk):
 def test_an_answer_is_stopped_and_what_was_written_stays(desk, how):
     page = desk.page
     add(page, file("prose.txt", prose(3000)))
-    bind(page, *["[a-z ]"] * 6000, max_tokens=6000)
+    bind(page, *["[a-z ]{2000}"] * 8, max_tokens=6900)  # writes for seconds, so that there is time to stop it
     turn = ask(page, "Go on", done=False)
     until(page, "document.querySelector('.turn .prose').textContent.length > 10")
     assert turn.get_attribute("aria-busy") == "true"
     if how == "Escape":
         page.keyboard.press("Escape")
     else:
-        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Stop").click(force=True)
     turn.locator(".tools").wait_for()
     assert "Stopped." in turn.locator(".tools").inner_text()
-    assert 10 < len(turn.locator(".prose").inner_text()) < 6000
+    assert 10 < len(turn.locator(".prose").inner_text()) < 16_000
     page.unroute("**/v1/chat/completions")
     assert KEY in ask(page).locator(".prose").inner_text(), "the next is answered"
 
