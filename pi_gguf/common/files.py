@@ -433,6 +433,19 @@ def open_plain(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+@contextmanager
+def removed_if_damaged(path: Path) -> Iterator[None]:
+    """Remove a file of a cache at which a ValueError is raised, and say so; one that cannot be read is let be."""
+    try:
+        yield
+    except ValueError as error:
+        say(f"{path}: not used and removed: {error}")
+        with suppress(OSError):
+            path.unlink()
+    except OSError:
+        pass
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if there."""
     if path.is_dir() and not path.is_symlink():

@@ -6,19 +6,17 @@ a model read of it, are files of their own (`runtime.states`); here stands which
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from pi_gguf.common.files import disk_errors, open_plain, remove, replace_when_complete
+from pi_gguf.common.files import disk_errors, open_plain, remove, removed_if_damaged, replace_when_complete
 from pi_gguf.common.progress import say
 from pi_gguf.documents.formats import Document
 from pi_gguf.documents.markup import Place
@@ -73,7 +71,7 @@ class Stored:
         for path in self.folder.glob("doc-*.json") if self.folder else ():
             if not _NAME.fullmatch(path.name):
                 continue
-            with _removed_if_damaged(path), open_plain(path) as file:
+            with removed_if_damaged(path), open_plain(path) as file:
                 found.append(_head(file.readline(_LONGEST_HEAD)))
         return found
 
@@ -135,15 +133,3 @@ def _head(line: bytes) -> Head:
         return head
     except (AttributeError, TypeError, RecursionError) as error:
         raise ValueError("its first line is damaged") from error
-
-
-@contextlib.contextmanager
-def _removed_if_damaged(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        say(f"{path}: not used and removed: {error}")
-        with contextlib.suppress(OSError):
-            path.unlink()
-    except OSError:
-        pass

@@ -30,6 +30,7 @@ from pi_gguf.common.files import (
     one_writer,
     open_plain,
     remove,
+    removed_if_damaged,
     replace_when_complete,
     user_cache,
 )
@@ -157,7 +158,7 @@ class States:
             if not _NAME.fullmatch(path.name):
                 continue
             head = None
-            with _removed_if_damaged(path), open_plain(path) as file:
+            with removed_if_damaged(path), open_plain(path) as file:
                 head = _read_head(file, path)
             if head:
                 yield head
@@ -221,7 +222,7 @@ class States:
         with contextlib.ExitStack() as held:
             for _, _, path in sorted(candidates, reverse=True):
                 found = None
-                with _removed_if_damaged(path):
+                with removed_if_damaged(path):
                     found = held.enter_context(_opened(path))
                 if found:
                     with contextlib.suppress(OSError):
@@ -321,19 +322,6 @@ def _reserve(descriptor: int, size: int) -> None:
 def _checksum(data: mmap.mmap) -> bytes:
     with memoryview(data) as whole, whole[_FIXED - 8 :] as rest:
         return xxhash.xxh3_128_digest(rest)
-
-
-@contextlib.contextmanager
-def _removed_if_damaged(path: Path) -> Iterator[None]:
-    """Remove a state that is none, and say so; one that cannot be read, or is gone, is let be."""
-    try:
-        yield
-    except ValueError as error:
-        say(f"{path}: not used and removed: {error}")
-        with contextlib.suppress(OSError):
-            path.unlink()
-    except OSError:
-        pass
 
 
 def _read_head(file: BinaryIO, path: Path) -> tuple[Kept, np.ndarray]:
