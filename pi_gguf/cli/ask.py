@@ -384,17 +384,31 @@ def show_documents(name: str, **options: Any) -> None:
 @click.argument("name", metavar="NAME")
 @caching
 def remove_documents(name: str, **options: Any) -> None:
-    """Remove what is kept of a document; the document itself stays.
+    """Remove what is kept of a document, by its name also the text that `serve` keeps; the document itself stays.
 
     \b
     Example:
       pi-gguf documents remove book.epub
     """
     from pi_gguf.common.files import remove
+    from pi_gguf.engine.stored import Stored
+    from pi_gguf.errors import OptionError
 
-    for one in _some_states(options).named(name):
+    states = _some_states(options)
+    texts = Stored(states.library)
+    given = [head for head in texts.heads() if head.name == name]
+    try:
+        found = states.named(name)
+    except OptionError:
+        if not given:
+            raise
+        found = []
+    for one in found:
         remove(one.path)
         say(f"removed {one.key}: {one.document}, {one.model}")
+    for head in given:
+        texts.remove(head.id)
+        say(f"removed the text of {head.name}")
 
 
 @click.command("prune")

@@ -339,8 +339,8 @@ class Library:
         least = -(-size // self._longest)
         if least > window:  # whatever its tokens are; to count them takes memory
             room = min(ROOM, window // 8)
-            hint = f"it has more than {least:,}: give a part of it, or take a file with a longer window"
-            raise DocumentTooLong(document.name, least, room, window, hint)
+            hint = "give a part of it, or take a file with a longer window"
+            raise DocumentTooLong(f"{document.name}, at least", least, room, window, hint)
         return Reading(self._engine.model, document, form=self.form)
 
     def _note_tokens(self, held: _Held) -> None:

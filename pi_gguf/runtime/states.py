@@ -145,6 +145,11 @@ class States:
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         self.folder, self.limit = folder, limit
 
+    @property
+    def library(self) -> Path:
+        """Where the texts of documents that were given to a server are kept, beside the states."""
+        return self.folder.with_name("library")
+
     def entries(self) -> list[Kept]:
         """Return what is kept, the last used first."""
         return sorted((kept for kept, _ in self._heads()), key=lambda kept: -kept.used)

@@ -125,7 +125,7 @@ def serve(
         choose_form(model, form)
         engine = Engine(model, states=states, queue=queue, log=_log if log_content else None)
         try:
-            library = Library(engine, states.folder.parent / "library" if states else None, form=form)
+            library = Library(engine, states.library if states else None, form=form)
             app = create_app(engine, library, Settings(address.rules(), form))
             _say_what_is_served(model, address, slots, listening)
             asyncio.run(_run(app, library, listening))

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from books import CHATML, with_template, words
 
+from pi_gguf.documents.formats import Document
 from pi_gguf.documents.quotes import Quote
+from pi_gguf.engine.stored import Head, Stored, document_id
 from pi_gguf.gguf.certificate import Certificate, store
 from pi_gguf.runtime import reading as module
 from pi_gguf.runtime.session import Session
@@ -255,6 +257,20 @@ def test_what_is_kept_is_listed_shown_and_removed(tiny_gguf, book, cli, cache):
         assert code == 2 and "book.txt: nothing of this name is kept" in err
     assert cli("documents", "prune", "--cache-size", "1G")[2] == ""
     assert "other.txt" in cli("documents", "prune", "--cache-size", "0")[2] and kept(cli) == []
+
+
+def test_removed_by_its_name_the_text_that_a_server_keeps_is_gone_too(tiny_gguf, book, cli, cache):
+    library = Stored(cache.with_name("library"))
+    for name in ("book.txt", "given.txt", "other.txt"):
+        given = Document(name, "txt", words(50))
+        library.keep(Head(document_id(given), name, "txt", len(given.text)), given)
+    cli("ask", tiny_gguf, book, "a", *WINDOW, *SHORT)
+    code, _, err = cli("documents", "remove", "book.txt")
+    assert code == 0 and "book.txt, model.gguf" in err and "removed the text of book.txt" in err
+    code, _, err = cli("documents", "remove", "given.txt")
+    assert code == 0 and err == "removed the text of given.txt\n"
+    assert [head.name for head in library.heads()] == ["other.txt"]
+    assert cli("documents", "remove", "given.txt")[0] == 2
 
 
 def test_sizes_are_decimal(tiny_gguf, book, cli, cache):
