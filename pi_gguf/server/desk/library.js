@@ -30,7 +30,8 @@ export class Library {
     const { data, kept_bytes: kept, limit_bytes: limit } = await getJson("v1/documents");
     const there = new Set(data.map((entry) => entry.id));
     for (const id of [...this.entries.keys()]) if (!there.has(id)) this.forget(id);
-    for (const entry of data) this.take(entry);
+    // of the watched document its stream knows more than this list, which may have been on its way for a while
+    for (const entry of data) if (entry.id !== this.watched?.id) this.take(entry);
     byId("kept").textContent = kept > 0
       ? `${size(kept)} kept${limit ? ` of at most ${size(limit)}` : ""}` : "";
     this.draw();
