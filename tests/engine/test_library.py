@@ -21,6 +21,7 @@ from pi_gguf.engine.library import Library, UnknownDocument
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.reading import DocumentTooLong, Reading
+from pi_gguf.runtime.session import TooLong
 from pi_gguf.runtime.states import States
 
 WINDOW = 4096
@@ -163,6 +164,9 @@ def test_one_that_waits_is_asked_stopped_and_removed_at_once(model, tmp_path):
             while books.entry(others[2]).status != "reading":
                 await asyncio.sleep(0.01)
             assert books.entry(long.id).status == "reading", "neither waits for the other's end"
+            while not books._engine.figures().waiting:
+                await asyncio.sleep(0.01)
+            assert not books._engine._waiting[-1].job.background, "and the one asked about goes first"
             gate.set()
             assert answer(await question)[0]
             assert books.entry(others[2]).status == "kept"
@@ -183,6 +187,18 @@ def test_given_twice_at_once_it_is_one(model, tmp_path):
 
     asyncio.run(all_of_it())
     assert not list(tmp_path.glob("*/*"))
+
+
+def test_two_that_are_tokenized_side_by_side_are_one(model, tmp_path, monkeypatch):
+    async def all_of_it() -> None:
+        async with library(model, tmp_path) as books:
+            both, tokenized = threading.Barrier(2), books._reading_of
+            monkeypatch.setattr(books, "_reading_of", lambda document: (both.wait(60), tokenized(document))[1])
+            given = await asyncio.gather(*(books.add("book.txt", BOOK.encode()) for _ in range(2)))
+            assert sorted(new for _, new in given) == [False, True]
+            assert len(books._turn) == 1, "and it is read once"
+
+    asyncio.run(all_of_it())
 
 
 def test_given_again_while_it_is_removed_it_is_there(model, tmp_path):
@@ -382,7 +398,7 @@ def test_damaged_files_of_the_library_are_left_out(model, tmp_path, capfd):
     assert "not used and removed" in capfd.readouterr().err
 
 
-def test_quotes_and_text_stand_in_the_document(model, tmp_path):
+def test_quotes_and_text_stand_in_the_document(model, tmp_path, monkeypatch):
     sentence = "The lighthouse stood at the end of the grey pier, and nobody kept it."
 
     async def all_of_it() -> None:
@@ -393,6 +409,8 @@ def test_quotes_and_text_stand_in_the_document(model, tmp_path):
             shown = books.text(entry.id, quote["start"], quote["end"])
             assert shown["text"] == sentence and shown["place"].startswith("Two")
             assert books.quotes(entry.id, '"something that was never written there at all"')[0]["found"] == "none"
+            monkeypatch.setattr("pi_gguf.engine.library._SHOWN", 7)
+            assert books.text(entry.id, 2, 40)["text"] == "One\n\nFi" and books.text(entry.id, 2, 40)["end"] == 9
             for start, end in ((-1, 3), (3, 3), (0, 10**6)):
                 with pytest.raises(OptionError):
                     books.text(entry.id, start, end)
@@ -412,6 +430,8 @@ def test_where_it_looked_is_what_a_reading_sees(model, tiny_gguf, tmp_path):
             assert books._engine.figures().read_tokens == read
             with pytest.raises(OptionError, match="empty"):
                 await books.looked(entry.id, QUESTION, " ")
+            with pytest.raises(TooLong, match="document and question of"):
+                await books.looked(entry.id, [{"role": "user", "content": words(2000)}], text)
             return text, looked
 
     text, looked = asyncio.run(all_of_it())
