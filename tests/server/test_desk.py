@@ -20,6 +20,18 @@ KEY = "31418"
 SAID = f"The pass key is {KEY}. Remember it."
 FILES = Path(__file__).parents[2] / "pi_gguf" / "server" / "desk"
 
+LATE_LISTS = """() => {
+  const real = window.fetch;
+  window.fetch = async (path, options) => {
+    const answer = await real(path, options);
+    if (path !== "v1/documents" || options?.method === "POST") return answer;
+    const listed = await answer.text();
+    await new Promise((done) => setTimeout(done, 1500));
+    return new Response(listed, { headers: answer.headers });
+  };
+}"""
+"""Lists of documents arrive when streams have told more."""
+
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
@@ -116,6 +128,7 @@ def test_a_pdf_is_dropped_read_asked_and_asked_again_after_a_reload_and_deleted(
     page.get_by_text("Drop a book and ask.").wait_for()
     assert page.locator("#question").is_disabled(), "a model without a chat template answers about documents only"
     assert page.get_attribute("#question", "placeholder") == "Drop a document to ask about it"
+    page.evaluate(LATE_LISTS)
     drop(page, pdf)
     page.locator("#documents .state.kept").wait_for()
     (entry,) = desk.server.ask("v1/documents")["data"]
@@ -125,6 +138,8 @@ def test_a_pdf_is_dropped_read_asked_and_asked_again_after_a_reload_and_deleted(
     assert "never measured" in page.inner_text(".trust")
     steps = [int(one[1]) for said in desk.told() if (one := re.match(r"Reading, (\d+) %", said))]
     assert steps == sorted(steps) and any(0 < step < 100 for step in steps), desk.told()
+    begun = next(i for i, said in enumerate(desk.told()) if said.startswith("Reading, "))
+    assert not [said for said in desk.told()[begun:] if said.lower().startswith("waits")], desk.told()
     assert any(re.match(rf"Reading: [\d,]+ of {tokens} tokens", said) for said in desk.told())
 
     turn = ask(page)
