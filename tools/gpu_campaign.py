@@ -105,6 +105,28 @@ def _base(device: str, scale: str, out: Path, seconds: int) -> list[str]:
     return [str(ROOT / "tools" / "train_tiny.py"), "--device", device, "--tokens", tokens, "--out", str(out / "base")]
 
 
+def _smollm2(device: str, scale: str, out: Path, seconds: int) -> list[str]:
+    model = join_model(ROOT / "build" / "gpu-model")
+    given = ["--gguf", str(model)] if model else []
+    return [
+        str(ROOT / "recipes/smollm2-32k/run.py"),
+        str(out / "smollm2"),
+        "--device",
+        device,
+        "--scale",
+        scale,
+        *given,
+    ]
+
+
+def _tell_smollm2(found: dict[str, Any]) -> str:
+    rows = next(iter(found.values()), {}).get("perplexity", {})
+    return "; ".join(
+        f"{name}: {one['rows'][0]['perplexity']:.2f} to {one['rows'][-1]['perplexity']:.2f}"
+        for name, one in rows.items()
+    )
+
+
 def _tell_memory(found: dict[str, Any]) -> str:
     cases = [case for case in found.get("memory.json", {}).get("cases", []) if "ratio" in case]
     if not cases:
@@ -143,6 +165,9 @@ PARTS = {
     "training": Part("speed and memory of training", 340, _script("benchmarks/training.py"), False, ("training.json",)),
     "kernels": Part("kernels of a training step", 60, _script("benchmarks/kernels.py"), False, ("kernels.json",)),
     "llama": Part("llama.cpp at 32k", 170, _script("benchmarks/offload.py"), True, ("offload.json",)),
+    "smollm2": Part(
+        "SmolLM2 to 32k, in real language", 500, _smollm2, True, ("smollm2/report/results.json",), _tell_smollm2
+    ),
     "base": Part("the bundled base on a billion tokens", 400, _base, False, ("base/training.json",), _tell_base),
 }
 """In order of worth."""
@@ -165,6 +190,17 @@ def unpack(folders: list[Path], site: Path) -> list[str]:
             archive.extractall(site)
         names.append(wheel.name)
     return names
+
+
+def join_model(folder: Path) -> Path | None:
+    """Return the model of `recipes/smollm2-32k`, from the pieces beside a folder; None where they are not there."""
+    pieces = sorted(folder.parent.glob(f"{folder.name}-[12]/*.gguf.00[12]"))
+    if len(pieces) != 2:
+        return None
+    whole = folder / pieces[0].stem
+    folder.mkdir(parents=True, exist_ok=True)
+    whole.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    return whole
 
 
 def join_pieces(folder: Path) -> None:

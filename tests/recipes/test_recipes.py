@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -73,3 +74,31 @@ def test_the_recipes_are_listed_and_say_whether_they_were_run():
     assert sorted(name for name, _ in listed) == NAMES
     for name, ran in listed:
         assert ("Not run so far." in (RECIPES / name).read_text()) == (ran == "no"), name
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path):
+    """On the bundled model, whose window stands for SmolLM2's."""
+    command = [sys.executable, RECIPES / "smollm2-32k" / "run.py", tmp_path, "--scale", "toy", "--gguf", tiny_gguf]
+    rows = ["--rows", "^base, no scaling$|^PI untrained|^PI trained(, Q8_0)?$"]
+    names = ["base, no scaling", "PI untrained", "PI trained", "PI trained, Q8_0"]
+
+    def run(*suites):
+        done = subprocess.run([*command, *rows, "--suites", ",".join(suites)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr, json.loads((tmp_path / "report" / "results.json").read_text())
+
+    run("perplexity")
+    trained = (tmp_path / "linear" / "model.safetensors").stat().st_mtime_ns
+    said, found = run("perplexity", "kl")
+    assert (tmp_path / "linear" / "model.safetensors").stat().st_mtime_ns == trained and "perplexity at" not in said
+    assert list(found["perplexity"]) == names and list(found["kl"]) == names[3:]
+    measured = {name: found["perplexity"][name]["rows"][0]["perplexity"] for name in names}
+    assert measured["PI untrained"] > 1.5 * measured["base, no scaling"]
+    assert measured["PI trained"] < measured["PI untrained"], "two steps help"
+    assert measured["PI trained, Q8_0"] == pytest.approx(measured["PI trained"], rel=0.05)
+    assert found["kl"]["PI trained, Q8_0"]["rows"][-1]["mean"] < 0.05
+    assert found["training"]["linear"]["steps"] == 2 and found["context"] == 4 * found["original"]
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert all(f"| {name} | {measured[name]:.2f} |" in table for name in names)
+    assert {"perplexity.png", "kl-PI-trained-Q8_0.png"} <= {path.name for path in (tmp_path / "report").iterdir()}

@@ -109,6 +109,16 @@ def test_a_large_file_travels_in_pieces(tmp_path):
     assert path.read_bytes() == data
 
 
+def test_a_model_travels_in_two_folders(tmp_path):
+    assert gpu_campaign.join_model(tmp_path / "gpu-model") is None
+    for i, piece in ((2, b"def"), (1, b"abc")):
+        folder = tmp_path / f"gpu-model-{i}"
+        folder.mkdir()
+        (folder / f"x.gguf.00{i}").write_bytes(piece)
+    found = gpu_campaign.join_model(tmp_path / "gpu-model")
+    assert found.name == "x.gguf" and found.read_bytes() == b"abcdef"
+
+
 def test_every_part_names_what_exists():
     for name, found in PARTS.items():
         for scale in ("full", "toy"):
