@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -11,6 +12,7 @@ import pytest
 from helpers import SHARED_MODELS
 
 import pi_gguf
+from pi_gguf.gguf.header import read_header, write_changed
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "outsiders.py"
@@ -19,8 +21,8 @@ _SPEC = importlib.util.spec_from_file_location("outsiders_benchmark", SCRIPT)
 bench = sys.modules["outsiders_benchmark"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(bench)
 
-LLAMA_CPP = ("llama.cpp (xllamacpp)", "node-llama-cpp")
-READERS = (*LLAMA_CPP, "mistral.rs", "transformers")
+LLAMA_CPP = "llama.cpp (xllamacpp)"
+READERS = (LLAMA_CPP, "node-llama-cpp", "mistral.rs", "transformers")
 FILES = [f"{kind}, {quant}" for kind in bench.KINDS for quant in bench.QUANTS]
 SLOW = {"transformers": ("plain, Q4_K_M", "PI x4, F16", "LoRA merged, F16")}
 """Files that a reader is asked about which takes seconds for each."""
@@ -89,24 +91,30 @@ def test_a_file_is_to_others_what_it_is_to_us(reader, file, made, rows):
         assert (row.tokens, row.of, row.same) == (64, 64, True)
 
 
+@pytest.mark.parametrize("reader", [LLAMA_CPP, "mistral.rs"])
+def test_a_lost_factor_would_show(reader, made, tmp_path):
+    question, ours = made["PI x4, F16"]
+    header = read_header(Path(question.path))
+    write_changed(
+        header.changed(dict.fromkeys(k for k in header.entries if ".rope.scaling." in k)), tmp_path / "m.gguf"
+    )
+    (answer,) = ask(reader, [dataclasses.replace(question, path=str(tmp_path / "m.gguf"))])
+    row = bench.compare(ours, answer)
+    assert row.window == ours.window and row.tokens < 16
+
+
 def test_mistral_rs_takes_no_heads_of_another_size(tiny_gguf):
     (answer,) = ask("mistral.rs", [bench.Question(str(tiny_gguf), 2048, ["It was"], "<s>")])
     assert "Shape mismatch" in (answer.error or ""), "it opens it now: say so in docs/elsewhere.md"
 
 
 @pytest.mark.skipif(not (SHARED_MODELS / "stories15M").exists(), reason="needs stories15M in shared/assets/models")
-@pytest.mark.parametrize("reader", LLAMA_CPP)
-def test_a_file_with_sentencepiece_is_the_same_to_llama_cpp(reader, stories):
-    question, ours = stories["PI x4, F16"]
-    (answer,) = ask(reader, [question])
+def test_a_file_with_sentencepiece_is_the_same_to_llama_cpp(tmp_path):
+    model = str(SHARED_MODELS / "stories15M")
+    ((question, ours),) = bench.make_files(model, tmp_path, ["PI x4"], ["F16"]).values()
+    (answer,) = ask(LLAMA_CPP, [question])
     row = bench.compare(ours, answer)
     assert (row.window, row.tokens, row.of) == (1024, 64, 64)
-
-
-@pytest.fixture(scope="module")
-def stories(tmp_path_factory):
-    model = str(SHARED_MODELS / "stories15M")
-    return bench.make_files(model, tmp_path_factory.mktemp("stories"), ["PI x4"], ["F16"])
 
 
 # How it is judged
