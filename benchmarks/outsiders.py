@@ -216,7 +216,8 @@ def _install_node() -> str | None:
     """Install node-llama-cpp once, with llama.cpp as its own package brings it; nothing is compiled or fetched."""
     if not shutil.which("node") or not shutil.which("npm"):
         return "needs Node.js with npm"
-    if not (_NODE / "node_modules" / "node-llama-cpp").is_dir():
+    there = _NODE / "node_modules" / "@node-llama-cpp" / "linux-x64" / "package.json"
+    if not there.exists() or json.loads(there.read_text())["version"] != _NODE_VERSION:
         _NODE.mkdir(parents=True, exist_ok=True)
         packages = [f"{name}@{_NODE_VERSION}" for name in ("node-llama-cpp", "@node-llama-cpp/linux-x64")]
         quiet = ["--no-audit", "--no-fund", "--ignore-scripts", "--omit=optional"]
