@@ -11,7 +11,9 @@ def _show_ollama(model: Any) -> str:
     from pi_gguf.common.files import human_bytes
 
     stops = " ".join(model.stop) or "none; Ollama ends where the file says"
-    template = "the file's own" if model.has_template else "none: Ollama passes text on as it is"
+    template = "none: Ollama passes text on as it is"
+    if model.has_template:
+        template = f"left to the file; ollama show --template {model.name} says what Ollama took it for"
     create, run = model.commands
     return (
         f"wrote {model.path}\n  num_ctx: {model.num_ctx}; its cache takes {human_bytes(model.cache_bytes)}\n"

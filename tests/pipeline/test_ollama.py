@@ -86,7 +86,7 @@ def test_the_command_prints_the_two_commands(cli, f32_gguf, tmp_path):
     create, run = out.splitlines()[-2:]
     assert create == f"next: ollama create it-s-32k -f '{tmp_path}/a b/Modelfile'"
     assert run.strip() == "ollama run it-s-32k"
-    assert "num_ctx: 256; its cache takes 128.0 KiB" in out and "template: the file's own" in out
+    assert "num_ctx: 256; its cache takes 128.0 KiB" in out and "template: left to the file" in out
     code, out, _ = cli("export", "ollama", tmp_path / "-it's 32k_.gguf", tmp_path / "a b", "--overwrite", "--json")
     assert code == 0 and json.loads(out)["commands"][1] == "ollama run it-s-32k"
 
