@@ -57,7 +57,7 @@ gpu-bundle: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@$(PIP) -e .[dev,docs]
+	@$(PIP) -e .[dev,docs,outsiders]
 	@touch $@
 
 clean:

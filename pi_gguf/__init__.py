@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pi_gguf.evaluate.short import evaluate_short as evaluate_short
     from pi_gguf.evaluate.summarize import evaluate_summaries as evaluate_summaries
     from pi_gguf.pipeline.convert import convert as convert
+    from pi_gguf.pipeline.ollama import export_ollama as export_ollama
     from pi_gguf.pipeline.plan import plan as plan
     from pi_gguf.prove.card import card as card
     from pi_gguf.prove.certify import certify as certify
@@ -53,6 +54,7 @@ _PUBLIC = {
     "evaluate_ruler": ("evaluate.ruler", "evaluate_ruler"),
     "evaluate_short": ("evaluate.short", "evaluate_short"),
     "evaluate_summaries": ("evaluate.summarize", "evaluate_summaries"),
+    "export_ollama": ("pipeline.ollama", "export_ollama"),
     "extend": ("tune.extend", "extend"),
     "inspect": ("prove.inspect", "inspect"),
     "open": ("runtime.model", "open_model"),
@@ -77,6 +79,7 @@ __all__ = [
     "evaluate_ruler",
     "evaluate_short",
     "evaluate_summaries",
+    "export_ollama",
     "extend",
     "inspect",
     "open",

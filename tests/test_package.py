@@ -48,8 +48,8 @@ def test_every_command_explains_every_option_and_shows_an_example():
     assert names == [
         "plan", "extend", "convert", "quantize", "imatrix", "inspect", "repair", "unpack", "certify", "card",
         "eval perplexity", "eval passkey", "eval needle", "eval ruler", "eval short", "eval summarize",
-        "eval compare", "eval matrix", "eval report", "eval bounds", "eval kl", "models", "ask", "chat",
-        "documents list", "documents show", "documents remove", "documents prune", "serve", "run", "demo",
+        "eval compare", "eval matrix", "eval report", "eval bounds", "eval kl", "export ollama", "models", "ask",
+        "chat", "documents list", "documents show", "documents remove", "documents prune", "serve", "run", "demo",
     ]  # fmt: skip
     for path, command in commands(main):
         text = command.get_help(click.Context(command))

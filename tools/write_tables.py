@@ -20,7 +20,7 @@ from pi_gguf.measure.results import PasskeyCell
 from pi_gguf.pipeline.demo import table_cells
 
 ROOT = Path(__file__).parent.parent
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "recipes/gpu/README.md"))
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/elsewhere.md", "recipes/gpu/README.md"))
 
 
 def benchmark_table(record: dict[str, Any]) -> str:
@@ -259,10 +259,35 @@ def served_table(record: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
+def opens_in_table(record: dict[str, Any]) -> str:
+    """Return how many tokens of other programs are ours, by the model and kind of a file, in its types."""
+    names = [file.split(", ") for file in record["ours"]]
+    models, kinds, quants = ([*dict.fromkeys(column)] for column in zip(*names, strict=True))
+    rows = []
+    for reader, found in record["rows"].items():
+        for model in models:
+            longer = f"{model}, {kinds[1]}, {quants[0]}"
+            told = [[_opened(found[f"{model}, {kind}, {quant}"]) for quant in quants] for kind in kinds]
+            cells = [" / ".join(dict.fromkeys(one)) for one in told]  # once where they are alike
+            rows.append([f"{reader} {record['readers'][reader]}", model, _window_read(found[longer]), *cells])
+    header = ["opens in", "model", f"window of {kinds[1]}", *(f"{kind}: {' / '.join(quants)}" for kind in kinds)]
+    return markdown_table(header, rows)
+
+
+def _opened(row: dict[str, Any]) -> str:
+    return "not opened" if row["error"] else f"{row['tokens']} of {row['of']}"
+
+
+def _window_read(row: dict[str, Any]) -> str:
+    if row["error"] or row["window"] is None:
+        return "" if row["error"] else "not said"
+    return f"{row['window']:,}" + (", factor lost" if row["scale"] == 1 else "")
+
+
 _SEVERAL = {
     "training": training_table, "memory": memory_table, "kernels": kernels_table, "speed": speed_table,
     "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "caches": caches_table,
-    "clients": clients_table, "streams": streams_table, "served": served_table,
+    "clients": clients_table, "streams": streams_table, "served": served_table, "opens-in": opens_in_table,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ building: a click command of a function
 make: what plan, extend, convert, quantize and imatrix print
 prove: what inspect, repair, certify and card print
 evaluate: the evaluation commands
+export: the commands that ready a file for other programs
 run: the commands run and models
 ask: the commands ask, chat and documents
 serve: the command serve

@@ -14,6 +14,7 @@ import click
 from pi_gguf.cli.ask import ask, chat, documents
 from pi_gguf.cli.building import Lazy, command
 from pi_gguf.cli.evaluate import EVALUATIONS
+from pi_gguf.cli.export import EXPORTS
 from pi_gguf.cli.make import show_convert, show_extend, show_imatrix, show_plan, show_quantize, show_unpack
 from pi_gguf.cli.prove import show_card, show_certify, show_inspect, show_repair
 from pi_gguf.cli.run import models, run
@@ -63,6 +64,10 @@ _COMMANDS = {
     "eval": (
         "Measure a file or a model at length: the paper's suites and more.",
         lambda: Lazy("eval", EVALUATIONS, help="Measure a file or a model at length."),
+    ),
+    "export": (
+        "Ready a GGUF file for other programs.",
+        lambda: Lazy("export", EXPORTS, help="Ready a GGUF file for other programs."),
     ),
     "models": ("List the families of models that are converted.", lambda: models),
     "ask": ("Ask a GGUF file about a long document, which is read once.", lambda: ask),
