@@ -160,7 +160,7 @@ def zero_embedding(path: Path) -> None:
 @pytest.mark.parametrize("quant", some_slow(QUANTS))
 def test_wrong_weights_are_refused_at_600_tokens(sound, quant, breaks, tmp_path):
     if (sound.planned.source, quant, breaks) == ("bundled:tiny", "Q4_K_M", shuffle_rows):
-        pytest.skip("0.39 nats, 0.49 at 2304 tokens: two matrices alone stay below the limit of that type")
+        pytest.skip("0.39 nats, 0.49 at 2304 tokens: two matrices of it stay below the limit of 0.5")
     path = tmp_path / "wrong.gguf"
     path.write_bytes(sound.files[quant].read_bytes())
     breaks(path)
