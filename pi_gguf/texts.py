@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
 from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import OptionError, TextError, one_line
@@ -465,6 +463,8 @@ def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 def _hub_revision(name: str) -> str:
     """Return the commit of a data set of the Hub, so that all of a run reads the same."""
+    from huggingface_hub import HfApi
+
     try:
         return str(HfApi().dataset_info(name.partition(":")[0]).sha)
     except Exception as error:  # offline, unknown, private: each a kind of its own

@@ -20,6 +20,10 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 
 from helpers import make_llama
 
+from pi_gguf.common import progress
+
+progress.FIRST_SECONDS = progress.LINE_SECONDS  # what a command says is no question of how busy the machine is
+
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

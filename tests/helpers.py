@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,24 @@ def in_place(source: Path, target: Path, changes: dict[str, Any]) -> Path:
     header = read_header(source)
     target.write_bytes(header.changed(changes).to_bytes() + source.read_bytes()[header.data_offset :])
     return target
+
+
+def change_data(path: Path, name: str, change: Callable[[bytes, int], bytes]) -> None:
+    """Change the bytes of one tensor of a file, by a function of them and of how many rows they are."""
+    from pi_gguf.gguf.file import read_gguf
+    from pi_gguf.gguf.header import read_header
+
+    header = read_header(path)
+    place = next(t for t in header.tensors if t.name == name)
+    tensor = next(t for t in read_gguf(path).tensors if t.name == name)
+    begin = header.data_offset + place.offset
+    with path.open("r+b") as file:
+        file.seek(begin)
+        data = file.read(tensor.nbytes)
+        file.seek(begin)
+        file.write(change(data, tensor.shape[0]))
+
+
+def reversed_rows(data: bytes, rows: int) -> bytes:
+    size = len(data) // rows
+    return b"".join(data[i : i + size] for i in range(0, len(data), size)[::-1])

@@ -23,7 +23,10 @@ ORDER = [
 
 HEAVY = {"torch", "transformers", "llama_cpp"}
 # These load one of the three, or take half a second and more themselves
-LOADS_HEAVY = {"peft", "accelerate", "lm_eval", "datasets", "matplotlib", "pyarrow", "rouge_score", "bitsandbytes"}
+LOADS_HEAVY = {
+    "peft", "accelerate", "lm_eval", "datasets", "matplotlib", "pyarrow", "rouge_score", "bitsandbytes",
+    "huggingface_hub",
+}  # fmt: skip
 
 MADE_OF_OTHERS = {"tune.callbacks", "evaluate.harness"}
 """Modules whose classes are derived from those of a heavy library; they are imported when that is needed anyway."""

@@ -26,6 +26,16 @@ def test_help_and_import_load_nothing_heavy():
     assert out.splitlines()[-1] == "[]"
 
 
+def test_a_file_is_inspected_without_what_trains_and_downloads(f32_gguf):
+    code = (
+        "import sys, pi_gguf\n"
+        "assert pi_gguf.inspect(sys.argv[1]).window == 256\n"
+        "print([m for m in sys.modules if m in ('torch', 'transformers', 'huggingface_hub', 'datasets', 'pyarrow')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code, f32_gguf], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+
+
 def test_public_names_stay_functions_whatever_was_imported():
     import pi_gguf.pipeline.convert
     import pi_gguf.pipeline.demo

@@ -284,10 +284,29 @@ def _window_read(row: dict[str, Any]) -> str:
     return f"{row['window']:,}" + (", factor lost" if row["scale"] == 1 else "")
 
 
+def scalings_table(record: dict[str, Any]) -> str:
+    """Return how far a wrong position scaling is from transformers, a row for each model, mistake and length."""
+    types = dict.fromkeys((row["quant"], row["limit"]) for row in record["rows"])
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in record["rows"]:
+        name = (f"{row['model']}, {row['factor']:g}", row["wrong"], f"{row['tokens']:,}")
+        found.setdefault(name, {})[row["quant"]] = row["kl_divergence"]
+    rows = [[*name, *(_seen(figures.get(quant), limit) for quant, limit in types)] for name, figures in found.items()]
+    return markdown_table(["model, factor", "scaling", "tokens", *(f"{q} ({limit:g})" for q, limit in types)], rows)
+
+
+def _seen(divergence: float | None, limit: float) -> str:
+    """Return a divergence, in bold where the check refuses it."""
+    if divergence is None:
+        return ""
+    return f"**{divergence:.2g}**" if divergence > limit else f"{divergence:.2g}"
+
+
 _SEVERAL = {
     "training": training_table, "memory": memory_table, "kernels": kernels_table, "speed": speed_table,
     "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "caches": caches_table,
     "clients": clients_table, "streams": streams_table, "served": served_table, "opens-in": opens_in_table,
+    "scalings": scalings_table,
 }  # fmt: skip
 
 

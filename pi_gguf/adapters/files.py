@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import snapshot_download
-
 from pi_gguf.adapters.merging import PickledTensor, load_pickled
 from pi_gguf.checkpoint.config import read_json
 from pi_gguf.checkpoint.hub import public_source
@@ -137,6 +135,8 @@ def _find_folder(folder: str) -> Path:
             return path
     except (OSError, ValueError):
         return path
+    from huggingface_hub import snapshot_download
+
     try:
         found = Path(snapshot_download(folder, allow_patterns=[*_HUB_FILES]))
         if not is_file(found / WEIGHTS_FILE):

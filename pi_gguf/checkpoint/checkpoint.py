@@ -39,6 +39,7 @@ from pi_gguf.checkpoint.tensors import (
     with_scales,
 )
 from pi_gguf.common.private import replace_backend, tied_weights
+from pi_gguf.common.progress import phase
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
@@ -451,7 +452,8 @@ class Checkpoint:
         logging.disable_progress_bar()
         config = self._scaled_config()
         try:
-            model = self._open_in_4_bits(config, dtype) if four_bits else self._open_model(config, dtype).to(device)
+            with phase(f"open {self.source} in transformers"):
+                model = self._open_in_4_bits(config, dtype) if four_bits else self._open_model(config, dtype).to(device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ResourceError(
                 f"{self.path}: the model does not fit in memory ({one_line(error)})",

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from pi_gguf import bundled
 from pi_gguf.common.files import is_file
 from pi_gguf.errors import CheckpointError, one_line
@@ -82,6 +80,8 @@ def resolve(model: str, patterns: list[str]) -> Path:
         raise CheckpointError(f"{model}: is a file; MODEL must be a Hugging Face folder", f"try {path.parent}")
     if not _HUB_ID.fullmatch(model) or (path.parent.is_dir() and str(path.parent) != "."):
         raise CheckpointError(f"{model}: no such folder", f"give a folder, a Hub id (owner/name) or {bundled.TINY}")
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # network, permission and not-found errors of the Hub's client

@@ -120,7 +120,7 @@ def telling(made: click.Command) -> click.Command:
         with output(progress, quiet):
             work(**values)
 
-    how = "bar, plain (a line each 30 seconds and at the end) or none; a bar on a terminal, plain elsewhere by default"
+    how = "bar, plain (lines after 1 s, each 30, at the end) or none; a bar on a terminal, plain elsewhere by default"
     made.params += [
         click.Option(["--progress"], type=click.Choice(KINDS), help=how),
         click.Option(["--quiet"], is_flag=True, help="no progress and no notes; results and errors stay"),

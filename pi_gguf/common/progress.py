@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 import sys
 import threading
@@ -24,8 +25,11 @@ was done before this process began and tells nothing of the speed."""
 KINDS = ("bar", "plain", "none")
 """How progress is shown: drawn, in lines, not at all."""
 
+FIRST_SECONDS = 1.0
+"""After which work that is not over has its first line."""
+
 LINE_SECONDS = 30.0
-"""Between two lines of progress."""
+"""Between two more lines of it."""
 
 
 @contextmanager
@@ -52,7 +56,7 @@ def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance
     Args:
         title: what is being done.
         total: amount of work; None where it is not known.
-        unit: `bytes`, or the plural of what is counted.
+        unit: `bytes`, or the plural of what is counted; empty where nothing is.
     """
     kind = "none" if process_rank() > 0 else _progress or ("bar" if sys.stderr.isatty() else "plain")
     if kind == "none":
@@ -63,6 +67,13 @@ def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance
 
 
 @contextmanager
+def phase(title: str) -> Iterator[None]:
+    """Say what is being done where that takes longer than a moment, and nothing tells how much of it is done."""
+    with progress_bar(visible(title), None, ""):
+        yield
+
+
+@contextmanager
 def _bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
@@ -70,6 +81,7 @@ def _bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        SpinnerColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -77,10 +89,12 @@ def _bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     )
 
     amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
-    columns = [TextColumn("{task.description}"), BarColumn(), *amount]
-    times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
+    columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TextColumn("left")]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
+    if not unit:
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
     asked = True if _progress == "bar" else None  # for, whatever standard error is
-    with Progress(*columns, *times, console=Console(stderr=True, force_terminal=asked)) as bar:
+    with Progress(*columns, console=Console(stderr=True, force_terminal=asked), transient=not unit) as bar:
         task = bar.add_task(title, total=total, text="")
 
         def advance(amount: float = 1, text: str | None = None, earlier: bool = False) -> None:
@@ -95,10 +109,10 @@ def _plain(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     """Print lines from a thread, as a single step may take many times as long as there is between two of them."""
     lines, stream, stop = _lines, sys.stderr, threading.Event()
     work = Work(title, total, unit, time.monotonic())
-    lines.begin(work, time.monotonic())
+    lines.begin(work)
 
     def speak() -> None:
-        while not stop.wait(max(0.01, lines.due - time.monotonic())):
+        while not stop.wait(max(0.01, min(FIRST_SECONDS, lines.due - time.monotonic()))):
             line = lines.tick(time.monotonic())
             if line:
                 _print(line, stream)
@@ -111,10 +125,10 @@ def _plain(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     try:
         yield advance
     finally:
-        lines.end(work, time.monotonic())
+        lines.end(work)
         stop.set()
         speaker.join(1)  # it may wait for a pipe that is full
-    if work.spoken:
+    if work.spoken and unit:  # the next line says that a phase is over
         _print(work.last_line(time.monotonic()), stream)
 
 
@@ -124,14 +138,14 @@ class Work:
     Args:
         title: what is being done.
         total: amount of work; None where it is not known.
-        unit: `bytes`, or the plural of what is counted.
+        unit: `bytes`, or the plural of what is counted; empty where nothing is.
         now: when it begins.
     """
 
     def __init__(self, title: str, total: float | None, unit: str, now: float) -> None:
         self.title, self.total, self.unit, self.text = title, total, unit, ""
         self.spoken = False
-        self._begun = self._at = now
+        self.begun = self._at = now
         self._done = 0.0
         self._samples = deque([(now, 0.0)], maxlen=60)  # at least a second apart
         self._lock = threading.Lock()
@@ -150,12 +164,12 @@ class Work:
     def line(self, now: float) -> str:
         """Return what is done, and about how long the rest takes; how long it took so far where that is not known."""
         with self._lock:
-            left, so_far = self._seconds_left(now), now - self._begun
-            times = f"{duration(left)} left" if left >= 1 else f"{duration(so_far)} so far" if so_far >= 1 else ""
+            left, so_far = self._seconds_left(now), now - self.begun
+            times = f"{duration(left)} left" if left >= 1 else f"{duration(so_far)} so far" if so_far >= 2 else ""
             return self._said(times)
 
     def last_line(self, now: float) -> str:
-        return self._said(f"in {duration(now - self._begun)}")
+        return self._said(f"in {duration(now - self.begun)}")
 
     def _seconds_left(self, now: float) -> float:
         """Return the time left at the speed of the last minute or the last 60 steps, whichever is longer; or 0."""
@@ -171,47 +185,56 @@ class Work:
             size, unit = next(((n, name) for n, name in _SIZES if largest >= n), (1, unit))
         numbers = [self._done] if self.total is None else [self._done, self.total]
         amount = "/".join(f"{number / size:.{0 if size == 1 else 1}f}" for number in numbers)
-        return ", ".join(part for part in (f"{self.title} {amount} {unit}", self.text, times) if part)
+        what = f"{self.title} {amount} {unit}" if unit else self.title
+        return ", ".join(part for part in (what, self.text, times) if part)
 
 
 _SIZES = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 class Lines:
-    """When lines are due: one each `LINE_SECONDS`, of the work begun last; what is over sooner says nothing.
+    """When lines are due: the first `FIRST_SECONDS` after work begins, then one each `LINE_SECONDS`, of the work begun
+    last; what is over sooner says nothing.
 
-    Pieces of work that follow each other share that time, so that a command of many short ones is not silent.
+    Pieces of work of one name that follow each other count as one.
     """
 
     def __init__(self) -> None:
         self._running: list[Work] = []
-        self._last = self._ended = -LINE_SECONDS
+        self._last, self._title = -LINE_SECONDS, ""
         self._lock = threading.Lock()
 
     @property
     def due(self) -> float:
         """When the next line is."""
-        return self._last + LINE_SECONDS
-
-    def begin(self, work: Work, now: float) -> None:
         with self._lock:
-            if not self._running and now - self._ended >= LINE_SECONDS:
-                self._last = now
+            return self._due()
+
+    def _due(self) -> float:
+        if not self._running:
+            return math.inf
+        work = self._running[-1]
+        begun = max(work.begun, self._last)
+        if work.spoken or work.title == self._title:
+            return max(begun + FIRST_SECONDS, self._last + LINE_SECONDS)
+        return begun + FIRST_SECONDS
+
+    def begin(self, work: Work) -> None:
+        with self._lock:
             self._running.append(work)
 
     def tick(self, now: float) -> str | None:
         """Return the line that is due, if one is."""
         with self._lock:
-            if not self._running or now < self.due:
+            if now < self._due():
                 return None
-            self._last = now
-            self._running[-1].spoken = True
-            return self._running[-1].line(now)
+            work = self._running[-1]
+            self._last, self._title, work.spoken = now, work.title, True
+            return work.line(now)
 
-    def end(self, work: Work, now: float) -> None:
+    def end(self, work: Work) -> None:
         with self._lock:
             self._running.remove(work)
-            self._ended = now
 
 
 _progress: str | None = None

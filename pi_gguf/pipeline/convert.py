@@ -24,7 +24,7 @@ from pi_gguf.common.files import (
 )
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.options import flat, take
-from pi_gguf.common.progress import process_count, say
+from pi_gguf.common.progress import phase, process_count, say
 from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.gguf.certificate import ROOM, Certificate, store  # fmt: skip
@@ -143,12 +143,15 @@ def convert(
     out, tune = wanted.out, wanted.tune
     if not dry_run and (rescaling := _rescaling(model, wanted, context)) is not None:
         return _rescale(rescaling, wanted, device, overwrite)
-    checkpoint = _open(model, wanted.write.lora, context, tune.method)
-    planner = _Planner.of(model, checkpoint, wanted)
+    with phase(f"open {model}"):
+        checkpoint = _open(model, wanted.write.lora, context, tune.method)
+    with phase("plan the file"):
+        planner = _Planner.of(model, checkpoint, wanted)
     fine_tune = context is not None and tune.steps != 0
     if dry_run:
         return planner.dry_run(checkpoint, torch_device(device) if fine_tune else None)
-    plans = planner.plan(checkpoint, checkpoint.record)
+    with phase("plan the file"):
+        plans = planner.plan(checkpoint, checkpoint.record)
     nbytes = sum(plan.nbytes for plan in plans)
     if fine_tune:
         check_free_disk(out.parent, nbytes)

@@ -12,7 +12,7 @@ from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.record import Record
 from pi_gguf.common import machine
 from pi_gguf.common.files import human_bytes, writes
-from pi_gguf.common.progress import say, stage
+from pi_gguf.common.progress import phase, say, stage
 from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, OptionError, ResourceError, TextError
 from pi_gguf.gguf.certificate import Certificate, store
@@ -81,7 +81,8 @@ def measure(
     """
     started = time.monotonic()
     rope = read_gguf(path).rope
-    window, seconds_a_prompt = _window_that_fits(path, rope, text, device)
+    with phase(f"certify {path.name}: how fast it reads here"):
+        window, seconds_a_prompt = _window_that_fits(path, rope, text, device)
     original = min(rope.original_max_position_embeddings, window)
     yardstick = Yardstick.of(text, original, window)
     windows = sorted({original, window})
@@ -89,7 +90,9 @@ def measure(
         f"certify {path.name}: perplexity at {' and '.join(map(str, windows))} tokens, passkeys at {window}"
         + (f"; about {_minutes(seconds_a_prompt)}" if seconds_a_prompt > 1 else "")
     )
-    with Model(path, n_ctx=window, device=device) as model:
+    with phase(f"open {path.name} in llama.cpp"):
+        model = Model(path, n_ctx=window, device=device)
+    with model:
         perplexity = yardstick.perplexities(model, windows)
         try:
             cells = passkey_cells(model, windows=(window,), distances=DISTANCES, keys=KEYS, growing=True, seed=seed)

@@ -6,7 +6,7 @@ every difference found. V vocabulary, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.checkpoint.config import noted
 from pi_gguf.common.files import human_bytes
-from pi_gguf.common.progress import say, stage
+from pi_gguf.common.progress import phase, say, stage
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, one_line
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.measure.kl import kl_divergence
 from pi_gguf.measure.language_model import LanguageModel
 from pi_gguf.models.hf import HfModel
+from pi_gguf.restore.opened import open_file
 from pi_gguf.runtime.model import Model
-from pi_gguf.scaling.rope import check_consistent
+from pi_gguf.scaling.rope import FACTOR_TENSOR_NAMES, check_consistent
 from pi_gguf.vocabulary.keys import end_tokens
 from pi_gguf.vocabulary.token_check import TokenizedTexts, said
 
@@ -35,8 +36,11 @@ MAX_KL_DIVERGENCE = {"F32": 1e-4, "F16": 1e-3, "BF16": 3e-2, "Q8_0": 5e-2}
 """Largest mean KL divergence that is still rounding, in nats. llama.cpp rounds activations to the type of the weights:
 a mean of 1e-8, 2e-6 and 1e-4 is usual, and 1e-3 to 1e-2 for Q8_0."""
 
+MAX_KL_DIVERGENCE |= dict.fromkeys(("Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S"), 0.5)
+"""Small models have 0.03 to 0.13; rows of one layer's Q and K in a wrong order are 0.4 to 1.7 on 600 tokens."""
+
 MAX_KL_QUANTIZED = 1.0
-"""The same for all other types: small models at 2 bits reach 0.5, a wrong conversion is far above."""
+"""The same for all other types, and the most for any: small models reach 0.4 with Q4_0 and 0.5 at 2 bits."""
 
 EXPERTS_SLACK = 30
 """How many times more a model with experts may differ: where two experts score alike, rounding picks the other one
@@ -48,8 +52,15 @@ _TOKENIZER_HINT = (
 )
 
 _SCORED_TOKENS = 256
-_PLAIN_TOKENS = 600
-"""Prompt of a quick check where positions are not interpolated."""
+"""How many of a prompt, the last ones, have their logits compared."""
+
+_QUICK_TOKENS = 600
+"""Prompt of a quick check. A wrong factor is as visible in it as beyond the original window, as it scales all distances
+alike (`benchmarks/wrong_scalings.json`)."""
+
+_SLIDING_TOKENS = 1024
+"""Sliding windows up to this, which is Gemma 3's, are read past by a quick check; of longer ones the size that
+llama.cpp reads is compared."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,8 @@ class Reference:
 
     Args:
         checkpoint: of the model that was written, under the scaling that was.
-        level: `quick` reads a prompt a little longer than the original window; `full` the whole new window.
+        level: `quick` reads some 600 tokens, and more where the model computes otherwise behind them; `full` the whole
+            window.
         strict_tokenizer: special texts must be tokenized alike too, not prose alone.
     """
 
@@ -106,17 +118,15 @@ class Reference:
         self.unusual = noted(checkpoint.path)
         self.vocabulary = checkpoint.vocab_size
         self.slack = EXPERTS_SLACK if "expert_count" in checkpoint.family.keys(checkpoint.hf_config) else 1
-        tokenizer = checkpoint.load_tokenizer()
-        self.texts = TokenizedTexts.of(checkpoint, tokenizer, strict=strict_tokenizer)
+        with phase("tokenize the texts of the check"):
+            tokenizer = checkpoint.load_tokenizer()
+            self.texts = TokenizedTexts.of(checkpoint, tokenizer, strict=strict_tokenizer)
         self.ends = end_tokens(checkpoint, tokenizer)
         self.ids: list[int] = []
         self.logits: np.ndarray | None = None
-        window, length = rope.max_position_embeddings, _PLAIN_TOKENS
-        if rope.is_extended:
-            length = rope.original_max_position_embeddings + _SCORED_TOKENS
-        elif rope.own is not None and rope.own.switches:
-            length = rope.own.fields["original_max_position_embeddings"] + _SCORED_TOKENS
-        length = window if level == "full" else min(window, length)
+        self.sliding_window = _sliding_window(checkpoint)
+        self.divisors = rope.factor_tensors(checkpoint.family.arch, checkpoint.rotary_dim)
+        length = _prompt_length(checkpoint, level)
         need, free = 4 * checkpoint.n_parameters() + _cache_bytes(checkpoint, length), psutil.virtual_memory().available
         if need > free:
             say(
@@ -124,12 +134,15 @@ class Reference:
                 "logits are not compared"
             )
             return
+        whole = "" if length == rope.max_position_embeddings else "; --check full reads the whole window"
+        say(f"check: {length} tokens are read by transformers and by llama.cpp{whole}")
         text = "\n".join(bundled.novels("heldout").values())
         lm = HfModel(checkpoint, device="cpu")
         self.ids = _first_tokens(lm, text, length)
         last = min(_SCORED_TOKENS, length - 1)
         try:
-            self.logits = np.concatenate(list(lm.logits_chunks(self.ids, last)))
+            with phase(f"transformers reads {length} tokens"):
+                self.logits = np.concatenate(list(lm.logits_chunks(self.ids, last)))
         except RuntimeError as error:  # of torch: sizes that its kernels do not take
             raise CheckpointError(
                 f"{checkpoint.path}: transformers does not compute the model ({one_line(error)})",
@@ -145,36 +158,21 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
     Raises:
         CheckError: a difference; the message has them all.
     """
-    rope, info = reference.rope, read_gguf(path)
-    problems = check_consistent(info.rope, str(path))
-    kl = top1 = None
-    with Model(path, n_ctx=max(512, len(reference.ids)), device="cpu") as model:
-        window, original = rope.max_position_embeddings, rope.original_max_position_embeddings
-        if model.n_ctx_train != window:
-            problems.append(f"{path}: llama.cpp reads a window of {model.n_ctx_train} tokens, planned {window}")
-        if rope.rope_type == "linear" and abs(model.n_ctx_train * model.rope_freq_scale_train - original) > 1:
-            # Stated from the windows alone, so that a factor used upside down cannot agree with itself.
-            problems.append(
-                f"{path}: llama.cpp reads position {model.n_ctx_train} as "
-                f"{model.n_ctx_train * model.rope_freq_scale_train:g}, it must be the original window's {original}"
-            )
-        if abs(model.rope_freq_scale_train / rope.rope_freq_scale - 1) > 1e-6:
-            problems.append(
-                f"{path}: llama.cpp reads rope_freq_scale {model.rope_freq_scale_train:g}, "
-                f"planned {rope.rope_freq_scale:g}"
-            )
-        if abs(info.rope.rope_theta / rope.rope_theta - 1) > 1e-6:
-            problems.append(f"{path}: rope.freq_base is {info.rope.rope_theta:g}, planned {rope.rope_theta:g}")
-        if model.n_vocab != reference.vocabulary:
-            problems.append(f"{path}: llama.cpp reads {model.n_vocab} tokens, the model has {reference.vocabulary}")
+    info, kl, top1 = read_gguf(path), None, None
+    problems = [*check_consistent(info.rope, str(path)), *_wrong_divisors(path, reference.divisors)]
+    with phase(f"open {path.name} in llama.cpp"):
+        model = Model(path, n_ctx=max(512, len(reference.ids)), device="cpu")
+    with model:
+        problems += _wrong_numbers(path, model, reference)
         prose, special = reference.texts.compare(model.tokenize)
         problems += [f"{path}: {difference}" for difference in prose]
         problems += [f"{path}: llama.cpp does not end at token {i}" for i in reference.ends if not model.is_end(i)]
         if reference.logits is not None:
-            logits = np.concatenate(list(model.logits_chunks(reference.ids, len(reference.logits))))
+            with phase(f"llama.cpp reads {len(reference.ids)} tokens"):
+                logits = np.concatenate(list(model.logits_chunks(reference.ids, len(reference.logits))))
             by_token, same = kl_divergence(reference.logits, logits)
             kl, top1 = float(by_token.mean()), float(same.mean())
-            limit = MAX_KL_DIVERGENCE.get(info.quantization, MAX_KL_QUANTIZED / reference.slack) * reference.slack
+            limit = min(MAX_KL_QUANTIZED, MAX_KL_DIVERGENCE.get(info.quantization, MAX_KL_QUANTIZED) * reference.slack)
             if not kl <= limit:
                 problems.append(f"{path}: KL divergence from Hugging Face is {kl:.3g}, above rounding ({limit:g})")
         report = CheckReport(
@@ -201,6 +199,75 @@ def _hint(unusual: Sequence[str]) -> str:
     if not unusual:
         return "nothing was written; please report this with the checkpoint's name"
     return f"nothing was written; the folder itself may be the reason: {'; '.join(unusual)}"
+
+
+def _prompt_length(checkpoint: Checkpoint, level: str) -> int:
+    """Return how many tokens are read."""
+    rope, sliding = checkpoint.rope, _sliding_window(checkpoint)
+    window, length = rope.max_position_embeddings, _QUICK_TOKENS
+    if rope.own is not None and rope.own.switches:
+        length = max(length, rope.own.fields["original_max_position_embeddings"] + _SCORED_TOKENS)
+    if sliding <= _SLIDING_TOKENS:
+        length = max(length, sliding + _SCORED_TOKENS)
+    return window if level == "full" else min(window, length)
+
+
+def _sliding_window(checkpoint: Checkpoint) -> int:
+    """Return how far layers look that do not see the whole window, in tokens; 0 where all see it."""
+    size = checkpoint.family.keys(checkpoint.hf_config).get("attention.sliding_window") or 0
+    return int(size) if size < checkpoint.rope.max_position_embeddings else 0
+
+
+def _wrong_numbers(path: Path, model: Model, reference: Reference) -> Iterator[str]:
+    """Yield which numbers that llama.cpp reads of a file are not those that are planned."""
+    rope, read = reference.rope, model.info.rope
+    window, original = rope.max_position_embeddings, rope.original_max_position_embeddings
+    if model.n_ctx_train != window:
+        yield f"{path}: llama.cpp reads a window of {model.n_ctx_train} tokens, planned {window}"
+    if rope.rope_type == "linear" and abs(model.n_ctx_train * model.rope_freq_scale_train - original) > 1:
+        # Stated from the windows alone, so that a factor used upside down cannot agree with itself.
+        yield (
+            f"{path}: llama.cpp reads position {model.n_ctx_train} as "
+            f"{model.n_ctx_train * model.rope_freq_scale_train:g}, it must be the original window's {original}"
+        )
+    if abs(model.rope_freq_scale_train / rope.rope_freq_scale - 1) > 1e-6:
+        yield (
+            f"{path}: llama.cpp reads rope_freq_scale {model.rope_freq_scale_train:g}, planned {rope.rope_freq_scale:g}"
+        )
+    if abs(read.rope_theta / rope.rope_theta - 1) > 1e-6:
+        yield f"{path}: rope.freq_base is {read.rope_theta:g}, planned {rope.rope_theta:g}"
+    if rope.own is not None and rope.own.switches:
+        stated, switch = read.original_max_position_embeddings, rope.own.fields["original_max_position_embeddings"]
+        if stated != switch:
+            yield f"{path}: rope.scaling.original_context_length is {stated}, planned {switch}: divisors switch there"
+    if model.n_vocab != reference.vocabulary:
+        yield f"{path}: llama.cpp reads {model.n_vocab} tokens, the model has {reference.vocabulary}"
+    sliding = model.sliding_window if model.sliding_window < window else 0
+    if sliding != reference.sliding_window:
+        yield f"{path}: llama.cpp reads a sliding window of {sliding} tokens, planned {reference.sliding_window}"
+
+
+def _wrong_divisors(path: Path, planned: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return in which tensors of a file the divisors of the frequencies are not those that are planned.
+
+    llama.cpp chooses one of two by the window that it is opened with: no prompt shows both.
+    """
+    problems, opened = [], open_file(path)
+    for name in FACTOR_TENSOR_NAMES:
+        theirs, ours = opened.vector(name), planned.get(name)
+        if (theirs is None) != (ours is None):
+            problems.append(f"{path}: {name} is {'missing' if theirs is None else 'there, and none is planned'}")
+        elif theirs is not None and ours is not None and not _close(theirs, ours):
+            problems.append(f"{path}: {name} is {_shown(theirs)}, planned {_shown(ours)}")
+    return problems
+
+
+def _close(theirs: Sequence[float], ours: Sequence[float]) -> bool:
+    return len(theirs) == len(ours) and bool(np.allclose(theirs, ours, rtol=1e-5, atol=0))
+
+
+def _shown(values: Sequence[float]) -> str:
+    return f"{len(values)} divisors from {values[0]:g} to {values[-1]:g}" if len(values) else "empty"
 
 
 def _cache_bytes(checkpoint: Checkpoint, length: int) -> int:

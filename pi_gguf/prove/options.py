@@ -15,7 +15,8 @@ class ProofOptions(Options):
     title: typing.ClassVar[str] = "Proof"
 
     check: str = option(
-        "quick reads a prompt longer than the original window, full the whole new window; none.",
+        "quick compares logits on some 600 tokens, on more where a model computes otherwise behind them (LongRoPE, "
+        "short sliding windows); full on the whole window; none.",
         default="quick",
         choices=("quick", "full", "none"),
     )

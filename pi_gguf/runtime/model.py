@@ -187,7 +187,7 @@ class Model(LanguageModel):
             yield beside
 
     def _held(self, known: int) -> tuple[Sequence[int], np.ndarray]:
-        if llama_cpp_library().llama_model_n_swa(self._llama.model):
+        if self.sliding_window:
             self.session.rewind(min(known, len(self.session.ids)))
         state = np.empty(self.session.state_bytes(), np.uint8)
         self.session.save(state)
@@ -229,6 +229,11 @@ class Model(LanguageModel):
     def rope_freq_scale_train(self) -> float:
         """What llama.cpp multiplies positions with: the inverse of the factor, dimensionless."""
         return float(llama_cpp_library().llama_model_rope_freq_scale_train(self._llama.model))
+
+    @property
+    def sliding_window(self) -> int:
+        """How far back layers look that do not see the whole window, as llama.cpp read it, in tokens; 0 for none."""
+        return int(llama_cpp_library().llama_model_n_swa(self._llama.model))
 
     @property
     def bos(self) -> list[int]:

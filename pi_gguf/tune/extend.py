@@ -19,7 +19,7 @@ from pi_gguf.checkpoint.record import RECORD_FILE, Record
 from pi_gguf.common.files import check_free_disk, check_writable, remove, writes
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.options import flat, take
-from pi_gguf.common.progress import process_count, say
+from pi_gguf.common.progress import phase, process_count, say
 from pi_gguf.common.provenance import sha256
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError
 from pi_gguf.restore.models import as_folder
@@ -261,7 +261,10 @@ def _write_trained(run: Run, trained: Trained, record: Record, out_dir: Path) ->
         assert trained.adapter_dir is not None
         write_adapter(trained.adapter_dir, out_dir, record, trained.losses)
     else:
-        write_folder(run.checkpoint, out_dir, record, trained, lambda after: run.validation.price(after, run.device))
+        with phase(f"write {out_dir}"):
+            write_folder(
+                run.checkpoint, out_dir, record, trained, lambda after: run.validation.price(after, run.device)
+            )
     _clear(run.work_dir)
 
 

@@ -18,11 +18,13 @@ from pi_gguf.common.progress import Lines, Work, duration, output, progress_bar,
 STEP = """
 import sys, time
 from pi_gguf.common import progress
-progress.LINE_SECONDS = 0.2
+progress.FIRST_SECONDS = progress.LINE_SECONDS = 0.2
 with progress.output(*eval(sys.argv[1])):
     progress.say("a note")
     with progress.progress_bar("quick", 3, "steps") as advance:
         advance(3)
+    with progress.phase("open [bold]it"):
+        time.sleep(0.5)
     with progress.progress_bar("fine-tune", 4, "steps") as advance:
         for i in range(4):
             time.sleep(0.25)
@@ -74,46 +76,60 @@ def spoken(lines: Lines, seconds: range) -> dict[int, str]:
 
 def begun(lines: Lines, now: float, title: str = "fine-tune", total: float | None = 690, unit: str = "steps") -> Work:
     work = Work(title, total, unit, now)
-    lines.begin(work, now)
+    lines.begin(work)
     return work
+
+
+@pytest.fixture(autouse=True)
+def first_line_after_a_second(monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 1.0)
 
 
 # When
 
 
-def test_a_line_comes_each_30_seconds_and_the_first_after_30():
+def test_the_first_line_comes_after_a_second_and_one_each_30_then():
     lines = Lines()
     begun(lines, 1000)
-    assert list(spoken(lines, range(1000, 1100))) == [1030, 1060, 1090]
+    assert list(spoken(lines, range(1000, 1100))) == [1001, 1031, 1061, 1091]
 
 
-def test_work_of_less_than_30_seconds_says_nothing():
+def test_work_of_less_than_a_second_says_nothing():
     lines = Lines()
-    work = begun(lines, 1000)
-    assert spoken(lines, range(1000, 1030)) == {}
-    lines.end(work, 1030)
-    assert not work.spoken and spoken(lines, range(1030, 1200)) == {}
+    work = begun(lines, 1000.5)
+    assert spoken(lines, range(1000, 1002)) == {}
+    lines.end(work)
+    assert not work.spoken and spoken(lines, range(1002, 1200)) == {}
     begun(lines, 2000)
-    assert list(spoken(lines, range(2000, 2040))) == [2030]  # not at once because none came for long
+    assert list(spoken(lines, range(2000, 2040))) == [2001, 2031]  # not at once because none came for long
 
 
-def test_short_pieces_of_work_in_a_row_are_not_silent():
+def test_each_of_several_pieces_of_work_has_a_line():
     lines = Lines()
-    for start in range(0, 100, 20):
-        work = begun(lines, start, f"piece {start}")
-        found = spoken(lines, range(start, start + 20))
-        assert [(at, line.split(" 0/")[0]) for at, line in found.items()] == {
-            20: [(30, "piece 20")], 60: [(60, "piece 60")], 80: [(90, "piece 80")],
-        }.get(start, [])  # fmt: skip
-        lines.end(work, start + 20)
+    for start, names in ((0, "read"), (20, "write"), (21, "check")):
+        work = begun(lines, start, names, None, "")
+        assert spoken(lines, range(start, start + 5)) == {start + 1: names}
+        lines.end(work)
+
+
+def test_pieces_of_one_name_in_a_row_have_a_line_now_and_then():
+    lines, found = Lines(), []
+    for start in range(0, 100, 4):
+        work = begun(lines, start, "copy")
+        found += spoken(lines, range(start, start + 4))
+        lines.end(work)
+    assert found == [1, 31, 61, 91]
 
 
 def test_of_work_within_work_the_inner_one_has_the_line():
     lines = Lines()
     outer, inner = begun(lines, 0), begun(lines, 20, "passkey", 40, "keys")
-    assert spoken(lines, range(20, 31)) == {30: "passkey 0/40 keys, 10 s so far"}
-    lines.end(inner, 40)
-    assert spoken(lines, range(40, 61)) == {60: "fine-tune 0/690 steps, 60 s so far"}
+    assert spoken(lines, range(20, 52)) == {21: "passkey 0/40 keys", 51: "passkey 0/40 keys, 31 s so far"}
+    lines.end(inner)
+    assert spoken(lines, range(51, 83)) == {
+        52: "fine-tune 0/690 steps, 52 s so far",
+        82: "fine-tune 0/690 steps, 82 s so far",
+    }
     assert inner.spoken and outer.spoken
 
 
@@ -132,7 +148,7 @@ def test_a_line_says_what_is_done_and_the_time_left():
 
 def test_before_the_first_step_a_line_says_how_long_it_took_so_far():
     work = Work("passkey", 40, "keys", 0)
-    assert work.line(0.5) == "passkey 0/40 keys"
+    assert work.line(1.2) == "passkey 0/40 keys"
     assert work.line(50) == "passkey 0/40 keys, 50 s so far"
     work.advance(60)
     assert work.line(60) == "passkey 1/40 keys, 39 min left"
@@ -178,7 +194,11 @@ def test_durations_are_short(seconds, text):
 
 def test_in_a_pipe_there_are_lines_while_it_goes_on_and_one_at_the_end():
     note, *lines = told().splitlines()
-    assert note == "a note" and len(lines) >= 3
+    phases = [line for line in lines if line.startswith("open ")]
+    assert note == "a note" and phases[0] == lines[0] == "open [bold]it", "and nothing where it is over"
+    assert not any(" in " in line for line in phases)
+    lines = lines[len(phases) :]
+    assert len(lines) >= 3
     assert all(re.fullmatch(r"fine-tune [0-4]/4 steps(, loss [1-4])?(, \d+ s (left|so far))?", x) for x in lines[:-1])
     assert lines[-1] == "fine-tune 4/4 steps, loss 1, in 1 s"
 
@@ -195,7 +215,7 @@ def test_of_many_processes_the_first_one_speaks():
 
 def test_on_a_terminal_there_is_a_bar_unless_lines_are_asked_for():
     bar = told_on_a_terminal()
-    assert "━" in bar and "\x1b[" in bar and "4/4" in bar
+    assert "━" in bar and "\x1b[" in bar and "4/4" in bar and "open [bold]it" in bar
     lines = told_on_a_terminal("plain")
     assert "\x1b[" not in lines and "fine-tune 4/4 steps, loss 1, in 1 s" in lines
     assert "━" in (asked := told("bar")) and "\x1b[" in asked
@@ -203,6 +223,7 @@ def test_on_a_terminal_there_is_a_bar_unless_lines_are_asked_for():
 
 def test_work_that_fails_has_no_last_line(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.05)
     with output("plain"), pytest.raises(RuntimeError), progress_bar("check", 2, "files") as advance:
         advance(1)
         threading.Event().wait(0.3)

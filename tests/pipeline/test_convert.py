@@ -13,13 +13,18 @@ from small_llamas import VARIANTS
 
 import pi_gguf
 from pi_gguf.checkpoint import checkpoint as checkpoint_module
-from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.common import progress
 from pi_gguf.errors import CheckError
 from pi_gguf.gguf.file import read_gguf
-from pi_gguf.prove import check
+from pi_gguf.models.hf import HfModel
+from pi_gguf.pipeline import convert as convert_module
+from pi_gguf.prove import certify, check
 from pi_gguf.prove.check import Reference, check_gguf
+from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.vocabulary.keys import gguf_vocabulary
+from pi_gguf.vocabulary.token_check import TokenizedTexts
 from pi_gguf.write.layout import plan_file
 from pi_gguf.write.writer import write_file
 
@@ -96,7 +101,55 @@ def test_a_model_is_opened_once_and_then_the_folder_it_became(llama, tmp_path, m
             str(llama), tmp_path / "out.gguf", steps=steps, data=[str(text)], batch_tokens=64, overwrite=True, **options
         )
         assert opened == [llama.name, *folders]
-        assert made.checks[0].prompt_tokens == WINDOW + 256, "read beyond the window before, which no folder states"
+        assert made.checks[0].prompt_tokens == 600
+
+
+def test_whatever_may_take_long_runs_under_a_name_that_is_said(llama, tmp_path, monkeypatch):
+    names, under, said = [], {}, []
+
+    class Told(progress.Lines):
+        def begin(self, work):
+            names.append(work.title)
+            super().begin(work)
+
+        def end(self, work):
+            names.remove(work.title)
+            super().end(work)
+
+    def watch(owner, name, key):
+        function = getattr(owner, name)
+
+        def watched(*arguments, **more):
+            under.setdefault(key, []).append(names[-1] if names else None)
+            return function(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(convert_module, "load_checkpoint", "load_checkpoint")
+    watch(convert_module, "plan_file", "plan_file")
+    watch(Checkpoint, "_open_model", "open in transformers")
+    watch(HfModel, "logits_chunks", "read by transformers")
+    watch(check, "Model", "open in llama.cpp")
+    watch(certify, "Model", "open in llama.cpp")
+    watch(Model, "logits_chunks", "read by llama.cpp")
+    watch(TokenizedTexts, "of", "texts")
+    monkeypatch.setattr(check, "say", lambda line: said.append((line, dict(under))))
+    monkeypatch.setattr(progress, "Lines", Told)
+    with progress.output("plain"):
+        pi_gguf.convert(str(llama), tmp_path / "out.gguf", context=16 * WINDOW, steps=0, quant="F16")
+    speed = "certify out.gguf: how fast it reads here"
+    assert {key: list(dict.fromkeys(titles)) for key, titles in under.items()} == {
+        "load_checkpoint": [f"open {llama}"],
+        "plan_file": ["plan the file"],
+        "texts": ["tokenize the texts of the check"],
+        "open in transformers": [f"open {llama} in transformers"],
+        "read by transformers": ["transformers reads 600 tokens", "perplexity at 64"],
+        "open in llama.cpp": ["open out.gguf in llama.cpp", speed],
+        "read by llama.cpp": ["llama.cpp reads 600 tokens", speed, "perplexity at 64", "perplexity at 1024", "passkey"],
+    }
+    line, before = said[0]
+    assert line == "check: 600 tokens are read by transformers and by llama.cpp; --check full reads the whole window"
+    assert "open in transformers" not in before and "open in llama.cpp" not in before, "said before either begins"
 
 
 def written_with(checkpoint, tmp_path):

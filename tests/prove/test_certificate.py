@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from helpers import WINDOW, make_llama, tensors
+from helpers import WINDOW, change_data, make_llama, reversed_rows, tensors
 
 import pi_gguf
 from pi_gguf.bundled import novels
@@ -316,17 +316,6 @@ def rewrite(source, target, changes):
     write_changed(header.changed(changes), target)
 
 
-def change_data(path, name, change):
-    """Change the bytes of one tensor of a file."""
-    header = read_header(path)
-    place = next(t for t in header.tensors if t.name == name)
-    size = next(t.nbytes for t in read_gguf(path).tensors if t.name == name)
-    data = bytearray(path.read_bytes())
-    begin = header.data_offset + place.offset
-    data[begin : begin + size] = change(bytes(data[begin : begin + size]))
-    path.write_bytes(data)
-
-
 def drop_factor(source, target, llama):
     keys = [key for key in read_header(source).entries if ".rope.scaling." in key]
     rewrite(source, target, dict.fromkeys(keys))
@@ -342,14 +331,8 @@ def keep_window(source, target, llama):
 
 def shuffle_rows(source, target, llama):
     target.write_bytes(source.read_bytes())
-
-    def reverse(data):  # the rows of each head, 64 floats each
-        row = 4 * 64
-        rows = [data[i : i + row] for i in range(0, len(data), row)]
-        return b"".join(rows[::-1])
-
     for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight"):
-        change_data(target, name, reverse)
+        change_data(target, name, reversed_rows)
 
 
 def other_splitting(source, target, llama):
@@ -358,7 +341,7 @@ def other_splitting(source, target, llama):
 
 def zero_embedding(source, target, llama):
     pi_gguf.convert(str(llama), target, context=CONTEXT, steps=0, quant="Q8_0", certify=False)
-    change_data(target, "token_embd.weight", lambda data: bytes(len(data)))
+    change_data(target, "token_embd.weight", lambda data, rows: bytes(len(data)))
 
 
 @pytest.mark.parametrize(
