@@ -22,7 +22,7 @@ from pi_gguf.common.files import (
     remove,
     writes,
 )
-from pi_gguf.common.machine import torch_device
+from pi_gguf.common.machine import Machine, torch_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import process_count, say
 from pi_gguf.common.provenance import library_versions, package_version
@@ -344,7 +344,7 @@ class _Planner:
         """
         wanted, trained, disk_bytes = self.wanted, checkpoint.record, 0
         if device is not None:
-            training = plan_training(checkpoint, wanted.tune, device=device)
+            training = plan_training(checkpoint, wanted.tune, Machine.here(device))
             trained = Record(source=checkpoint.source, steps=wanted.tune.steps, tokens=training.tokens)
             disk_bytes = training_disk_bytes(checkpoint, training)
         return DryRun.of(self.plan(checkpoint, trained), wanted.out, wanted.quant, disk_bytes)
