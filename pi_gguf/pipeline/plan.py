@@ -17,13 +17,13 @@ from pi_gguf.errors import OptionError
 from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
 from pi_gguf.llamacpp.quantizer import spelled
 from pi_gguf.pipeline.elsewhere import Elsewhere, placed, start_command, too_large
+from pi_gguf.pipeline.speed import train_operations, training_seconds
 from pi_gguf.restore.models import as_folder
 from pi_gguf.texts import shares
 from pi_gguf.tune.choose import plan_run
-from pi_gguf.tune.memory import ACTIVATIONS, fit_activations, train_operations, training_disk_bytes
+from pi_gguf.tune.memory import ACTIVATIONS, fit_activations, training_disk_bytes
 from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneOptions
 from pi_gguf.tune.plan import TrainingPlan
-from pi_gguf.tune.speed import training_seconds
 
 BITS_PER_WEIGHT = {
     "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.57, "Q5_K_M": 5.70, "Q5_K_S": 5.57, "Q5_1": 6.0,
@@ -120,13 +120,6 @@ def plan(
     output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
     unquantized = 0 if known in ("F32", "F16", "BF16") else 4 * n
-    sizes = {
-        name: kv_cache_bytes(
-            n_layers=checkpoint.n_layers, n_kv_heads=checkpoint.n_kv_heads, head_dim=checkpoint.head_dim,
-            n_ctx=rope.max_position_embeddings, type_k=name, type_v=name,
-        )
-        for name in CACHE_TYPES
-    }  # fmt: skip
     return Plan(
         model=model,
         parameters=n,
@@ -141,12 +134,23 @@ def plan(
         training_memory_bytes=memory,
         activations=activations.name,
         output_bytes=output,
-        kv_cache_bytes=sizes,
+        kv_cache_bytes=_cache_sizes(checkpoint),
         disk_bytes=output + unquantized + extended,
         data=shares(tune.data),
         loss=tune.loss,
         elsewhere=elsewhere,
     )
+
+
+def _cache_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the bytes of a KV cache of the whole window by its type."""
+    return {
+        name: kv_cache_bytes(
+            n_layers=checkpoint.n_layers, n_kv_heads=checkpoint.n_kv_heads, head_dim=checkpoint.head_dim,
+            n_ctx=checkpoint.rope.max_position_embeddings, type_k=name, type_v=name,
+        )
+        for name in CACHE_TYPES
+    }  # fmt: skip
 
 
 def _machine(on: str | None, device: str, context: int | None, tune: TuneOptions) -> Machine:

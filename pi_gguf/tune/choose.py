@@ -46,7 +46,7 @@ def default_recipe(n_parameters: int, train: str = "full") -> Recipe:
 
 
 def plan_training(checkpoint: Checkpoint, tune: TuneOptions, machine: Machine) -> TrainingPlan:
-    """Plan a fine-tune in one process, or in the machine's as they are spread when nothing is said of that."""
+    """Plan a fine-tune that is spread as when nothing is said of that."""
     return plan_run(checkpoint, tune, SpreadOptions(), machine)[0]
 
 
@@ -263,10 +263,9 @@ def _least_memory(
 def _shared_sequences(
     checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Lengths, machine: Machine
 ) -> Spread:
-    """Return how a run is spread when as few cards share a sequence as need to, to fit; one where none does.
+    """Return how a run is spread when as few cards share a sequence as it needs to fit; one where no number does.
 
-    Only sharded runs can share sequences, and a sequence is cut into two parts a card, so that each has as much work
-    (torch's context parallelism).
+    Only sharded runs share sequences, each cut into two parts a card, as torch's context parallelism does.
     """
     spread = way.spread
     if not spread.fsdp or spread.sp_size > 1 or machine.device != "cuda":

@@ -1,4 +1,4 @@
-"""What a fine-tune takes: memory, disk, operations."""
+"""What a fine-tune takes: memory and disk."""
 
 from __future__ import annotations
 
@@ -56,12 +56,10 @@ ACTIVATIONS = (
 def fit_activations(
     checkpoint: Checkpoint, training: TrainingPlan, machine: Machine, spread: Spread
 ) -> tuple[Activations, int]:
-    """Return what must become of the activations for a run to fit the free memory, and what one process needs then,
-    in bytes.
+    """Return what must become of the activations for a run to fit the free memory, and the bytes of a process then.
 
     The first way that leaves some of the memory free; the last where none does. Only a GPU has another memory beside.
     """
-    free = machine.free_bytes
     ways = ACTIVATIONS if machine.device == "cuda" else ACTIVATIONS[:-1]
     found: tuple[Activations, int] | None = None
     for way, share in zip(ways, (0.75, 0.85, 0.92, 1.0), strict=False):
@@ -69,19 +67,16 @@ def fit_activations(
         if found and need >= found[1]:
             continue  # it takes time and saves nothing, as tiles do where there is one
         found = way, need
-        if need <= share * free:
+        if need <= share * machine.free_bytes:
             break
     assert found
     return found
 
 
 def estimate_training_memory(
-    checkpoint: Checkpoint,
-    training: TrainingPlan,
-    machine: Machine,
-    spread: Spread,
+    checkpoint: Checkpoint, training: TrainingPlan, machine: Machine, spread: Spread,
     activations: Activations = ACTIVATIONS[0],
-) -> int:
+) -> int:  # fmt: skip
     """Return bytes of one process for weights, gradients, two Adam moments, activations and logits."""
     return memory_of_windows(
         checkpoint, training.micro_batch_tokens, training.train, training.lora_rank, machine, spread, activations,
@@ -90,18 +85,10 @@ def estimate_training_memory(
 
 
 def memory_of_windows(
-    checkpoint: Checkpoint,
-    tokens: int,
-    train: str,
-    rank: int,
-    machine: Machine,
-    spread: Spread,
-    activations: Activations | None = None,
-    *,
-    accumulated: bool = False,
-) -> int:
-    """Return the bytes that one process takes to train on `tokens` at once, within 15 % of what a GPU takes
-    (tests/test_gpu.py).
+    checkpoint: Checkpoint, tokens: int, train: str, rank: int, machine: Machine, spread: Spread,
+    activations: Activations | None = None, *, accumulated: bool = False,
+) -> int:  # fmt: skip
+    """Return the bytes of a process that trains on `tokens` at once, as a GPU takes within 15 % (tests/test_gpu.py).
 
     A layer keeps for its gradient, with flash attention and products in 16 bits: per token 26 bytes a hidden unit and 4
     of each of K and V's, and in the MLP 4 a hidden unit and 8 an inner one (counted; arXiv 2205.05198, section 4.1,
@@ -149,8 +136,7 @@ def _of_processes(checkpoint: Checkpoint, trained: int, machine: Machine, spread
         return 4 * trained
     ends = checkpoint.vocab_size * checkpoint.hidden_size * (1 if checkpoint.tied else 2)
     layer = (checkpoint.n_parameters() - ends) / checkpoint.n_layers
-    bits = _frozen_bytes(machine)
-    return bits * (ends + 2 * layer) + 4 * max(ends, layer)
+    return _frozen_bytes(machine) * (ends + 2 * layer) + 4 * max(ends, layer)
 
 
 def layer_inputs_bytes(checkpoint: Checkpoint, tokens: int, train: str, machine: Machine) -> int:
@@ -179,11 +165,3 @@ def _weights(checkpoint: Checkpoint, train: str, rank: int, machine: Machine) ->
     if train == "qlora":
         frozen = 2 * n - (2 - _NF4_BYTES) * found.linear_parameters
     return found.trained(rank), frozen
-
-
-def train_operations(checkpoint: Checkpoint, length: int, train: str = "full") -> float:
-    """Return floating-point operations a token: 6 a parameter, 4 a frozen one, whose gradient is none, and causal
-    attention over half the length."""
-    attention = 12 * checkpoint.n_layers * checkpoint.n_heads * checkpoint.head_dim * length / 2
-    tied = checkpoint.vocab_size * checkpoint.hidden_size
-    return (6 if train == "full" else 4) * (checkpoint.n_parameters() - (0 if checkpoint.tied else tied)) + attention

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.cards import Card
 from pi_gguf.common.machine import Machine
-from pi_gguf.tune.memory import train_operations, trained_parameters
+from pi_gguf.tune.memory import trained_parameters
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import Spread
 
@@ -49,3 +49,11 @@ def _sent_bytes(n: int, trained: int, training: TrainingPlan, spread: Spread) ->
     if spread.shards == 1:
         return 2 * 4 * trained * others
     return training.accumulation / spread.readers * (2 * 2 + 4) * n * others
+
+
+def train_operations(checkpoint: Checkpoint, length: int, train: str = "full") -> float:
+    """Return floating-point operations a token: 6 a parameter, 4 a frozen one, whose gradient is none, and causal
+    attention over half the length."""
+    attention = 12 * checkpoint.n_layers * checkpoint.n_heads * checkpoint.head_dim * length / 2
+    tied = checkpoint.vocab_size * checkpoint.hidden_size
+    return (6 if train == "full" else 4) * (checkpoint.n_parameters() - (0 if checkpoint.tied else tied)) + attention
