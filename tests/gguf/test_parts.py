@@ -128,12 +128,14 @@ def test_tensors_that_are_lost_between_parts_are_counted(parts):
     assert [finding.key for finding in inspect(parts[1]).findings] == ["split.tensors.count"]
 
 
-def test_a_misplaced_tensor_of_a_later_part_is_found(parts):
-    data = parts[2].read_bytes()
-    place = read_header(parts[2]).tensors[-1]
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_misplaced_tensor_is_found_in_any_part(parts, number):
+    part = parts[number]
+    data, header = part.read_bytes(), read_header(part)
+    place = header.tensors[-1]
     old, new = (struct.pack("<Q", place.offset + more) for more in (0, 32))
-    at = data.rindex(old, 0, read_header(parts[2]).data_offset)
-    parts[2].write_bytes(data[:at] + new + data[at + 8 :] + bytes(32))
+    at = data.rindex(old, 0, header.data_offset)
+    part.write_bytes(data[:at] + new + data[at + 8 :] + bytes(32))
     assert [finding.key for finding in inspect(parts[0]).findings] == [place.name]
 
 
