@@ -89,6 +89,7 @@ def test_missing_parts_are_named(parts, cli):
     parts[1].unlink()
     report = inspect(parts[2])
     assert [finding.key for finding in report.findings] == [parts[1].name]
+    assert whole(parts[2]).header.metadata["split.count"] == 3, "tensors of others are not taken for lost"
     assert "is missing" in str(report.findings[0]) and report.repair is None and report.warnings
     for command in (
         ("repair", parts[0], parts[0].with_name("out.gguf")),
