@@ -284,12 +284,13 @@ class Clock:
 def plan(folder: str | Path, train: str, context: int, steps: int, device: str) -> tuple[Any, Any]:
     """Return the extended checkpoint and the plan of a run on one whole sequence a step."""
     from pi_gguf.checkpoint.checkpoint import load_checkpoint
+    from pi_gguf.common.machine import Machine
     from pi_gguf.tune.choose import plan_training
     from pi_gguf.tune.options import TuneOptions
 
     checkpoint = load_checkpoint(str(folder)).extended(context)
     tune = TuneOptions(steps=steps, train_window=context, learning_rate=1e-6, batch_tokens=context, train=train)
-    training = plan_training(checkpoint, tune, device=device)
+    training = plan_training(checkpoint, tune, Machine.here(device))
     return checkpoint, training
 
 
@@ -297,21 +298,22 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     import numpy as np
     import torch
 
-    from pi_gguf.common.machine import free_memory
+    from pi_gguf.common.machine import Machine
     from pi_gguf.tune import trainer as module
     from pi_gguf.tune.memory import Activations, estimate_training_memory, fit_activations
     from pi_gguf.tune.processes import Spread
 
     checkpoint, training = plan(job["folder"], job["train"], job["context"], len(job["rows"]), device)
     whole = plan(job["whole"], job["train"], job["context"], len(job["rows"]), device)[0]
-    way, need = fit_activations(whole, training, device)
+    here, alone = Machine.here(device), Spread()
+    way, need = fit_activations(whole, training, here, alone)
     if job["least"]:
         way = Activations("recomputed, MLPs in tiles, inputs of layers in the host's memory", True, True, True)
         if device == "cpu":
             way = Activations("recomputed, MLPs in tiles", True, True)
-    elif need > free_memory(device):  # the whole is for several cards, which share weights and recompute activations
+    elif need > here.free_bytes:  # the whole is for several cards, which share weights and recompute activations
         way = Activations("recomputed", True)
-    predicted, predicted_whole = (estimate_training_memory(c, training, device, way) for c in (checkpoint, whole))
+    predicted, predicted_whole = (estimate_training_memory(c, training, here, alone, way) for c in (checkpoint, whole))
     found |= {"predicted_memory_bytes": predicted, "predicted_whole_bytes": predicted_whole, "activations": way.name}
     found["again"] = {
         "recomputed": way.recompute, "tiled": way.tiled,
@@ -529,18 +531,19 @@ def measured_layers(case: Case, shape: Shape, folder: Any, device: str) -> list[
     Args:
         folder: makes one with the config of so many layers.
     """
-    from pi_gguf.common.machine import free_memory
+    from pi_gguf.common.machine import Machine
     from pi_gguf.tune.memory import Activations, estimate_training_memory
+    from pi_gguf.tune.processes import Spread
 
-    whole = shape.num_hidden_layers
+    here, whole = Machine.here(device), shape.num_hidden_layers
     if case.least:
         layers = min(case.least, whole)
         return [layers] if layers == whole else [layers, layers // 2]
     choices = [[whole]] * shape.all_measured + [[4, 2], [2, 1]]
     for choice in choices:
         checkpoint, training = plan(folder(choice[0]), case.train, case.context, 2, device)
-        need = estimate_training_memory(checkpoint, training, device, Activations("recomputed", True))
-        if need < 0.9 * free_memory(device):
+        need = estimate_training_memory(checkpoint, training, here, Spread(), Activations("recomputed", True))
+        if need < 0.9 * here.free_bytes:
             return choice
     return choices[-1]
 
@@ -648,6 +651,7 @@ def bench(args: argparse.Namespace, cases: list[Case], contenders: list[str], pl
     import torch
 
     from pi_gguf.common.files import write_json
+    from pi_gguf.common.machine import Machine
     from pi_gguf.common.provenance import package_version, provenance
     from pi_gguf.tune.lora import no_4_bits
 
@@ -669,7 +673,7 @@ def bench(args: argparse.Namespace, cases: list[Case], contenders: list[str], pl
         if late():
             break
         record["not_reached"].remove(case.name)
-        if case.train == "qlora" and (reason := no_4_bits(device)):
+        if case.train == "qlora" and (reason := no_4_bits(Machine.here(device))):
             record["cases"][case.name] = {"skipped": f"qlora {reason[0]}"}
             continue
         shape = SHAPES[case.shape] if args.scale == "full" else SHAPES[case.shape].toy()

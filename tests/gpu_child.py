@@ -33,8 +33,8 @@ def forced(way: str) -> Any:
 
     (chosen,) = [one for one in ACTIVATIONS if one.name == way]
 
-    def fit(checkpoint, training, device, *, shards=1):
-        return chosen, estimate_training_memory(checkpoint, training, device, chosen, shards=shards)
+    def fit(checkpoint, training, machine, spread):
+        return chosen, estimate_training_memory(checkpoint, training, machine, spread, chosen)
 
     return fit
 

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.common.machine import Machine
 from pi_gguf.tune.batches import batch_positions, padded, training_batches
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.lora import parts
@@ -202,7 +203,7 @@ def micro_batches(model, packing, train_window):
     """Return micro-batches as a run of two steps makes them."""
     checkpoint = load_checkpoint(str(model)).extended(CONTEXT)
     tune = TuneOptions(steps=2, train_window=train_window, batch_tokens=2 * train_window)
-    training = plan_training(checkpoint, tune, device="cpu")
+    training = plan_training(checkpoint, tune, Machine("cpu"))
     text = next(iter(pi_gguf.bundled.novels("train").values()))
     texts = [text[:20_000]]  # rows as long as the window, but for the last
     if packing == "isolate":

@@ -14,7 +14,7 @@ from pi_gguf.pipeline.options import GROUPS
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 TAKEN = {
-    "Fine-tune": "`extend`, `convert`, `plan`", "Several processes": "`extend`", "File": "`convert`",
+    "Fine-tune": "`extend`, `convert`, `plan`", "Several processes": "`extend`, `plan`", "File": "`convert`",
     "Proof": "`convert`", "Model": "the suites of `eval` that open a model; tokenizer of those that ask a server, too",
     "Measurement": "the suites of `eval`, each as far as it has a use for them",
 }  # fmt: skip

@@ -302,7 +302,71 @@ def _seen(divergence: float | None, limit: float) -> str:
     return f"**{divergence:.2g}**" if divergence > limit else f"{divergence:.2g}"
 
 
+def paper_table(record: dict[str, Any]) -> str:
+    """Return the paper's runs as planned, or why they do not fit."""
+    rows = []
+    for run in record["paper"]:
+        first = [run["model"], run["on"], str(run["sequences"])]
+        if "error" in run:
+            rows.append([*first, f"{run['error']}; {run['hint']}", "", "", ""])
+            continue
+        rows.append([
+            *first, run["activations"], f"{run['memory_bytes'] / 2**30:.1f}", f"{run['tokens_a_second']:,.0f}",
+            f"{run['seconds'] / 3600:,.1f}",
+        ])  # fmt: skip
+    header = ["", "on", "sequences a step", "activations", "GiB a card", "tokens/s", "hours"]
+    return markdown_table(header, rows)
+
+
+def torchtitan_table(record: dict[str, Any]) -> str:
+    """Return tokens a second and memory of a card, recorded by torchtitan and planned."""
+    rows = [
+        [
+            run["model"], run["on"], run["again"], f"{run['recorded']:,}", f"{run['planned']:,.0f}",
+            f"{run['planned'] / run['recorded'] - 1:+.0%}", f"{run['recorded_gib'] or ''}",
+            f"{run['recomputed_gib']:.1f} to {run['kept_gib']:.1f}",
+        ]
+        for run in record["torchtitan"]
+    ]  # fmt: skip
+    header = [
+        "", "on", "computed again", "tokens/s a card, recorded", "planned", "difference", "GiB a card, recorded",
+        "planned, all computed again to nothing",
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def unsloth_table(record: dict[str, Any]) -> str:
+    """Return what we need for the longest sequence of Unsloth's on a card."""
+    rows = [
+        [
+            f"{run['gb']}", f"{run['tokens']:,}", f"{run['need_gib']:.1f}", f"{run['need_gib'] / run['gb'] - 1:+.0%}",
+            f"{run['without_gib']:.1f}", f"{run['without_gib'] / run['gb'] - 1:+.0%}",
+        ]
+        for run in record["unsloth"]
+    ]  # fmt: skip
+    header = [
+        "card, GB", "Unsloth's longest, tokens", "planned for it, GiB", "difference", "without embeddings",
+        "difference",
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def planned_table(record: dict[str, Any]) -> str:
+    """Return what was measured on a card beside what is planned for it."""
+    rows = [
+        [
+            run["case"], run["activations"], f"{run['seconds']:.2f}", f"{run['planned_seconds']:.2f}",
+            f"{run['planned_seconds'] / run['seconds'] - 1:+.0%}", f"{run['gb']:.1f}", f"{run['planned_gb']:.1f}",
+            f"{run['planned_gb'] / run['gb'] - 1:+.0%}",
+        ]
+        for run in record["ours"]
+    ]  # fmt: skip
+    header = ["", "activations", "s a step", "planned", "difference", "GB", "planned", "difference"]
+    return markdown_table(header, rows)
+
+
 _SEVERAL = {
+    "paper": paper_table, "torchtitan": torchtitan_table, "unsloth": unsloth_table, "planned": planned_table,
     "training": training_table, "memory": memory_table, "kernels": kernels_table, "speed": speed_table,
     "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "caches": caches_table,
     "clients": clients_table, "streams": streams_table, "served": served_table, "opens-in": opens_in_table,

@@ -29,15 +29,46 @@ def show_plan(plan: Any) -> str:
             *([("data", _data_text(plan.data)), ("loss", _LOSSES[plan.loss])] if plan.data else []),
             ("learning rate", f"{t.learning_rate:g}, {t.schedule} after {t.warmup_steps} steps of warm-up"),
             *([("factor", f"grows from 1 over {t.factor_warmup_steps} steps")] if t.factor_warmup_steps else []),
-            ("time, about", human_seconds(plan.training_seconds)),
-            ("memory, about", f"{human_bytes(plan.training_memory_bytes)}; activations are {plan.activations}"),
+            *_time_and_memory(plan),
         ]
     rows += [
         (f"output, {plan.quant}, about", human_bytes(plan.output_bytes)),
         ("disk needed, about", human_bytes(plan.disk_bytes)),
         *((f"KV cache at {plan.context}, {name}", human_bytes(n)) for name, n in plan.kv_cache_bytes.items()),
     ]
-    return text_table("", (), rows, numbers=False)
+    table = text_table("", (), rows, numbers=False)
+    return f"{table}\n{_next_of_plan(plan)}" if plan.elsewhere else table
+
+
+def _time_and_memory(plan: Any) -> list[tuple[str, str]]:
+    """Return the rows of what a fine-tune takes; on a machine that is not here also how it is spread."""
+    from pi_gguf.common.files import human_bytes
+
+    memory = f"{human_bytes(plan.training_memory_bytes)}{' a card' if plan.elsewhere else ''}"
+    there, activations = plan.elsewhere, f"activations are {plan.activations}"
+    if there is None:
+        return [("time, about", human_seconds(plan.training_seconds)), ("memory, about", f"{memory}; {activations}")]
+    spread = {"none": "one card", "copies": "every card has all"}.get(
+        there.sharding, f"weights, gradients and moments sharded by {there.sharding}"
+    )
+    shared = f"; {there.cp_size} cards share a sequence" if there.cp_size > 1 else ""
+    host = f"{human_bytes(there.host_memory_bytes)} a machine beside Python" if there.host_memory_bytes else ""
+    return [
+        ("on", f"{there.machine}: {spread}{shared}"),
+        ("step", f"{there.step_tokens:,} tokens: {there.cards // there.cp_size} x {there.micro_batches} micro-batches "
+         f"of {there.micro_batch}"),
+        ("time, about", f"{human_seconds(plan.training_seconds)}, {there.tokens_a_second:,.0f} tokens/s"),
+        ("at", f"{there.share:.0%} of the cards' rate; {there.share_source}"),
+        ("memory, about", f"{memory} of {human_bytes(there.free_memory_bytes)}; {activations}"),
+        *([("host's memory, about", host)] if host else []),
+    ]  # fmt: skip
+
+
+def _next_of_plan(plan: Any) -> str:
+    """Return the command that starts what was planned for another machine."""
+    there = plan.elsewhere
+    each = " on each machine, FIRST being the name of the first" if there.nodes > 1 else " there"
+    return f"next{each}: {there.command}"
 
 
 def _mix_text(training: Any) -> str:

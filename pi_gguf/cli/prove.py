@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pi_gguf.common.tables import text_table
@@ -17,6 +18,7 @@ def show_inspect(report: Any) -> str:
         *((key, str(value)) for key, value in report.rope.items()),
         ("tensors", ", ".join(f"{n} {kind}" for kind, n in report.tensors.items())),
         ("size", human_bytes(report.nbytes)),
+        *([("parts", ", ".join(Path(part).name for part in report.parts))] if report.parts else []),
         *((f"llama.cpp reads {key}", f"{value}") for key, value in report.llama_cpp.items()),
         *((key, str(value)) for key, value in report.general.items()),
         *(report.certificate.rows() if report.certificate else unmeasured),

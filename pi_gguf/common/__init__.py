@@ -6,7 +6,8 @@ files: one writer for each output, which has its name only when it is complete
 endings: how a command ends, by a signal, a closed output, an error of other code
 tables: tables for people
 provenance: versions, commit, hashes and times of a result
-machine: memory, cores, a GPU, and how fast these compute
+machine: memory, cores, GPUs, and how fast these compute
+cards: GPUs by name
 children: a module of the package in a child process
 private: what other libraries keep to themselves and we need, with the reasons
 """

@@ -1,19 +1,84 @@
-"""What this machine has: memory, cores, a GPU, and how fast it computes."""
+"""What a machine has: memory, cores, GPUs, and how fast these compute. This one is asked, others are of `cards`."""
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import psutil
 
+from pi_gguf.common.cards import Card, parse_cards
+from pi_gguf.common.progress import local_process_count, process_count
 from pi_gguf.errors import OptionError
 
 _CPU_EFFICIENCY, _AMX_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.1, 0.35
 """Share of a plain matrix product's speed that training reaches. AMX multiplies at 0.6 to 1.1 T operations/s, and what
 is done between the products does not keep up: 15 M and 135 M parameters trained at 0.08 and 0.12 T (docs/log.md)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is for: the machine it runs on, or one that is not here; with the others that share the run.
+
+    Args:
+        device: cpu or cuda.
+        processes: all that share a run; with `cuda` one a card.
+        nodes: machines, each with as many of the processes.
+        card: of which each process has one; None of this machine, which is asked and measured.
+    """
+
+    device: str
+    processes: int = 1
+    nodes: int = 1
+    card: Card | None = None
+
+    @classmethod
+    def here(cls, device: str) -> Machine:
+        """Return this machine, with the processes that torchrun started."""
+        processes = process_count()
+        return cls(device, processes, max(1, processes // local_process_count()))
+
+    @classmethod
+    def elsewhere(cls, cards: str) -> Machine:
+        """Return a machine that is not here, from words like `8xH100-80GB`.
+
+        Raises:
+            OptionError: no such cards.
+        """
+        nodes, each, card = parse_cards(cards)
+        return cls("cuda", nodes * each, nodes, card)
+
+    @property
+    def each(self) -> int:
+        """How many of the processes are on one of the machines."""
+        return self.processes // self.nodes
+
+    @property
+    def name(self) -> str:
+        """What it is called: cards as they are given, `this machine` of this one."""
+        if self.card is None:
+            return "this machine"
+        return f"{f'{self.nodes}x' if self.nodes > 1 else ''}{self.each}x{self.card.name}"
+
+    @property
+    def free_bytes(self) -> int:
+        """The free memory of one process."""
+        if self.card:
+            return self.card.free_bytes
+        return free_memory(self.device) // (self.each if self.device == "cpu" else 1)
+
+    @property
+    def fast_bf16(self) -> bool:
+        """Whether bf16 is faster than f32."""
+        return self.card is not None or fast_bf16(self.device)
+
+    @property
+    def operations_a_second(self) -> float:
+        """What one process computes in training."""
+        return self.card.operations_a_second if self.card else operations_a_second(self.device)
 
 
 def free_memory(device: str) -> int:

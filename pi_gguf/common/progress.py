@@ -306,3 +306,8 @@ def process_rank() -> int:
 def process_count() -> int:
     """Return how many processes they started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_process_count() -> int:
+    """Return how many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or process_count())

@@ -228,8 +228,9 @@ def _equal_factors(header: Header, name: str, factors: list[float] | None) -> bo
     place = next(t for t in header.tensors if t.name == name)
     if factors is None or (place.type, place.sides) != (tensor_types()["F32"], (len(factors),)):
         return False
-    with header.path.open("rb") as file:
-        file.seek(header.data_offset + place.offset)
+    path, at = place.elsewhere or (header.path, header.data_offset + place.offset)
+    with path.open("rb") as file:
+        file.seek(at)
         values = struct.unpack(f"<{len(factors)}f", file.read(4 * len(factors)))
     return all(map(_equal, values, factors))
 

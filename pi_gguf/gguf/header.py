@@ -135,12 +135,14 @@ class TensorPlace:
         sides: of its shape, in the order of the file, the reverse of torch's.
         type: ggml's number of it.
         offset: where it begins, in bytes from the beginning of the data.
+        elsewhere: the file that it really lies in, and where in it, when the header is of several; see `parts`.
     """
 
     name: str
     sides: tuple[int, ...]
     type: int
     offset: int
+    elsewhere: tuple[Path, int] | None = None
 
 
 @dataclass(frozen=True)

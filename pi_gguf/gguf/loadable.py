@@ -100,7 +100,7 @@ def _hint(header: Header, finding: Finding) -> str:
 
 def find_fatal(header: Header, tensors: Sequence[TensorInfo], *, texts: bool = True) -> Iterator[Finding]:
     """Yield what llama.cpp does not survive in a header and its tensors; `texts` as `check_loadable` has it."""
-    yield from _places(header, tensors)
+    yield from find_misplaced(header, tensors)
     yield from _layers(header, tensors)
     yield from _experts(header, tensors)
     yield from _numbers(header)
@@ -131,7 +131,7 @@ def _is_split(header: Header) -> bool:
 # Data and layers
 
 
-def _places(header: Header, tensors: Sequence[TensorInfo]) -> Iterator[Finding]:
+def find_misplaced(header: Header, tensors: Sequence[TensorInfo]) -> Iterator[Finding]:
     """Find tensors that are not where llama.cpp looks for them: one behind the other, at whole blocks of memory."""
     alignment, expected = header.metadata.get("general.alignment", ALIGNMENT), 0
     for place, tensor in zip(header.tensors, tensors, strict=True):

@@ -22,13 +22,14 @@ from pi_gguf.common.files import (
     remove,
     writes,
 )
-from pi_gguf.common.machine import torch_device
+from pi_gguf.common.machine import Machine, torch_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import phase, process_count, say
 from pi_gguf.common.provenance import library_versions, package_version
 from pi_gguf.errors import CheckError, CheckpointError, OptionError, ResourceError, TextError
 from pi_gguf.gguf.certificate import ROOM, Certificate, store  # fmt: skip
 from pi_gguf.gguf.file import tensor_types
+from pi_gguf.gguf.parts import part_paths
 from pi_gguf.llamacpp.quantizer import TENSORS_NEED_IMPORTANCE, UNQUANTIZED, check_quantization, nearest, spelled
 from pi_gguf.pipeline.options import ConvertKeywords
 from pi_gguf.pipeline.rescale import Rescaling, plan_rescaling, write_rescaled
@@ -44,7 +45,7 @@ from pi_gguf.tune.options import TuneOptions
 from pi_gguf.vocabulary.keys import file_name, gguf_vocabulary
 from pi_gguf.write.adapter import plan_adapter_file
 from pi_gguf.write.imatrix import ImportanceMatrix, read_imatrix
-from pi_gguf.write.layout import FilePlan, plan_file, split_paths
+from pi_gguf.write.layout import FilePlan, plan_file
 from pi_gguf.write.options import WriteOptions
 from pi_gguf.write.writer import state_path, write_file
 
@@ -83,7 +84,7 @@ class DryRun:
 
     @classmethod
     def of(cls, plans: Sequence[FilePlan], out: Path, quantization: str, training_bytes: int) -> DryRun:
-        names = [str(path) for path in split_paths(out, len(plans))]
+        names = [str(path) for path in part_paths(out, len(plans))]
         outputs = [output for plan in plans for output in plan.outputs]
         nbytes = sum(plan.nbytes for plan in plans)
         return cls(
@@ -206,7 +207,7 @@ def _publish(
     certificate = conversion.certificate
     missed = find_missed(certificate, wanted.requirements, window) if certificate else []
     if missed:
-        finals = split_paths(_uncertified(wanted.out), len(partials))
+        finals = part_paths(_uncertified(wanted.out), len(partials))
     with disk_errors(wanted.out):
         for partial, final in reversed(list(zip(partials, finals, strict=True))):  # the one to open comes last
             publish(partial, final)
@@ -347,7 +348,7 @@ class _Planner:
         """
         wanted, trained, disk_bytes = self.wanted, checkpoint.record, 0
         if device is not None:
-            training = plan_training(checkpoint, wanted.tune, device=device)
+            training = plan_training(checkpoint, wanted.tune, Machine.here(device))
             trained = Record(source=checkpoint.source, steps=wanted.tune.steps, tokens=training.tokens)
             disk_bytes = training_disk_bytes(checkpoint, training)
         return DryRun.of(self.plan(checkpoint, trained), wanted.out, wanted.quant, disk_bytes)
@@ -376,7 +377,7 @@ def _fine_tuned(checkpoint: Checkpoint, wanted: _Wanted, device: str, overwrite:
 def _names(out: Path, count: int, nbytes: int, overwrite: bool) -> tuple[list[Path], list[Path]]:
     """Return where the files are written and what they are called at the end, when names and disk are free."""
     work_dir = out.with_name(out.name + ".partial")
-    finals = split_paths(out, count)
+    finals = part_paths(out, count)
     for final in finals:  # all but the first may be there from a run that was stopped while it gave them their names
         check_writable(final, overwrite or (final != finals[0] and has_more(work_dir)))
     if not has_more(work_dir):

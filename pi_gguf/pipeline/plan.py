@@ -11,21 +11,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Unpack
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
-from pi_gguf.common.machine import operations_a_second, planned_device
+from pi_gguf.common.machine import Machine, operations_a_second, planned_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.errors import OptionError
 from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
 from pi_gguf.llamacpp.quantizer import spelled
+from pi_gguf.pipeline.elsewhere import Elsewhere, placed, start_command, too_large
+from pi_gguf.pipeline.speed import train_operations, training_seconds
 from pi_gguf.restore.models import as_folder
 from pi_gguf.texts import shares
-from pi_gguf.tune.choose import plan_training
-from pi_gguf.tune.memory import (
-    ACTIVATIONS,
-    fit_activations,
-    train_operations,
-    training_disk_bytes,
-)
-from pi_gguf.tune.options import TuneKeywords, TuneOptions
+from pi_gguf.tune.choose import plan_run
+from pi_gguf.tune.memory import ACTIVATIONS, fit_activations, training_disk_bytes
+from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneOptions
 from pi_gguf.tune.plan import TrainingPlan
 
 BITS_PER_WEIGHT = {
@@ -63,20 +60,23 @@ class Plan:
     data: dict[str, float | None]
     """Share of the tokens by the name of the source; None where no weights are given and the lengths decide."""
     loss: str
+    elsewhere: Elsewhere | None = None
+    """How it runs on the machine of `on`; None of this machine."""
 
     def to_json(self) -> dict[str, Any]:
         tokens = {"tokens": self.training.tokens} if self.training else {}
         return {**asdict(self), **tokens}
 
 
-@flat(TuneOptions)
+@flat(TuneOptions, SpreadOptions)
 def plan(
     model: str,
     *,
     context: int | None = None,
     quant: str = "Q4_K_M",
+    on: str | None = None,
     device: str = "auto",
-    **options: Unpack[TuneKeywords],
+    **options: Unpack[ExtendKeywords],
 ) -> Plan:
     """Say what a conversion would do and cost; reads the config only.
 
@@ -84,12 +84,18 @@ def plan(
         model: Hugging Face folder, Hub id, GGUF file or bundled:tiny.
         context: new window, in tokens; the model's own when left out.
         quant: type of the output file, e.g. F16, Q8_0 or Q4_K_M.
-        device: auto, cpu or cuda.
+        on: cards of a machine that is not here: 4090, 8xH100-80GB, or machines x cards x kind as in 2x8xA100-80GB;
+            this machine when left out.
+        device: auto, cpu or cuda, of this machine.
+
+    Raises:
+        ResourceError: the fine-tune does not fit the cards of `on`.
 
     Example:
         pi-gguf plan bundled:tiny --context 32768 --quant Q4_K_M
     """
-    tune = take(TuneOptions, options)
+    tune, spread_options = take(TuneOptions, options), take(SpreadOptions, options)
+    machine = _machine(on, device, context, tune)
     checkpoint = load_checkpoint(as_folder(model, weights=False), config_only=True)
     known = spelled(quant, BITS_PER_WEIGHT)
     if known is None:
@@ -99,26 +105,21 @@ def plan(
         )
     if context is not None:
         checkpoint = checkpoint.extended(context, tune.method)
-    rope, device = checkpoint.rope, planned_device(device)
-    training, seconds, memory, activations = None, 0.0, 0, ACTIVATIONS[0]
+    rope = checkpoint.rope
+    training, seconds, memory, activations, elsewhere = None, 0.0, 0, ACTIVATIONS[0], None
     n = checkpoint.n_parameters()
     if context is not None and tune.steps:
-        training = plan_training(checkpoint, tune, device=device)
-        operations = sum(
-            tokens * train_operations(checkpoint, window) for window, tokens in training.tokens_by_window().items()
-        )
-        seconds = operations / operations_a_second(device)
-        activations, memory = fit_activations(checkpoint, training, device)
+        training, spread = plan_run(checkpoint, tune, spread_options, machine)
+        activations, memory = fit_activations(checkpoint, training, machine, spread)
+        if machine.card and memory > machine.free_bytes:
+            raise too_large(checkpoint, training, memory, tune, spread_options, machine)
+        seconds = training_seconds(checkpoint, training, machine, spread)
+        if machine.card:
+            command = start_command(model, context, tune, spread_options, training, spread, machine)
+            elsewhere = placed(checkpoint, training, spread, activations, machine, seconds, command)
     output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
     unquantized = 0 if known in ("F32", "F16", "BF16") else 4 * n
-    sizes = {
-        name: kv_cache_bytes(
-            n_layers=checkpoint.n_layers, n_kv_heads=checkpoint.n_kv_heads, head_dim=checkpoint.head_dim,
-            n_ctx=rope.max_position_embeddings, type_k=name, type_v=name,
-        )
-        for name in CACHE_TYPES
-    }  # fmt: skip
     return Plan(
         model=model,
         parameters=n,
@@ -133,11 +134,34 @@ def plan(
         training_memory_bytes=memory,
         activations=activations.name,
         output_bytes=output,
-        kv_cache_bytes=sizes,
+        kv_cache_bytes=_cache_sizes(checkpoint),
         disk_bytes=output + unquantized + extended,
         data=shares(tune.data),
         loss=tune.loss,
+        elsewhere=elsewhere,
     )
+
+
+def _cache_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the bytes of a KV cache of the whole window by its type."""
+    return {
+        name: kv_cache_bytes(
+            n_layers=checkpoint.n_layers, n_kv_heads=checkpoint.n_kv_heads, head_dim=checkpoint.head_dim,
+            n_ctx=checkpoint.rope.max_position_embeddings, type_k=name, type_v=name,
+        )
+        for name in CACHE_TYPES
+    }  # fmt: skip
+
+
+def _machine(on: str | None, device: str, context: int | None, tune: TuneOptions) -> Machine:
+    """Return the machine that is planned for."""
+    if on is None:
+        return Machine.here(planned_device(device))
+    if device != "auto":
+        raise OptionError(f"on and device exclude each other, got {on!r} and {device}", "leave --device out")
+    if context is None or not tune.steps:
+        raise OptionError(f"on is for a fine-tune, got {on!r} without one", "give --context, and --steps above 0")
+    return Machine.elsewhere(on)
 
 
 def reading_seconds(checkpoint: Checkpoint, tokens_by_window: Mapping[int, int], device: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.gguf.certificate import Certificate
 from pi_gguf.gguf.defects import expect, find_defects
-from pi_gguf.gguf.file import GgufInfo, read_gguf
+from pi_gguf.gguf.file import GgufInfo
 from pi_gguf.gguf.findings import ASK, Finding
-from pi_gguf.gguf.header import is_gguf, read_header
+from pi_gguf.gguf.header import is_gguf
+from pi_gguf.gguf.parts import name_of_all, whole
 from pi_gguf.runtime.model import Model
 from pi_gguf.scaling.rope import RopeScaling, check_consistent
 
@@ -25,7 +26,7 @@ class Inspection:
     """The report of `pi-gguf inspect`; sizes in bytes, windows in tokens (None where they cannot be read).
 
     `repair` is the command that mends what can be mended, None where nothing can; `certificate` what the file says was
-    measured on it.
+    measured on it; `parts` those of a split file that are there.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Inspection:
     findings: list[Finding]
     repair: str | None = None
     certificate: Certificate | None = None
+    parts: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         certificate = self.certificate.to_json() if self.certificate else None
@@ -54,7 +56,7 @@ def inspect(path: str | Path, *, against: str | None = None) -> Inspection:
     """Report architecture, window, every rope key, types, sizes, what llama.cpp reads, and what is wrong.
 
     Args:
-        path: GGUF file, Hugging Face folder, Hub id or bundled:tiny.
+        path: GGUF file (any part of a split one), Hugging Face folder, Hub id or bundled:tiny.
         against: MODEL that a GGUF file was made from: what the file lost of it is named, with the right value. Of the
             Hub only config and tokenizer are fetched.
 
@@ -69,9 +71,10 @@ def inspect(path: str | Path, *, against: str | None = None) -> Inspection:
 
 
 def _inspect_gguf(path: Path, against: str | None) -> Inspection:
-    info, header = read_gguf(path), read_header(path)
+    found = whole(path)
+    path, info, header = found.first.path, found.info, found.header
     expected = expect(header, info.tensors, load_checkpoint(against, weights=False)) if against is not None else None
-    findings = find_defects(header, info.tensors, expected)
+    findings = [*found.findings(), *find_defects(header, info.tensors, expected)]
     warnings: list[str] = []
     read: dict[str, Any] = {}
     try:
@@ -85,7 +88,7 @@ def _inspect_gguf(path: Path, against: str | None) -> Inspection:
         warnings.append(str(error))
     certificate = None
     try:
-        certificate = Certificate.read(header)
+        certificate = Certificate.read(found.first)
     except GgufError as error:
         warnings.append(f"{error}; {error.hint}")
     keys = {key: value for key, value in info.metadata.items() if ".rope." in key or key.endswith("context_length")}
@@ -100,13 +103,14 @@ def _inspect_gguf(path: Path, against: str | None) -> Inspection:
         rope=keys,
         quantization=info.quantization,
         tensors=dict(Counter(t.type for t in info.tensors)),
-        nbytes=path.stat().st_size,
+        nbytes=found.nbytes,
         llama_cpp=read,
         general={key: value for key, value in info.metadata.items() if key.startswith("general.")},
         warnings=warnings,
         findings=findings,
         repair=_repair_command(path, findings, against),
         certificate=certificate,
+        parts=[str(part) for part in found.paths] if found.is_split else [],
     )
 
 
@@ -122,7 +126,8 @@ def _repair_command(path: Path, findings: Sequence[Finding], against: str | None
     asked = [f"--set {shlex.quote(f.key)}=VALUE" for f in findings if f.remedy == ASK and f.severity == "defect"]
     if not asked and not any(finding.repairable for finding in findings):
         return None
-    parts = ["pi-gguf repair", shlex.quote(str(path)), shlex.quote(f"{path.with_suffix('')}-repaired.gguf")]
+    stem = name_of_all(path).with_suffix("")
+    parts = ["pi-gguf repair", shlex.quote(str(path)), shlex.quote(f"{stem}-repaired.gguf")]
     if against is not None:
         return " ".join([*parts, "--against", shlex.quote(against), *asked])
     return " ".join([*parts, *(["--against MODEL"] if asked else [])])

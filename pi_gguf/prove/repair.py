@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.common.files import check_writable, replace_when_complete, writes
+from pi_gguf.common.files import check_writable, disk_errors, publish, remove, temporary, writes
 from pi_gguf.common.progress import say
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.gguf.defects import Expectation, expect, find_defects, mend
-from pi_gguf.gguf.file import TensorInfo, tensors_of
+from pi_gguf.gguf.file import TensorInfo
 from pi_gguf.gguf.findings import CONVERT, Finding, in_short
-from pi_gguf.gguf.header import TYPES, Entry, Header, read_header, type_of_key, write_changed
+from pi_gguf.gguf.header import TYPES, Entry, Header, type_of_key, write_changed
+from pi_gguf.gguf.parts import SPLIT_KEYS, Whole, complete, part_paths
 from pi_gguf.prove.check import LEVELS, CheckReport, Reference, check_gguf
 from pi_gguf.runtime.model import Model
 
-_FIXED = ("general.alignment", "split.no", "split.count", "split.tensors.count")
+_FIXED = ("general.alignment", *SPLIT_KEYS)
 """Keys that say where the data lies."""
 
 
@@ -76,8 +78,8 @@ def repair(
     factor. Where nothing is wrong, nothing is written. A tensor that is lost cannot be brought back: convert again.
 
     Args:
-        source: GGUF file to read.
-        out: GGUF file to write.
+        source: GGUF file to read; of a split one any part.
+        out: GGUF file to write; of a split one the name without its numbers, and each part gets its own.
         against: MODEL that the file was made from; every key that can be read off it is corrected.
         set: KEY=VALUE: state this, whatever else is found. A key that is there keeps its type, a new one gets the type
             that GGUF has for it. Repeatable.
@@ -93,16 +95,12 @@ def repair(
         raise OptionError(f"check must be one of {', '.join(LEVELS)}, got {check}", "leave it out for quick")
     if out.suffix != ".gguf":
         raise OptionError(f"{out}: the name must end in .gguf", f"try {out}.gguf")
-    header = read_header(source)
-    tensors = tensors_of(header)
-    if header.metadata.get("split.count", 1) != 1:
-        raise GgufError(
-            f"{source}: is one of {header.metadata['split.count']} parts",
-            "join them with llama-gguf-split --merge first",
-        )
-    check_writable(out, overwrite)
-    if out.exists() and out.samefile(source):
-        raise OptionError(f"{out}: source and target are the same file", "give another name")
+    found = complete(source)
+    header, tensors, finals = found.header, found.tensors, part_paths(out, len(found.headers))
+    for final in finals:
+        check_writable(final, overwrite)
+        if final.exists() and any(final.samefile(part) for part in found.paths):
+            raise OptionError(f"{final}: source and target are the same file", "give another name")
     assigned = dict(read_assignment(text, header) for text in set)
     stated = header.changed(assigned)
     checkpoint = load_checkpoint(against, weights=check != "none") if against is not None else None
@@ -112,15 +110,36 @@ def repair(
     if not changes:
         return _nothing(source, left, against)
     checks = []
-    with replace_when_complete(out) as partial:
-        write_changed(mended, partial)
+    with _written(out, finals) as partials:
+        for part, partial in zip([_first(found, mended), *found.headers[1:]], partials, strict=True):
+            write_changed(part, partial)
         if check != "none":
-            _open(partial)
+            _open(partials[0])
             if expected is not None:
                 reference = Reference(expected.checkpoint, check, strict_tokenizer=strict_tokenizer)
-                checks.append(check_gguf(partial, reference))
+                checks.append(check_gguf(partials[0], reference))
                 say(str(checks[-1]))
-    return Repair(str(source), str(out), changes, left, checks)
+    return Repair(str(source), str(finals[0]), changes, left, checks)
+
+
+def _first(found: Whole, mended: Header) -> Header:
+    """Return the first part's header with what was mended in that over all parts."""
+    before = found.header
+    changed = {key: mended.entries.get(key) for key in {**before.entries, **mended.entries}}
+    changed = {key: entry for key, entry in changed.items() if entry != before.entries.get(key)}
+    return found.first.changed(changed, [*mended.entries])
+
+
+@contextmanager
+def _written(out: Path, finals: Sequence[Path]) -> Iterator[list[Path]]:
+    """Give temporary paths for the parts of a file; on success these get their names, the one to open last."""
+    with ExitStack() as stack, disk_errors(out):
+        partials = [stack.enter_context(temporary(out, final.name)) for final in finals]
+        yield partials
+        if len(finals) > 1:
+            remove(finals[0])  # of a file that is replaced: its first part does not open among others
+        for partial, final in reversed(list(zip(partials, finals, strict=True))):
+            publish(partial, final)
 
 
 def _mend_all(

@@ -1,13 +1,12 @@
 """A GGUF file that is unpacked, or the parts of a split one: what it states, and where each tensor lies.
 
-In: the path of a file, of a split one the first. Out: an `OpenedFile`; numbers of 32 bits are read at once, all others
+In: the path of a file, of a split one any part. Out: an `OpenedFile`; numbers of 32 bits are read at once, all others
 stay on disk.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +17,12 @@ import numpy as np
 
 from pi_gguf.errors import GgufError, UnsupportedError
 from pi_gguf.families.family import Stated
-from pi_gguf.gguf.file import GgufInfo, TensorInfo, read_gguf, tensor_nbytes
+from pi_gguf.gguf.file import GgufInfo, TensorInfo, read_gguf, tensor_nbytes, tensors_of
 from pi_gguf.gguf.header import Header
 from pi_gguf.gguf.loadable import check_loadable
+from pi_gguf.gguf.parts import complete
 from pi_gguf.llamacpp.quantizer import reads_as_floats
 from pi_gguf.llamacpp.trial import check_opens
-
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-
-_MOST_PARTS = 1000
 
 
 @dataclass(frozen=True)
@@ -140,43 +136,17 @@ def open_file(path: Path) -> OpenedFile:
         GgufError: a file is missing or damaged, or llama.cpp does not live through it.
         UnsupportedError: tensors of a type that cannot be read as floats.
     """
-    info = read_gguf(path)
-    infos = [info, *(read_gguf(other) for other in _other_parts(info))]
+    found = complete(path)
     tensors: dict[str, Stored] = {}
-    for one in infos:
-        for tensor, place in zip(one.tensors, one.header.tensors, strict=True):
-            if tensor.name in tensors:
-                raise GgufError(f"{one.path}: {tensor.name} is in another part too", "copy the file again")
-            at = one.header.data_offset + place.offset
-            tensors[tensor.name] = Stored(tensor.name, tensor.shape, tensor.type, one.path, at)
-    total = info.metadata.get("split.tensors.count", len(tensors))
-    if total != len(tensors):
-        raise GgufError(f"{path}: its parts have {len(tensors)} tensors, it states {total}", "copy the file again")
+    for header in found.headers:
+        for tensor, place in zip(tensors_of(header), header.tensors, strict=True):
+            at = header.data_offset + place.offset
+            tensors[tensor.name] = Stored(tensor.name, tensor.shape, tensor.type, header.path, at)
+    info = read_gguf(found.first.path)
     check_loadable(info)
-    _check_types(info, [tensor for one in infos for tensor in one.tensors])
+    _check_types(info, found.tensors)
     check_opens(info.header)
-    return OpenedFile(info, tensors, [one.header for one in infos])
-
-
-def _other_parts(info: GgufInfo) -> list[Path]:
-    """Return the parts behind the first; none where the file is whole.
-
-    Raises:
-        GgufError: it is not the first, or is not called as llama.cpp asks for it.
-    """
-    count, number = info.metadata.get("split.count", 1), info.metadata.get("split.no", 0)
-    if count in (0, 1):
-        return []
-    named = _PART.fullmatch(info.path.name)
-    if not isinstance(count, int) or not 1 < count <= _MOST_PARTS or named is None or int(named[3]) != count:
-        raise GgufError(
-            f"{info.path}: is one of {count} parts and not called so",
-            "parts are called NAME-00001-of-00003.gguf, as they were written",
-        )
-    first = info.path.with_name(f"{named[1]}-00001-of-{count:05}.gguf")
-    if number != 0 or int(named[2]) != 1:
-        raise GgufError(f"{info.path}: is part {int(named[2])} of {count}", f"give the first, {first}")
-    return [info.path.with_name(f"{named[1]}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
+    return OpenedFile(info, tensors, found.headers)
 
 
 def _check_types(info: GgufInfo, tensors: list[TensorInfo]) -> None:

@@ -43,7 +43,7 @@ def unpack(source: str | Path, out_dir: str | Path, *, dtype: str | None = None,
     the sample texts the ids that llama.cpp gives them, or nothing is written.
 
     Args:
-        source: GGUF file to read; of a split one the first part.
+        source: GGUF file to read; of a split one any part.
         out_dir: folder to write.
         dtype: bf16 or f32; when left out bf16, but for files of F32 or F16 weights, which it would round.
         overwrite: replace the folder that is there.

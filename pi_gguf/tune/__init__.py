@@ -3,7 +3,7 @@
 options: what a user may choose
 choose: what was left open, chosen
 plan: `TrainingPlan`, the steps before they run
-memory: what a plan takes: memory, disk, operations
+memory: what a plan takes: memory and disk
 tokens: texts as token ids on disk
 packing: documents to rows of one window, and their positions
 batches: rows to micro-batches

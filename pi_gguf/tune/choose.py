@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
-from pi_gguf.common import machine
 from pi_gguf.common.files import human_bytes
+from pi_gguf.common.machine import Machine
 from pi_gguf.errors import OptionError
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.tune.lora import WAYS, check_way, no_4_bits
-from pi_gguf.tune.memory import least_activations, memory_of_windows
-from pi_gguf.tune.options import TuneOptions
+from pi_gguf.tune.memory import memory_of_windows
+from pi_gguf.tune.options import SpreadOptions, TuneOptions
 from pi_gguf.tune.plan import Stage, TrainingPlan, parse_windows
+from pi_gguf.tune.processes import Spread, check_spread
 
 _MICRO_BATCH_TOKENS = 8192
 
@@ -44,21 +45,33 @@ def default_recipe(n_parameters: int, train: str = "full") -> Recipe:
     return Recipe(10 * rate if adapters else rate, 131072)
 
 
-def plan_training(checkpoint: Checkpoint, tune: TuneOptions, *, device: str, readers: int = 1) -> TrainingPlan:
-    """Choose what the user left open, and check what the user chose.
+def plan_training(checkpoint: Checkpoint, tune: TuneOptions, machine: Machine) -> TrainingPlan:
+    """Plan a fine-tune that is spread as when nothing is said of that."""
+    return plan_run(checkpoint, tune, SpreadOptions(), machine)[0]
+
+
+def plan_run(
+    checkpoint: Checkpoint, tune: TuneOptions, options: SpreadOptions, machine: Machine
+) -> tuple[TrainingPlan, Spread]:
+    """Choose what the user left open, and check what the user chose: the fine-tune, and how it is spread.
 
     Args:
         checkpoint: extended to the new window.
-        readers: processes that read micro-batches of their own; each gets as many of a step.
+        machine: for which it is chosen, this or another.
 
     Raises:
         OptionError: a value that cannot work.
     """
     if tune.steps < 1:
         raise OptionError(f"steps must be at least 1 to train, got {tune.steps}")
-    way = _choose_way(checkpoint, tune, device)
-    lengths = _choose_lengths(checkpoint, tune, way, device)
+    way = _choose_way(checkpoint, tune, options, machine)
+    lengths = _choose_lengths(checkpoint, tune, way, machine)
     _check_lengths(lengths, checkpoint.rope, tune)
+    spread = way.spread if options.cp_size else _shared_sequences(checkpoint, tune, way, lengths, machine)
+    return _planned(checkpoint, tune, way, lengths, spread.readers), spread
+
+
+def _planned(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Lengths, readers: int) -> TrainingPlan:
     training = _divided(checkpoint, tune, way, lengths, readers)
     if training.full_micro_batches or not lengths.mix:
         return training
@@ -74,26 +87,27 @@ def plan_training(checkpoint: Checkpoint, tune: TuneOptions, *, device: str, rea
 
 @dataclass(frozen=True)
 class _Way:
-    """What is trained, why, and the rank and alpha of adapters, 0 without."""
+    """What is trained, why, the rank and alpha of adapters, 0 without, and how that is spread over processes."""
 
     train: str
     reason: str
     rank: int
     alpha: int
+    spread: Spread
 
 
-def _choose_way(checkpoint: Checkpoint, tune: TuneOptions, device: str) -> _Way:
+def _choose_way(checkpoint: Checkpoint, tune: TuneOptions, options: SpreadOptions, machine: Machine) -> _Way:
     """Choose what is trained: as given, or with `auto` what fits the free memory."""
     rank, alpha = tune.lora_rank, 2 * tune.lora_rank if tune.lora_alpha is None else tune.lora_alpha
-    check_way(tune.train, device, rank, alpha)
+    check_way(tune.train, machine, rank, alpha)
     train, reason = tune.train, "as given by --train"
     if train == "auto":
         rope = checkpoint.rope
         windows = parse_windows(tune.train_window or rope.original_max_position_embeddings, tune.steps)
         longest = max(rope.max_position_embeddings if tune.mix else 0, *(window for window, _ in windows))
-        tokens = max(longest, min(_MICRO_BATCH_TOKENS, tune.batch_tokens or _MICRO_BATCH_TOKENS))
-        train, reason = _way_that_fits(checkpoint, tokens, rank, device)
-    return _Way(train, reason, 0, 0) if train == "full" else _Way(train, reason, rank, alpha)
+        train, reason = _way_that_fits(checkpoint, tune, longest, options, machine)
+    spread = check_spread(machine, train, options)
+    return _Way(train, reason, 0, 0, spread) if train == "full" else _Way(train, reason, rank, alpha, spread)
 
 
 @dataclass(frozen=True)
@@ -117,20 +131,18 @@ class _Lengths:
         return max(self.context if self.mix else 0, *(window for window, _ in self.windows))
 
 
-def _choose_lengths(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, device: str) -> _Lengths:
+def _choose_lengths(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, machine: Machine) -> _Lengths:
     """Choose the lengths: as given, or what the memory of a GPU allows; elsewhere the original window."""
     context, original = checkpoint.rope.max_position_embeddings, checkpoint.rope.original_max_position_embeddings
     mix = tune.mix
     if tune.train_window is not None:
         return _Lengths(parse_windows(tune.train_window, tune.steps), mix or 0.0, context, "as given by --train-window")
-    whole = memory_of_windows(
-        checkpoint, context, activations=least_activations(device), train=way.train, rank=tune.lora_rank, device=device
-    )
+    whole = _least_memory(checkpoint, tune, context, way.train, machine, way.spread)
     if mix:
         reason = f"the shorter sequences of --mix stay at the original {original} tokens"
-    elif device != "cuda":
+    elif machine.device != "cuda":
         reason = f"without a GPU sequences stay at the original {original} tokens"
-    elif whole < 0.8 * machine.free_memory(device):
+    elif whole < 0.8 * machine.free_bytes:
         reason = "sequences of the whole new window fit the GPU"
         if mix is None and not tune.factor_warmup and context > original:
             mix = DEFAULT_MIX
@@ -163,11 +175,9 @@ def _check_lengths(lengths: _Lengths, rope: RopeScaling, tune: TuneOptions) -> N
 
 def _divided(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Lengths, readers: int) -> TrainingPlan:
     """Divide each step's tokens into micro-batches; the rates are as given or by the model's size."""
-    recipe = default_recipe(checkpoint.n_parameters(), way.train)
-    batch_tokens, context = tune.batch_tokens or recipe.batch_tokens, lengths.context
-    accumulation = max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, lengths.longest))
-    accumulation = -(-accumulation // readers) * readers
-    tokens = batch_tokens // accumulation
+    recipe, context = default_recipe(checkpoint.n_parameters(), way.train), lengths.context
+    accumulation = _accumulation(checkpoint, tune, way.train, lengths.longest, readers)
+    tokens = (tune.batch_tokens or recipe.batch_tokens) // accumulation
     sequences, reason = _described(lengths, mixed=lengths.mix > 0)
     training = TrainingPlan(
         steps=tune.steps,
@@ -188,6 +198,12 @@ def _divided(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Len
         lora_alpha=way.alpha,
     )
     return replace(training, full_micro_batches=sum(training.full_length))
+
+
+def _accumulation(checkpoint: Checkpoint, tune: TuneOptions, train: str, longest: int, readers: int) -> int:
+    """Return how many micro-batches a step has, as many for each reader."""
+    batch_tokens = tune.batch_tokens or default_recipe(checkpoint.n_parameters(), train).batch_tokens
+    return -(-max(1, batch_tokens // max(_MICRO_BATCH_TOKENS, longest)) // readers) * readers
 
 
 def _described(lengths: _Lengths, *, mixed: bool) -> tuple[str, str]:
@@ -215,19 +231,50 @@ def _check_mix(windows: list[tuple[int, int]], context: int, factor_warmup: int)
         )
 
 
-def _way_that_fits(checkpoint: Checkpoint, tokens: int, rank: int, device: str) -> tuple[str, str]:
+def _way_that_fits(
+    checkpoint: Checkpoint, tune: TuneOptions, longest: int, options: SpreadOptions, machine: Machine
+) -> tuple[str, str]:
     """Return the first of the ways whose memory is free, and why; the smallest where none is.
 
     Args:
-        tokens: of a micro-batch.
+        longest: tokens of the longest sequence.
     """
-    free, said = machine.free_memory(device), []
-    ways = [way for way in WAYS if way != "qlora" or not no_4_bits(device)]
+    free, said = machine.free_bytes, []
+    tokens = max(longest, min(_MICRO_BATCH_TOKENS, tune.batch_tokens or _MICRO_BATCH_TOKENS))
+    ways = [way for way in WAYS if way != "qlora" or not no_4_bits(machine)]
     for way in ways:
-        need = memory_of_windows(
-            checkpoint, tokens, activations=least_activations(device), train=way, rank=rank, device=device
-        )
-        said.append(f"{way} takes about {human_bytes(need)}")
+        spread = check_spread(machine, way, options)
+        need = _least_memory(checkpoint, tune, tokens, way, machine, spread)
+        sharded = f" in {spread.shards} shards" if spread.shards > 1 else ""
+        said.append(f"{way}{sharded} takes about {human_bytes(need)}")
         if need <= free:
             break
     return way, f"{', '.join(said)}, {human_bytes(free)} are free"
+
+
+def _least_memory(
+    checkpoint: Checkpoint, tune: TuneOptions, tokens: int, train: str, machine: Machine, spread: Spread
+) -> int:
+    """Return the bytes that micro-batches of so many tokens take of a process at least."""
+    accumulated = _accumulation(checkpoint, tune, train, tokens, spread.readers) > spread.readers
+    return memory_of_windows(checkpoint, tokens, train, tune.lora_rank, machine, spread, accumulated=accumulated)
+
+
+def _shared_sequences(
+    checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Lengths, machine: Machine
+) -> Spread:
+    """Return how a run is spread when as few cards share a sequence as it needs to fit; one where no number does.
+
+    Only sharded runs share sequences, each cut into two parts a card, as torch's context parallelism does.
+    """
+    spread = way.spread
+    if not spread.fsdp or spread.sp_size > 1 or machine.device != "cuda":
+        return spread
+    for size in range(1, machine.each + 1):
+        shared = replace(spread, cp_size=size)
+        windows = [*(window for window, _ in lengths.windows), *([lengths.context] if lengths.mix else [])]
+        if machine.each % size or any(window % (2 * size) for window in windows if size > 1):
+            continue
+        if _least_memory(checkpoint, tune, lengths.longest, way.train, machine, shared) <= machine.free_bytes:
+            return shared
+    return spread

@@ -17,7 +17,7 @@ from pi_gguf.checkpoint.config import read_json
 from pi_gguf.checkpoint.hub import public_source
 from pi_gguf.checkpoint.record import RECORD_FILE, Record
 from pi_gguf.common.files import check_free_disk, check_writable, remove, writes
-from pi_gguf.common.machine import torch_device
+from pi_gguf.common.machine import Machine, torch_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import phase, process_count, say
 from pi_gguf.common.provenance import sha256
@@ -26,13 +26,13 @@ from pi_gguf.restore.models import as_folder
 from pi_gguf.scaling.rope import RopeScaling
 from pi_gguf.texts import Texts, held_texts, open_mixture
 from pi_gguf.tune.batches import training_batches
-from pi_gguf.tune.choose import plan_training
+from pi_gguf.tune.choose import plan_run
 from pi_gguf.tune.folder import write_adapter, write_folder
 from pi_gguf.tune.memory import training_disk_bytes
 from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneOptions
 from pi_gguf.tune.packing import Row
 from pi_gguf.tune.plan import TrainingPlan
-from pi_gguf.tune.processes import check_spread, first_process_first, is_first_process, wait_for_everyone
+from pi_gguf.tune.processes import agree, first_process_first, is_first_process, wait_for_everyone
 from pi_gguf.tune.tokens import CACHE_PREFIX, load_corpus
 from pi_gguf.tune.trainer import Run, Trained, check_reports, run_training
 from pi_gguf.tune.validation import Validation
@@ -98,8 +98,9 @@ def extend_checkpoint(
     if not tune.steps:
         return _write_untrained(checkpoint, out_dir, record, overwrite)
     validation = Validation(checkpoint, every=tune.eval_steps, early_stop=tune.early_stop, text=tune.eval_text)
-    spread = check_spread(device, tune.train, spread_options or SpreadOptions())
-    training = plan_training(checkpoint, tune, device=device, readers=spread.readers)
+    # What is free differs from process to process.
+    planned = plan_run(checkpoint, tune, spread_options or SpreadOptions(), Machine.here(device))
+    training, spread = agree(planned, device)
     if adapter_only:
         _check_adapter_only(training.train, tune.method, checkpoint.original.rope)
     texts = _texts(checkpoint, tune.data)

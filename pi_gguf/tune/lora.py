@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.checkpoint.tensors import open_files
+from pi_gguf.common.machine import Machine
 from pi_gguf.errors import OptionError
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def parts(model: PreTrainedModel) -> Parts:
     return Parts(linear, whole)
 
 
-def check_way(way: str, device: str, rank: int, alpha: int) -> None:
-    """Check that a way of training can run here.
+def check_way(way: str, machine: Machine, rank: int, alpha: int) -> None:
+    """Check that a way of training can run on a machine.
 
     Raises:
         OptionError: otherwise.
@@ -79,15 +80,15 @@ def check_way(way: str, device: str, rank: int, alpha: int) -> None:
         raise OptionError(f"lora-rank must be at least 1, got {rank}")
     if alpha < 1:
         raise OptionError(f"lora-alpha must be at least 1, got {alpha}")
-    if way == "qlora" and (reason := no_4_bits(device)):
+    if way == "qlora" and (reason := no_4_bits(machine)):
         raise OptionError(f"train qlora {reason[0]}", reason[1])
 
 
-def no_4_bits(device: str) -> tuple[str, str] | None:
-    """Return why weights cannot be held in 4 bits here, and a hint; None where they can."""
-    if device != "cuda":
-        return f"needs a CUDA GPU, got device {device}", "--train lora holds the weights in 16 bits"
-    if find_spec("bitsandbytes") is None:
+def no_4_bits(machine: Machine) -> tuple[str, str] | None:
+    """Return why weights cannot be held in 4 bits on a machine, and a hint; None where they can."""
+    if machine.device != "cuda":
+        return f"needs a CUDA GPU, got device {machine.device}", "--train lora holds the weights in 16 bits"
+    if machine.card is None and find_spec("bitsandbytes") is None:
         return "needs bitsandbytes, which is not installed", "pip install bitsandbytes, or --train lora"
     return None
 

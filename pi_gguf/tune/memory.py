@@ -1,23 +1,29 @@
-"""What a fine-tune takes: memory, disk, operations."""
+"""What a fine-tune takes: memory and disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
-from pi_gguf.common import machine
+from pi_gguf.common.machine import Machine
 from pi_gguf.tune import tiles
 from pi_gguf.tune.lora import parts
 from pi_gguf.tune.losses import loss_is_chunked
 from pi_gguf.tune.plan import TrainingPlan
+from pi_gguf.tune.processes import Spread
 
 
 def training_disk_bytes(checkpoint: Checkpoint, training: TrainingPlan) -> int:
     """Return the disk a fine-tune needs: three checkpoints with Adam's moments (12 bytes a trained parameter;
     the oldest goes when the newest is complete), and the result."""
-    n = checkpoint.n_parameters()
-    trained = n if training.train == "full" else parts(checkpoint.skeleton).trained(training.lora_rank)
-    return 3 * 12 * trained + 4 * n
+    return 3 * 12 * trained_parameters(checkpoint, training) + 4 * checkpoint.n_parameters()
+
+
+def trained_parameters(checkpoint: Checkpoint, training: TrainingPlan) -> int:
+    """Return how many parameters are trained."""
+    if training.train == "full":
+        return checkpoint.n_parameters()
+    return parts(checkpoint.skeleton).trained(training.lora_rank)
 
 
 @dataclass(frozen=True)
@@ -48,66 +54,56 @@ ACTIVATIONS = (
 
 
 def fit_activations(
-    checkpoint: Checkpoint, training: TrainingPlan, device: str, *, shards: int = 1
+    checkpoint: Checkpoint, training: TrainingPlan, machine: Machine, spread: Spread
 ) -> tuple[Activations, int]:
-    """Return what must become of the activations for a run to fit the free memory, and what it needs then, in bytes.
+    """Return what must become of the activations for a run to fit the free memory, and the bytes of a process then.
 
     The first way that leaves some of the memory free; the last where none does. Only a GPU has another memory beside.
-
-    Args:
-        shards: processes that share weights, gradients and moments; what it needs is one process's.
     """
-    free = machine.free_memory(device)
-    ways = ACTIVATIONS if device == "cuda" else ACTIVATIONS[:-1]
+    ways = ACTIVATIONS if machine.device == "cuda" else ACTIVATIONS[:-1]
     found: tuple[Activations, int] | None = None
     for way, share in zip(ways, (0.75, 0.85, 0.92, 1.0), strict=False):
-        need = estimate_training_memory(checkpoint, training, device, way, shards=shards)
+        need = estimate_training_memory(checkpoint, training, machine, spread, way)
         if found and need >= found[1]:
             continue  # it takes time and saves nothing, as tiles do where there is one
         found = way, need
-        if need <= share * free:
+        if need <= share * machine.free_bytes:
             break
     assert found
     return found
 
 
-def least_activations(device: str) -> Activations:
-    """Return what takes the least memory on a device."""
-    return ACTIVATIONS[-1 if device == "cuda" else -2]
-
-
 def estimate_training_memory(
-    checkpoint: Checkpoint,
-    training: TrainingPlan,
-    device: str,
+    checkpoint: Checkpoint, training: TrainingPlan, machine: Machine, spread: Spread,
     activations: Activations = ACTIVATIONS[0],
-    *,
-    shards: int = 1,
-) -> int:
-    """Return bytes for weights, gradients, two Adam moments, activations and logits."""
+) -> int:  # fmt: skip
+    """Return bytes of one process for weights, gradients, two Adam moments, activations and logits."""
     return memory_of_windows(
-        checkpoint, training.micro_batch_tokens, activations=activations, train=training.train,
-        rank=training.lora_rank, device=device, shards=shards,
+        checkpoint, training.micro_batch_tokens, training.train, training.lora_rank, machine, spread, activations,
+        accumulated=training.accumulation > spread.readers,
     )  # fmt: skip
 
 
 def memory_of_windows(
-    checkpoint: Checkpoint,
-    tokens: int,
-    *,
-    activations: Activations,
-    train: str,
-    rank: int,
-    device: str,
-    shards: int = 1,
-) -> int:
-    """Return the bytes of training on `tokens` at once, within 15 % of what a GPU takes (tests/test_gpu.py).
+    checkpoint: Checkpoint, tokens: int, train: str, rank: int, machine: Machine, spread: Spread,
+    activations: Activations | None = None, *, accumulated: bool = False,
+) -> int:  # fmt: skip
+    """Return the bytes of a process that trains on `tokens` at once, as a GPU takes within 15 % (tests/test_gpu.py).
 
     A layer keeps for its gradient, with flash attention and products in 16 bits: per token 26 bytes a hidden unit and 4
     of each of K and V's, and in the MLP 4 a hidden unit and 8 an inner one (counted; arXiv 2205.05198, section 4.1,
     counts another layer). Adapters read their inputs in 32 bits. What goes from layer to layer is in 32 bits, with
-    adapters in the base's. Gradients come as what is kept for them goes, so the larger of both counts.
+    adapters in the base's. Gradients come as what is kept for them goes, so the larger of both counts; but where those
+    of the micro-batch before are there already, both.
+
+    Args:
+        tokens: of a micro-batch; cards that share a sequence have a part of them each.
+        activations: what becomes of them; what takes the least memory when left out.
+        accumulated: whether a step has several micro-batches.
     """
+    if activations is None:
+        activations = ACTIVATIONS[-1 if machine.device == "cuda" else -2]
+    tokens = -(-tokens // (spread.cp_size * spread.sp_size))
     hidden = tokens * checkpoint.hidden_size
     inner = checkpoint.hf_config.intermediate_size
     tile = min(tokens, tiles.TILE if activations.tiled else tokens)
@@ -115,13 +111,37 @@ def memory_of_windows(
     layer = (26 + 4 * kv) * hidden + tile * (4 * checkpoint.hidden_size + 8 * inner)
     kept = 0.0 if activations.recompute else layer * checkpoint.n_layers
     if activations.recompute and not activations.offload:
-        kept = hidden * checkpoint.n_layers * (4 if train == "full" else _frozen_bytes(device))
+        kept = float(layer_inputs_bytes(checkpoint, tokens, train, machine))
     at_once = (layer if activations.recompute else 0) + (0 if train == "full" else 4 * (hidden + tile * inner))
     # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
     logits = 12 * (hidden if loss_is_chunked(checkpoint.hf_config) else tokens * checkpoint.vocab_size)
-    trained, frozen = _weights(checkpoint, train, rank, device)
-    copies = 2 * trained if train == "full" and machine.fast_bf16(device) else 0  # of weights, for products in 16 bits
-    return int((12 * trained + frozen) / shards + max(4 * trained / shards, kept + copies) + at_once + logits)
+    trained, frozen = _weights(checkpoint, train, rank, machine)
+    shards = spread.shards
+    copies = 2 * trained if train == "full" and machine.fast_bf16 and shards == 1 else 0  # for products in 16 bits
+    gradients, kept = 4 * trained / shards, kept + copies
+    held = 12 * trained / shards + frozen + (gradients + kept if accumulated else max(gradients, kept))
+    return int(held + _of_processes(checkpoint, trained, machine, spread) + at_once + logits)
+
+
+def _of_processes(checkpoint: Checkpoint, trained: int, machine: Machine, spread: Spread) -> float:
+    """Return the bytes that one process needs because there are others.
+
+    Where weights are sharded (FSDP2), the embeddings, the head and two layers are gathered to compute with them, and
+    the gradients of the former and of one layer are whole before they are shared out. Where each process has all, the
+    gradients have copies that are sent (DDP's buckets).
+    """
+    if spread.processes == 1:
+        return 0
+    if spread.shards == 1:
+        return 4 * trained
+    ends = checkpoint.vocab_size * checkpoint.hidden_size * (1 if checkpoint.tied else 2)
+    layer = (checkpoint.n_parameters() - ends) / checkpoint.n_layers
+    return _frozen_bytes(machine) * (ends + 2 * layer) + 4 * max(ends, layer)
+
+
+def layer_inputs_bytes(checkpoint: Checkpoint, tokens: int, train: str, machine: Machine) -> int:
+    """Return the bytes of the inputs of all layers for so many tokens, from which all else is computed again."""
+    return tokens * checkpoint.hidden_size * checkpoint.n_layers * (4 if train == "full" else _frozen_bytes(machine))
 
 
 _NF4_BYTES = 0.55
@@ -129,26 +149,19 @@ _NF4_BYTES = 0.55
 the buffer that one layer is unpacked into."""
 
 
-def _frozen_bytes(device: str) -> int:
+def _frozen_bytes(machine: Machine) -> int:
     """Return the bytes of a parameter that is not trained: 16 bits, or 32 where 16 are slow."""
-    return 2 if machine.fast_bf16(device) else 4
+    return 2 if machine.fast_bf16 else 4
 
 
-def _weights(checkpoint: Checkpoint, train: str, rank: int, device: str) -> tuple[int, float]:
+def _weights(checkpoint: Checkpoint, train: str, rank: int, machine: Machine) -> tuple[int, float]:
     """Return how many parameters are trained, in 32 bits with a gradient and two Adam moments, and the bytes of the
     frozen base under adapters: in 16 bits (32 where 16 are slow) or, its linear layers, in 4."""
     n = checkpoint.n_parameters()
     if train == "full":
         return n, 0.0
     found = parts(checkpoint.skeleton)
-    frozen: float = n * _frozen_bytes(device)
+    frozen: float = n * _frozen_bytes(machine)
     if train == "qlora":
         frozen = 2 * n - (2 - _NF4_BYTES) * found.linear_parameters
     return found.trained(rank), frozen
-
-
-def train_operations(checkpoint: Checkpoint, length: int) -> float:
-    """Return floating-point operations a token: 6 a parameter, and causal attention over half the length."""
-    attention = 12 * checkpoint.n_layers * checkpoint.n_heads * checkpoint.head_dim * length / 2
-    tied = checkpoint.vocab_size * checkpoint.hidden_size
-    return 6 * (checkpoint.n_parameters() - (0 if checkpoint.tied else tied)) + attention

@@ -116,7 +116,11 @@ class SpreadOptions(Options):
         "(FSDP2); --no-fsdp copies them to each (DDP), as lora and qlora do.",
         default=True,
     )
-    cp_size: int = option("GPUs that share one sequence, by torch's context parallelism.", default=1)
+    cp_size: int | None = option(
+        "GPUs that share one sequence, by torch's context parallelism; when left out, one, or where weights are "
+        "sharded as few as the sequences need to fit.",
+        default=None,
+    )
     sp_size: int = option("GPUs that share one sequence, by DeepSpeed's sequence parallelism.", default=1)
     deepspeed: str | None = option("a DeepSpeed config in JSON, which then shards instead of FSDP2.", default=None)
 
@@ -146,6 +150,6 @@ class TuneKeywords(TypedDict, total=False):
 
 class ExtendKeywords(TuneKeywords, total=False):
     fsdp: bool
-    cp_size: int
+    cp_size: int | None
     sp_size: int
     deepspeed: str | None

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pi_gguf.common.machine import Machine
 from pi_gguf.common.private import shared_state
 from pi_gguf.common.progress import process_count, process_rank
 from pi_gguf.errors import OptionError
 from pi_gguf.tune.options import SpreadOptions
+
+T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)
 """How long the others wait for the first one to tokenize or to write."""
@@ -43,6 +46,11 @@ class Spread:
     deepspeed: str | None = None
 
     @property
+    def shards(self) -> int:
+        """Return how many processes share weights, gradients and moments; 1 where each holds all."""
+        return self.processes if self.fsdp or self.deepspeed else 1
+
+    @property
     def readers(self) -> int:
         """Return how many processes read micro-batches of their own."""
         return self.processes // (self.cp_size * self.sp_size)
@@ -64,6 +72,8 @@ class Spread:
         elif self.fsdp:
             sharding = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "activation_checkpointing": by_fsdp}
             found |= {"fsdp": True, "fsdp_config": sharding}
+            # Otherwise gradients stay whole on each process until the step's last micro-batch.
+            found["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
         if self.cp_size * self.sp_size > 1:
             from accelerate import ParallelismConfig
 
@@ -74,33 +84,42 @@ class Spread:
         return found
 
 
-def check_spread(device: str, train: str, options: SpreadOptions) -> Spread:
-    """Return how a run is spread over the processes there are; adapters are never sharded.
+def check_spread(machine: Machine, train: str, options: SpreadOptions) -> Spread:
+    """Return how a run is spread over a machine's processes; adapters are never sharded.
+
+    Args:
+        train: full, lora or qlora.
 
     Raises:
-        OptionError: it cannot work here.
+        OptionError: it cannot work there.
     """
-    processes, cp_size, sp_size, deepspeed = process_count(), options.cp_size, options.sp_size, options.deepspeed
+    processes, sp_size, deepspeed = machine.processes, options.sp_size, options.deepspeed
+    cp_size = 1 if options.cp_size is None else options.cp_size
     for name, size in (("cp-size", cp_size), ("sp-size", sp_size)):
         if size < 1:
             raise OptionError(f"{name} must be at least 1, got {size}")
-        if size > 1 and device != "cuda":
+        if size > 1 and machine.device != "cuda":
             raise OptionError(
-                f"{name} needs CUDA GPUs, got {size} on device {device}: torch shares no attention among CPUs",
+                f"{name} needs CUDA GPUs, got {size} on device {machine.device}: torch shares no attention among CPUs",
                 "leave it out; shorter sequences with skips (--train-window) need less memory",
             )
     if cp_size > 1 and sp_size > 1:
         raise OptionError(f"cp-size and sp-size exclude each other, got {cp_size} and {sp_size}", "give one of them")
     if processes % (cp_size * sp_size):
         raise OptionError(f"{cp_size * sp_size} processes to a sequence do not divide the {processes} there are")
-    if deepspeed is not None and not Path(deepspeed).is_file():
-        raise OptionError(f"deepspeed: no such file as {deepspeed}", "give a DeepSpeed config in JSON")
-    if (deepspeed is not None or sp_size > 1) and find_spec("deepspeed") is None:
-        raise OptionError("deepspeed is not installed", "pip install deepspeed, or leave --deepspeed and --sp-size out")
+    if machine.card is None:
+        _check_deepspeed(deepspeed, sp_size)
     sharded = options.fsdp and train == "full" and processes > 1 and deepspeed is None
     if cp_size > 1 and not sharded:
         raise OptionError("cp-size goes with --train full and --fsdp only", "leave it out")
     return Spread(processes, sharded, cp_size, sp_size, deepspeed)
+
+
+def _check_deepspeed(config: str | None, sp_size: int) -> None:
+    if config is not None and not Path(config).is_file():
+        raise OptionError(f"deepspeed: no such file as {config}", "give a DeepSpeed config in JSON")
+    if (config is not None or sp_size > 1) and find_spec("deepspeed") is None:
+        raise OptionError("deepspeed is not installed", "pip install deepspeed, or leave --deepspeed and --sp-size out")
 
 
 @contextmanager
@@ -119,13 +138,16 @@ def wait_for_everyone(device: str) -> None:
         _state(device).wait_for_everyone()
 
 
-def agree(value: Any) -> Any:
+def agree(value: T, device: str) -> T:
     """Return the first process's value in every process."""
     if process_count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([value])[0]
+    _state(device)
+
+    agreed: T = broadcast_object_list([value])[0]
+    return agreed
 
 
 def is_first_process() -> bool:

@@ -32,7 +32,7 @@ from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.memory import Activations, fit_activations
 from pi_gguf.tune.packing import Row
 from pi_gguf.tune.plan import TrainingPlan
-from pi_gguf.tune.processes import Spread, is_first_process, set_precision, shard_on_cpu
+from pi_gguf.tune.processes import Spread, agree, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.tune.validation import Validation
 
 if TYPE_CHECKING:
@@ -131,11 +131,9 @@ def _affordable_activations(run: Run) -> tuple[Activations, int]:
     Raises:
         ResourceError: more than is free.
     """
-    training, spread, device = run.training, run.spread, run.device
-    free = machine.free_memory(device) // (spread.processes if device == "cpu" else 1)
-    activations, need = fit_activations(
-        run.checkpoint, training, device, shards=spread.processes if spread.fsdp or spread.deepspeed else 1
-    )
+    training, here = run.training, machine.Machine.here(run.device)
+    free = agree(here.free_bytes, run.device)
+    activations, need = agree(fit_activations(run.checkpoint, training, here, run.spread), run.device)
     if need > free:
         raise ResourceError(
             f"{run.checkpoint.source}: training needs about {human_bytes(need)}, {human_bytes(free)} are free",

@@ -122,7 +122,7 @@ class Validation:
         if self._passkeys:
             cells = passkey_cells(lm, windows=(self._context,), distances=DISTANCES, keys=KEYS)
             found["eval_k_max"] = float(k_max(cells))
-        found = dict(agree(found))  # they decide together when to stop
+        found = dict(agree(found, device))  # they decide together when to stop
         say("validation: " + ", ".join(f"{name.removeprefix('eval_')} {value:.6g}" for name, value in found.items()))
         return found
 

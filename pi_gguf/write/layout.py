@@ -115,13 +115,6 @@ class FilePlan:
         return replace(self, metadata={**(self.metadata if number == 0 else {}), **keys}, outputs=outputs)
 
 
-def split_paths(path: Path, count: int) -> list[Path]:
-    """Return the names of the files that a model is split into, as llama.cpp asks for them; `path` itself for one."""
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-
-
 def plan_file(
     checkpoint: Checkpoint,
     *,

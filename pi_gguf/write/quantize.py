@@ -7,8 +7,8 @@ from pathlib import Path
 from pi_gguf.common.files import check_free_disk, check_writable, replace_when_complete, writes
 from pi_gguf.common.progress import say, stage
 from pi_gguf.errors import GgufError, OptionError
-from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.loadable import check_loadable
+from pi_gguf.gguf.parts import complete
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED, check_quantization, mixture, quantize_file
 from pi_gguf.llamacpp.trial import check_quantizes
 from pi_gguf.write.imatrix import read_imatrix
@@ -27,7 +27,7 @@ def quantize(
     """Quantize a GGUF file with llama.cpp.
 
     Args:
-        source: GGUF file to read; best F32, F16 or BF16.
+        source: GGUF file to read, of a split one any part; best F32, F16 or BF16.
         target: GGUF file to write.
         quant: any type llama.cpp has, e.g. Q8_0, Q5_K_M or Q4_K_M.
         imatrix: importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.
@@ -42,10 +42,11 @@ def quantize(
     source, target = Path(source), Path(target)
     quant = check_quantization(quant, importance=imatrix is not None)
     matrix = read_imatrix(Path(imatrix)) if imatrix is not None else None
-    info = read_gguf(source)
+    found = complete(source)
+    info, source = found.info, found.first.path
     check_loadable(info, texts=False)
     check_writable(target, overwrite)
-    if target.exists() and target.samefile(source):
+    if target.exists() and any(target.samefile(part) for part in found.paths):
         raise OptionError(f"{target}: source and target are the same file", "give another target")
     check_quantizes(info.header, quant)
     importance = matrix.importance if matrix else {}

@@ -414,10 +414,10 @@ def test_a_name_that_is_taken_stays_as_it_is(cli, sound, tmp_path):
     assert "must end in .gguf" in cli("repair", source, tmp_path / "out", *change)[2]
 
 
-def test_a_part_of_a_split_file_is_refused(cli, sound, tmp_path):
+def test_a_part_that_is_not_called_so_is_refused(cli, sound, tmp_path):
     part = rewritten(sound, tmp_path / "part.gguf", {"split.no": ("UINT16", 0), "split.count": ("UINT16", 2)})
     code, _, err = cli("repair", part, tmp_path / "out.gguf")
-    assert code == 6 and "one of 2 parts" in err and "--merge" in err
+    assert code == 6 and "one of 2 parts and not called so" in err and "NAME-00001-of-00003.gguf" in err
 
 
 def swapped(data: bytes) -> bytes:

@@ -18,6 +18,7 @@ import pi_gguf
 from pi_gguf import texts as texts_module
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import replace_when_complete
+from pi_gguf.common.machine import Machine
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
 from pi_gguf.texts import HUB_DOCUMENTS, LONGEST, hub_documents, open_texts, read_texts
@@ -29,6 +30,7 @@ from pi_gguf.tune.memory import estimate_training_memory
 from pi_gguf.tune.options import TuneOptions
 from pi_gguf.tune.packing import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.tune.plan import Stage
+from pi_gguf.tune.processes import Spread
 from pi_gguf.tune.tokens import load_corpus
 
 DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", "The captain went on board. " * 9]
@@ -37,7 +39,7 @@ DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", 
 def plan_of(llama, device="cpu", **options):
     checkpoint = load_checkpoint(str(llama))
     tune = TuneOptions(**{"steps": 100, **options})
-    return plan_training(checkpoint.extended(4 * WINDOW), tune, device=device)
+    return plan_training(checkpoint.extended(4 * WINDOW), tune, Machine(device))
 
 
 # Where texts come from
@@ -490,14 +492,14 @@ def test_a_mix_is_in_the_batches_and_in_the_memory(llama):
     checkpoint = load_checkpoint(str(llama))
     small, large = (plan_of(llama, mix=mix, batch_tokens=64) for mix in (0.0, 0.1))
     whole = plan_of(llama, train_window=256, batch_tokens=64)
-    memory = [estimate_training_memory(checkpoint, p, "cpu") for p in (small, large, whole)]
+    memory = [estimate_training_memory(checkpoint, p, Machine("cpu"), Spread()) for p in (small, large, whole)]
     assert memory[0] < memory[1] == memory[2]
 
 
 def test_the_bundled_mixture_can_be_isolated_and_mixed():
     tiny = load_checkpoint("bundled:tiny")
     tune = TuneOptions(steps=8, train_window=512, batch_tokens=4096, mix=0.5)
-    plan = plan_training(tiny.extended(4096), tune, device="cpu")
+    plan = plan_training(tiny.extended(4096), tune, Machine("cpu"))
     batches = training_batches(tiny, plan, None, 0, packing="isolate")
     assert [len(batch) == 1 for batch in batches] == plan.full_length
     assert any(len(row) > 1 for batch in batches for row in batch)
@@ -517,7 +519,7 @@ def test_a_row_of_which_nothing_is_predicted_is_left_out(llama):
 def test_a_step_with_a_mix_is_no_longer_than_it_is_asked_for(llama):
     checkpoint = load_checkpoint(str(llama))
     tune = TuneOptions(steps=10, batch_tokens=32768, mix=0.5)
-    plan = plan_training(checkpoint.extended(16384), tune, device="cpu")
+    plan = plan_training(checkpoint.extended(16384), tune, Machine("cpu"))
     assert (plan.accumulation, plan.full_micro_batch) == (2, 1) and plan.tokens == 10 * 32768
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.common.machine import Machine
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.texts import Conversation, open_mixture, open_texts, read_texts, shares, weighed
 from pi_gguf.tune.batches import batch_positions, padded, training_batches
@@ -76,7 +77,7 @@ def cached(checkpoint, texts, folder, **options):
 
 def plan_of(model, **options):
     tune = TuneOptions(**{"steps": 8, "batch_tokens": 256, **options})
-    return plan_training(load_checkpoint(str(model)).extended(4 * WINDOW), tune, device="cpu")
+    return plan_training(load_checkpoint(str(model)).extended(4 * WINDOW), tune, Machine("cpu"))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.common.machine import Machine
 from pi_gguf.tune.batches import TOKEN, batch_positions, padded, training_batches
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.losses import chunked_loss
@@ -63,7 +64,7 @@ def test_attention_crosses_a_skip_in_the_positions(llama):
 def training_plan(llama, device="cpu", **options):
     checkpoint = load_checkpoint(str(llama))
     tune = TuneOptions(**{"steps": 100, **options})
-    return plan_training(checkpoint.extended(4 * WINDOW), tune, device=device)
+    return plan_training(checkpoint.extended(4 * WINDOW), tune, Machine.here(device))
 
 
 def test_the_rate_warms_up_from_a_tenth_and_stays(llama):
@@ -269,7 +270,7 @@ def test_lengths_come_in_turn(llama):
 def test_answers_of_recall_tasks_weigh_by_the_length_of_the_sequence():
     tiny = load_checkpoint("bundled:tiny")
     tune = TuneOptions(steps=6, train_window="512x3,4096")
-    training = plan_training(tiny.extended(8192), tune, device="cpu")
+    training = plan_training(tiny.extended(8192), tune, Machine("cpu"))
     batches = training_batches(tiny, training, None, seed=0)
     tokenizer = tiny.load_tokenizer()
     found = 0

@@ -24,7 +24,7 @@ import pi_gguf
 from pi_gguf.adapters.adapted import with_adapters
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.checkpoint.tensors import open_files
-from pi_gguf.common.machine import fast_bf16
+from pi_gguf.common.machine import Machine, fast_bf16
 from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
 from pi_gguf.tune.choose import default_recipe, plan_training
@@ -32,12 +32,13 @@ from pi_gguf.tune.lora import add_adapters, parts
 from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.memory import ACTIVATIONS, _weights, estimate_training_memory, fit_activations, memory_of_windows
 from pi_gguf.tune.options import SpreadOptions, TuneOptions
-from pi_gguf.tune.processes import check_spread
+from pi_gguf.tune.processes import Spread, check_spread
 from pi_gguf.tune.tiles import tiled_mlps
 from pi_gguf.tune.trainer import _as_known, check_reports
 
 OPTIONS = {"context": 4 * WINDOW, "steps": 4, "batch_tokens": 256, "learning_rate": 0.01, "device": "cpu"}
 KEPT, RECOMPUTED, TILED, OFFLOADED = ACTIVATIONS
+ALONE, CARD_HERE = (Machine("cpu"), Spread()), Machine("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def tied(tmp_path_factory):
 def training_plan(model, device="cpu", readers=1, **options):
     checkpoint = load_checkpoint(str(model))
     tune = TuneOptions(**{"steps": 100, **options})
-    return plan_training(checkpoint.extended(4 * WINDOW), tune, device=device, readers=readers)
+    return plan_training(checkpoint.extended(4 * WINDOW), tune, Machine(device, processes=readers))
 
 
 # The loss
@@ -240,7 +241,7 @@ def test_auto_takes_the_first_way_that_fits(llama, monkeypatch, cli):
     needs = {}
     for way in ("full", "lora"):
         plan = training_plan(llama, train=way, batch_tokens=256)
-        needs[way] = estimate_training_memory(load_checkpoint(str(llama)), plan, "cpu", RECOMPUTED)
+        needs[way] = estimate_training_memory(load_checkpoint(str(llama)), plan, *ALONE, RECOMPUTED)
     assert needs["full"] > needs["lora"]
     for free, way in ((needs["full"], "full"), (needs["full"] - 1, "lora"), (needs["lora"] - 1, "lora")):
         monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device, free=free: free)
@@ -278,7 +279,7 @@ def test_whole_windows_that_fit_a_gpu_are_mixed_in(llama, monkeypatch):
 
 def test_auto_runs_what_it_planned(llama, tmp_path, text, monkeypatch):
     free = estimate_training_memory(
-        load_checkpoint(str(llama)), training_plan(llama, batch_tokens=256), "cpu", RECOMPUTED
+        load_checkpoint(str(llama)), training_plan(llama, batch_tokens=256), *ALONE, RECOMPUTED
     )
     monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: free - 1)
     out = pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], train="auto", **OPTIONS)
@@ -299,9 +300,9 @@ def test_too_little_memory_is_an_error_that_names_a_way(llama, tmp_path, text, m
 def test_recomputed_activations_give_the_same_losses(train, llama, tmp_path, text, monkeypatch):
     checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, train=train, batch_tokens=256)
     losses = {}
-    for name, free in (("kept", 2**40), ("recomputed", estimate_training_memory(checkpoint, plan, "cpu") - 1)):
+    for name, free in (("kept", 2**40), ("recomputed", estimate_training_memory(checkpoint, plan, *ALONE) - 1)):
         monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device, free=free: free)
-        assert fit_activations(checkpoint, plan, "cpu")[0].name == name
+        assert fit_activations(checkpoint, plan, *ALONE)[0].name == name
         out = pi_gguf.extend(str(llama), tmp_path / name, data=[str(text)], train=train, **OPTIONS)
         losses[name] = json.loads((out / "losses.json").read_text())
     assert len(losses["kept"]) == 4 and losses["kept"] == pytest.approx(losses["recomputed"], rel=1e-5)
@@ -312,9 +313,9 @@ def test_tiles_and_the_hosts_memory_when_a_gpu_is_full(llama, monkeypatch):
     monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: True)
     needs = []
     for way, share in ((KEPT, 0.75), (RECOMPUTED, 0.85), (TILED, 0.92), (TILED, 0.0)):
-        free = int(estimate_training_memory(checkpoint, plan, "cuda", way) / share) + 1 if share else 1
+        free = int(estimate_training_memory(checkpoint, plan, CARD_HERE, Spread(), way) / share) + 1 if share else 1
         monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device, free=free: free)
-        needs.append(fit_activations(checkpoint, plan, "cuda"))
+        needs.append(fit_activations(checkpoint, plan, CARD_HERE, Spread()))
     assert [way.recompute for way, _ in needs] == [False, True, True, True]
     assert [way.tiled for way, _ in needs] == [False, False, True, True]
     assert [way.offload for way, _ in needs] == [False, False, False, True]
@@ -343,14 +344,14 @@ def test_the_predicted_memory_is_what_a_card_took(case, tmp_path, monkeypatch):
     checkpoint = load_checkpoint(str(tmp_path), config_only=True)
     train, activations, tokens = case
     monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: True)
-    found = memory_of_windows(checkpoint, tokens, activations=activations, train=train, rank=16, device="cuda")
+    found = memory_of_windows(checkpoint, tokens, train, 16, CARD_HERE, Spread(), activations)
     assert found / 1e9 == pytest.approx(CARD[case], rel=0.1)
 
 
 def test_tiles_are_left_out_where_they_save_nothing(llama, monkeypatch):
     checkpoint, plan = load_checkpoint(str(llama)), training_plan(llama, batch_tokens=2048, train_window=256)
     monkeypatch.setattr("pi_gguf.common.machine.free_memory", lambda device: 1)
-    assert fit_activations(checkpoint, plan, "cpu")[0] == RECOMPUTED
+    assert fit_activations(checkpoint, plan, *ALONE)[0] == RECOMPUTED
 
 
 def test_a_run_in_tiles_has_the_same_losses(llama, tmp_path, text, monkeypatch):
@@ -380,7 +381,7 @@ def test_the_memory_of_a_known_model(tmp_path):
     frozen = {"full": 0, "lora": (2 if fast_bf16("cpu") else 4) * n, "qlora": 2 * (n - linear) + 0.55 * linear}
     for way, base in frozen.items():
         trained = n if way == "full" else adapters + whole
-        assert _weights(checkpoint, way, 16, "cpu") == (trained, pytest.approx(base)), way
+        assert _weights(checkpoint, way, 16, Machine("cpu")) == (trained, pytest.approx(base)), way
 
 
 def test_with_adapters_layers_hand_on_the_bits_of_the_base(llama):
@@ -549,14 +550,14 @@ def test_a_spread_that_cannot_work_is_refused_early(llama, tmp_path, monkeypatch
         "cp-size goes with --train full and --fsdp only": {"cp_size": 2, "fsdp": False},
     }.items():
         with pytest.raises(OptionError, match=said):
-            check_spread("cuda", "full", SpreadOptions(**{**settings, **changes}))
-    spread = check_spread("cuda", "full", SpreadOptions(**{**settings, "cp_size": 2}))
+            check_spread(Machine.here("cuda"), "full", SpreadOptions(**{**settings, **changes}))
+    spread = check_spread(Machine.here("cuda"), "full", SpreadOptions(**{**settings, "cp_size": 2}))
     assert (spread.readers, spread.fsdp) == (2, True)
     arguments = spread.arguments(recompute=True, offload=False)
     assert arguments["parallelism_config"].cp_size == 2
     assert arguments["fsdp_config"]["activation_checkpointing"] and "activation_checkpointing" not in arguments
     assert spread.arguments(recompute=True, offload=True)["activation_checkpointing_kwargs"] == {"offload": True}
-    assert not check_spread("cuda", "lora", SpreadOptions(**settings)).fsdp
+    assert not check_spread(Machine.here("cuda"), "lora", SpreadOptions(**settings)).fsdp
     code, _, err = cli("convert", llama, tmp_path / "m.gguf", "--context", "256")
     assert code == 2 and "convert runs in one process, got 4" in err
     code, _, err = cli(*command, "--steps", "0")
@@ -567,6 +568,6 @@ def test_a_deepspeed_config_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr("pi_gguf.tune.processes.find_spec", lambda name: object())
     path = tmp_path / "zero.json"
     path.write_text("{}")
-    spread = check_spread("cuda", "full", SpreadOptions(deepspeed=str(path)))
+    spread = check_spread(Machine.here("cuda"), "full", SpreadOptions(deepspeed=str(path)))
     arguments = spread.arguments(recompute=True, offload=False)
     assert arguments["deepspeed"] == str(path) and "fsdp" not in arguments and arguments["activation_checkpointing"]
