@@ -25,10 +25,11 @@ from pi_gguf import bundled, convert  # noqa: E402
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from pi_gguf.common.files import write_json  # noqa: E402
 from pi_gguf.common.provenance import provenance  # noqa: E402
+from pi_gguf.gguf.file import read_gguf  # noqa: E402
 from pi_gguf.gguf.header import Entry, read_header, write_changed  # noqa: E402
 from pi_gguf.measure.kl import kl_divergence  # noqa: E402
 from pi_gguf.models.hf import HfModel  # noqa: E402
-from pi_gguf.prove.check import MAX_KL_DIVERGENCE, MAX_KL_QUANTIZED  # noqa: E402
+from pi_gguf.prove.check import largest_kl_divergence  # noqa: E402
 from pi_gguf.runtime.model import Model  # noqa: E402
 
 SCORED = 256
@@ -107,7 +108,7 @@ def main() -> int:
                     }
                     if any(item.items() <= row.items() for row in record["rows"]):
                         continue
-                    limit = MAX_KL_DIVERGENCE.get(quant, MAX_KL_QUANTIZED)
+                    limit = largest_kl_divergence(read_gguf(sound))
                     found = divergence(wrong, ids, logits)
                     record["rows"].append({**item, "kl_divergence": float(f"{found:.3g}"), "limit": limit})
                     print(item, f"{found:.3g}", flush=True)

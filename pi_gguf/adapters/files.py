@@ -20,7 +20,7 @@ from pi_gguf.checkpoint.config import read_json
 from pi_gguf.checkpoint.hub import public_source
 from pi_gguf.checkpoint.tensors import IGNORED_TENSORS, TensorSource, check_dtypes, read_tensors
 from pi_gguf.common.files import is_file
-from pi_gguf.common.progress import say
+from pi_gguf.common.progress import aside, say
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -138,9 +138,10 @@ def _find_folder(folder: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(folder, allow_patterns=[*_HUB_FILES]))
-        if not is_file(found / WEIGHTS_FILE):
-            found = Path(snapshot_download(folder, allow_patterns=[*_HUB_FILES, PICKLED_FILE]))
+        with aside():
+            found = Path(snapshot_download(folder, allow_patterns=[*_HUB_FILES]))
+            if not is_file(found / WEIGHTS_FILE):
+                found = Path(snapshot_download(folder, allow_patterns=[*_HUB_FILES, PICKLED_FILE]))
     except Exception as error:  # network, permission and not-found errors of the Hub's client
         raise CheckpointError(
             f"{folder}: not a folder here with {CONFIG_FILE}, and not to be had from the Hub ({one_line(error)})",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pi_gguf import bundled
 from pi_gguf.common.files import is_file
+from pi_gguf.common.progress import aside
 from pi_gguf.errors import CheckpointError, one_line
 
 ADAPTER_FILE = "adapter_config.json"
@@ -83,7 +84,8 @@ def resolve(model: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        with aside():
+            return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # network, permission and not-found errors of the Hub's client
         raise CheckpointError(
             f"{model}: not a folder here, and not to be had from the Hub ({one_line(error)})",

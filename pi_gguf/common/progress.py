@@ -94,14 +94,32 @@ def _bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
     if not unit:
         columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
     asked = True if _progress == "bar" else None  # for, whatever standard error is
-    with Progress(*columns, console=Console(stderr=True, force_terminal=asked), transient=not unit) as bar:
+    console = Console(stderr=True, force_terminal=asked)
+    with aside(), Progress(*columns, console=console, transient=not unit) as bar:
         task = bar.add_task(title, total=total, text="")
 
         def advance(amount: float = 1, text: str | None = None, earlier: bool = False) -> None:
             fields: dict[str, Any] = {} if text is None else {"text": text}
             bar.update(task, advance=amount, **fields)
 
-        yield advance
+        _drawn.append(bar)
+        try:
+            yield advance
+        finally:
+            _drawn.remove(bar)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Let nothing be drawn here while something else draws: work inside other work, or another library."""
+    outer = _drawn[-1] if _drawn else None
+    if outer:
+        outer.stop()
+    try:
+        yield
+    finally:
+        if outer:
+            outer.start()
 
 
 @contextmanager
@@ -241,6 +259,8 @@ _progress: str | None = None
 _quiet = False
 _lines = Lines()
 """What `output` chooses."""
+_drawn: list[Any] = []
+"""Displays of rich that are open, the innermost last: it alone draws."""
 
 
 def duration(seconds: float) -> str:

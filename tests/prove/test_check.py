@@ -17,7 +17,7 @@ from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.errors import CheckError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import Entry, read_header, write_changed
-from pi_gguf.prove.check import Reference, check_gguf
+from pi_gguf.prove.check import Reference, check_gguf, largest_kl_divergence
 
 # What is read
 
@@ -173,6 +173,17 @@ def test_a_sound_file_is_not_refused(sound, quant):
     assert report.prompt_tokens == 600 and report.kl_divergence < 0.1
 
 
+def test_the_coarsest_matrix_says_how_far_a_file_may_be(tmp_path):
+    limits = {}
+    for quant, more in (("Q8_0", ()), ("Q4_K_M", ()), ("Q4_K_M", ("ffn=Q2_K",)), ("Q8_0", ("ffn=Q4_K",))):
+        path = tmp_path / f"{quant}{len(limits)}.gguf"
+        options = {"tensor_type": more, "check": "none", "certify": False}
+        pi_gguf.convert("bundled:tiny", path, quant=quant, **options)
+        limits[quant, more] = largest_kl_divergence(read_gguf(path))
+    assert [*limits.values()] == [0.05, 0.5, 1.0, 0.5]
+    assert largest_kl_divergence(read_gguf(tmp_path / "Q8_00.gguf"), slack=30) == 1.0
+
+
 # What no prompt of that length shows
 
 
@@ -218,6 +229,43 @@ def test_a_switch_at_another_length_is_refused(tmp_path):
     with pytest.raises(CheckError, match="original_context_length is 320, planned 640") as error:
         check_gguf(tmp_path / "wrong.gguf", reference)
     assert "KL" not in str(error.value)
+
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256,
+    "attention_factor": 1.2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "said"),
+    [
+        ("llama", "rope.scaling.original_context_length", 64, "is 64, planned 256"),
+        ("llama", "rope.scaling.original_context_length", None, "is 1024, planned 256"),
+        ("llama", "rope.scaling.attn_factor", 0.5, "is 0.5, planned 1.05"),
+        ("llama", "rope.scaling.attn_factor", None, "is 1.0, planned 1.05"),
+        ("llama", "rope.scaling.type", "linear", "is linear, planned yarn"),
+        ("gemma3", "rope.freq_base_swa", 1e6, "is 1000000.0, planned 5000"),
+        ("gemma3", "rope.freq_base_swa", None, "is 10000.0, planned 5000"),
+    ],
+)
+def test_what_llama_cpp_tells_nobody_is_compared_in_the_header(family, key, value, said, tmp_path):
+    changes = {"max_position_embeddings": 1024}
+    if family == "llama":
+        changes["rope_parameters"] = YARN
+    else:
+        changes["rope_parameters"] = {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        }
+    model = make_model(tmp_path / "model", {"gemma3": "gemma3_text"}.get(family, family), changes)
+    reference = converted(model, tmp_path / "sound.gguf")
+    assert check_gguf(tmp_path / "sound.gguf", reference)
+    wrong = {f"{family}.{key}": None if value is None else Entry.of(value)}
+    write_changed(read_header(tmp_path / "sound.gguf").changed(wrong), tmp_path / "wrong.gguf")
+    with pytest.raises(CheckError) as error:
+        check_gguf(tmp_path / "wrong.gguf", reference)
+    assert f"{family}.{key} {said}" in str(error.value)
 
 
 def test_divisors_that_the_model_has_not_are_refused(tmp_path):
