@@ -75,9 +75,10 @@ CARDS = (
 )
 
 _NO_NAMES = {"nvidia", "geforce", "rtx", "tesla", "sxm", "sxm4", "sxm5", "generation"}
-"""Words of a card's name that tell nothing."""
+"""Words of a card's name that tell nothing; so do those of its kind of memory, as HBM3."""
 
-_MOST = 100_000
+_MOST_CARDS, _MOST_MACHINES = 16, 512
+_MEMORIES = {int(card.name.rsplit("-", 1)[1].removesuffix("GB")) for card in CARDS}
 
 
 def parse_cards(text: str) -> tuple[int, int, Card]:
@@ -86,33 +87,43 @@ def parse_cards(text: str) -> tuple[int, int, Card]:
     Raises:
         OptionError: not of the form, no such kind, or one of two memories.
     """
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", text, re.IGNORECASE)
     known = f"known are {', '.join(card.name for card in CARDS)}"
+    count = r"(?:([0-9]{1,6})\s*[x×*]\s*)?"
+    match = re.fullmatch(rf"\s*{count}{count}([A-Za-z0-9][-A-Za-z0-9 _.,()/]*)", text, re.IGNORECASE)
+    form = "CARD, nxCARD or machines x n x CARD, e.g. 8xH100-80GB, 4090 or 2x8xA100-80GB"
     if match is None:
-        raise OptionError(f"on must be CARD, nxCARD or machines x n x CARD, got {text!r}", known)
+        raise OptionError(f"on must be {form}, got {text!r}", known)
     counts, found = [int(n) for n in match.groups()[:2] if n], _kinds(match[3])
     if len(found) > 1:
         raise OptionError(f"on {text!r} is one of {' and '.join(card.name for card in found)}", "name its memory")
     if not found:
-        raise OptionError(
-            f"on must be CARD, nxCARD or machines x n x CARD, e.g. 8xH100-80GB, 4090 or 2x8xA100-80GB; no such card as "
-            f"{match[3]!r}",
-            known,
-        )
+        raise OptionError(f"on must be {form}; no such card as {match[3].strip()!r}", known)
     nodes, each = [1, 1, *counts][-2:]
-    if not 1 <= nodes * each <= _MOST:
-        raise OptionError(f"on must be of 1 to {_MOST:,} cards, got {text!r}")
+    if not (1 <= each <= _MOST_CARDS and 1 <= nodes <= _MOST_MACHINES):
+        raise OptionError(
+            f"on must be of 1 to {_MOST_CARDS} cards in each of 1 to {_MOST_MACHINES} machines, got {text!r}",
+            f"more cards are more machines: 2x8x{found[0].name}",
+        )
     return nodes, each, found[0]
 
 
 def _kinds(text: str) -> list[Card]:
     """Return the cards that are called so, whatever makers and shops write around it."""
-    asked = _words(text)
-    return [card for card in CARDS if asked in (_words(card.name), _words(card.name)[:-1])]
+    words, memory = _words(text)
+    own = [(card, *_words(card.name)) for card in CARDS]
+    if "pcie" in words and all(words != theirs for _, theirs, _ in own):
+        words -= {"pcie"}  # of a kind that is told apart by its memory alone
+    return [card for card, theirs, box in own if words == theirs and memory in (None, box)]
 
 
-def _words(name: str) -> list[str]:
-    """Split a name into what tells cards apart, the memory last."""
+def _words(name: str) -> tuple[frozenset[str], int | None]:
+    """Split a name into what tells cards apart, and the memory where it is said, in GB."""
     joined = re.sub(r"(\d)\s*(?:gib|gb|g)\b", r"\1gb", name.lower())
-    words = (word.removeprefix("rtx") for word in re.findall(r"[a-z0-9]+", joined))
-    return [word for word in words if word and word not in _NO_NAMES]
+    joined = re.sub(r"(\d)(ada)\b", r"\1 \2", joined)
+    words = [word.removeprefix("rtx") for word in re.findall(r"[a-z0-9]+", joined)]
+    words = [word for word in words if word and word not in _NO_NAMES and not word.startswith("hbm")]
+    sizes = [word for word in words if re.fullmatch(r"\d+gb", word)]
+    if not sizes and len(words) > 1 and words[-1].isdigit() and int(words[-1]) in _MEMORIES:
+        sizes = words[-1:]
+    memory = int(sizes[-1].removesuffix("gb")) if sizes else None
+    return frozenset(words) - set(sizes), memory

@@ -17,6 +17,8 @@ from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import Machine
 from pi_gguf.common.options import Options, flag
 from pi_gguf.errors import OptionError, ResourceError
+from pi_gguf.gguf.header import is_gguf
+from pi_gguf.gguf.parts import name_of_all
 from pi_gguf.tune.choose import plan_run
 from pi_gguf.tune.memory import Activations, fit_activations, layer_inputs_bytes
 from pi_gguf.tune.options import SpreadOptions, TuneOptions
@@ -98,19 +100,31 @@ def start_command(
     model: str, context: int, tune: TuneOptions, options: SpreadOptions, training: TrainingPlan, spread: Spread,
     machine: Machine,
 ) -> str:  # fmt: skip
-    """Return the command that starts a run on a machine; on several of them the same on each."""
-    words = ["pi-gguf"]
+    """Return the command that starts a run on a machine; on several of them the same on each.
+
+    A GGUF file is unpacked before, as several processes do not do that on the way.
+    """
+    words, before, name = ["pi-gguf"], "", _name(model)
     if machine.processes > 1:
         words = ["torchrun", "--nproc-per-node", str(machine.each), "-m", "pi_gguf"]
     if machine.nodes > 1:
         words[1:1] = ["--nnodes", str(machine.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST:29500"]
-    out = f"{Path(model).name.removesuffix('.gguf').replace(':', '-')}-{context // 1024}k"
-    words += ["extend", model, out, "--context", str(context)]
+    if machine.processes > 1 and is_gguf(model):
+        before, model = shlex.join(["pi-gguf", "unpack", model, name]) + " && ", name
+    window = f"{context // 1024}k" if context % 1024 == 0 else str(context)
+    words += ["extend", model, f"{name}-{window}", "--context", str(context)]
     if tune.train == "auto":
         tune = replace(tune, train=training.train)
     if spread.cp_size > 1:
         options = replace(options, cp_size=spread.cp_size)
-    return shlex.join([*words, *_given(tune), *_given(options)])
+    return before + shlex.join([*words, *_given(tune), *_given(options)])
+
+
+def _name(model: str) -> str:
+    """Return what a model is called in names of folders."""
+    path = Path(model)
+    path = name_of_all(path.resolve() if path.exists() else path)
+    return path.name.removesuffix(".gguf").replace(":", "-")
 
 
 def _given(options: Options) -> Iterator[str]:

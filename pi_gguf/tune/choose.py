@@ -197,7 +197,7 @@ def _divided(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Len
         lora_rank=way.rank,
         lora_alpha=way.alpha,
     )
-    return replace(training, full_micro_batches=sum(training.full_length))
+    return replace(training, full_micro_batches=sum(training.full_length)) if training.mix else training
 
 
 def _accumulation(checkpoint: Checkpoint, tune: TuneOptions, train: str, longest: int, readers: int) -> int:

@@ -73,6 +73,11 @@ class TrainingPlan:
     def tokens_by_window(self) -> dict[int, int]:
         """Return the tokens of the run by the length of their sequences."""
         tokens: dict[int, int] = {}
+        if not self.mix:
+            for stage in self.stages:
+                of_stage = stage.steps * self.accumulation * stage.micro_batch * stage.window
+                tokens[stage.window] = tokens.get(stage.window, 0) + of_stage
+            return tokens
         shorts = (stage for stage in self.stages for _ in range(stage.steps * self.accumulation))
         for stage, whole in zip(shorts, self.full_length, strict=True):
             window, n = (self.full_window, self.full_micro_batch) if whole else (stage.window, stage.micro_batch)

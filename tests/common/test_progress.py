@@ -41,9 +41,24 @@ def told(*arguments: object, **environment: str) -> str:
     return run.stderr
 
 
-def told_on_a_terminal(*arguments: object) -> str:
+NESTED = """
+import time
+from pi_gguf.common import progress
+with progress.output(*eval(__import__("sys").argv[1])), progress.phase("outside"):
+    time.sleep(0.4)
+    with progress.progress_bar("inside", 3, "steps") as advance:
+        for i in range(3):
+            time.sleep(0.2)
+            advance()
+    with progress.aside():
+        print("another library", file=__import__("sys").stderr)
+    time.sleep(0.4)
+"""
+
+
+def told_on_a_terminal(*arguments: object, step: str = STEP) -> str:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", STEP, repr(arguments)]
+    command = [sys.executable, "-c", step, repr(arguments)]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     found: list[bytes] = []
 
@@ -254,3 +269,11 @@ def test_a_command_takes_the_choice(cli, llama: Any, tmp_path: Any):
 def test_control_codes_are_written_out(capfd):
     progress.say("page \x1b]52;c;aGk=\x07 of\ta\nbook\x9b2J")
     assert capfd.readouterr().err == "page \\x1b]52;c;aGk=\\x07 of\ta\nbook\\x9b2J\n"
+
+
+def test_one_display_draws_at_a_time():
+    said = told_on_a_terminal("bar", False, step=NESTED)
+    frames = re.findall(r"outside|inside|another library", said)
+    order = [frame for i, frame in enumerate(frames) if not i or frame != frames[i - 1]]
+    assert order[:2] == ["outside", "inside"] and order[-2:] == ["another library", "outside"], order
+    assert len(order) <= 5, "they do not take turns on one row"

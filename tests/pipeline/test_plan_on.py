@@ -51,6 +51,9 @@ def seven(place):
     ("H100 PCIe", (1, 1, "H100-PCIe-80GB")), ("A100-40GB", (1, 1, "A100-40GB")),
     ("2x8xA100-80GB", (2, 8, "A100-80GB")), ("RTX 6000 Ada Generation", (1, 1, "6000-Ada-48GB")),
     ("rtx a6000", (1, 1, "A6000-48GB")), ("4xL40S", (1, 4, "L40S-48GB")),
+    ("NVIDIA H100 80GB HBM3", (1, 1, "H100-80GB")), ("NVIDIA A100-SXM4-40GB", (1, 1, "A100-40GB")),
+    ("NVIDIA A100 80GB PCIe", (1, 1, "A100-80GB")), ("NVIDIA H100 80GB PCIe", (1, 1, "H100-PCIe-80GB")),
+    ("a100-80", (1, 1, "A100-80GB")), ("rtx6000ada", (1, 1, "6000-Ada-48GB")), ("512x16xH100", (512, 16, "H100-80GB")),
 ])  # fmt: skip
 def test_cards_are_read_as_people_write_them(text, expected):
     nodes, each, card = parse_cards(text)
@@ -67,12 +70,17 @@ def test_every_card_is_known_by_its_own_name():
 
 @pytest.mark.parametrize(("text", "said"), [
     ("8xV100", "no such card as 'V100'"), ("A100", "is one of A100-80GB and A100-40GB"), ("", "got ''"),
-    ("0x4090", "must be of 1 to 100,000 cards"), ("2x3x4xH100", "no such card as '4xH100'"),
+    ("0x4090", "must be of 1 to 16 cards in each of 1 to 512 machines"), ("17xH100", "of 1 to 16 cards"),
+    ("513x1xH100", "of 1 to 512 machines"), ("2x3x4xH100", "no such card as '4xH100'"),
+    ("8xL40", "no such card as 'L40'"),
+    ("8x", "no such card as '8x'"), ("8x8", "no such card as '8'"),
+    ("\u0668x4090", "got '\u0668x4090'"), ("H100\u00e9", "got 'H100\u00e9'"),
+    ("9" * 5000 + "x4090", "no such card"), ("4090-80GB", "no such card"),
 ])  # fmt: skip
 def test_unknown_cards_are_refused_with_those_that_are_known(text, said, seven, cli):
     code, _, err = cli("plan", seven, "--context", "32768", "--on", text)
     assert code == 2 and said in err and err.count("\n") == 2
-    if "no such" in said:
+    if said.startswith("no such") or "got" in said:
         assert "e.g. 8xH100-80GB, 4090 or 2x8xA100-80GB" in err and all(card.name in err for card in CARDS)
 
 
@@ -83,6 +91,19 @@ def test_on_is_for_a_fine_tune_elsewhere(seven):
     }.items():  # fmt: skip
         with pytest.raises(OptionError, match=said):
             plan(seven, on="H100", **options)
+
+
+def test_the_command_names_folders_that_can_be(place, seven, tiny_gguf, monkeypatch):
+    def words(model: str, cards: str, context: int) -> list[str]:
+        return shlex.split(plan(model, on=cards, context=context, train="auto").elsewhere.command)
+
+    monkeypatch.chdir(seven)
+    assert words(".", "H100", 32768)[2:4] == [".", f"{Path(seven).name}-32k"]
+    assert words(".", "H100", 5000)[3] == f"{Path(seven).name}-5000"
+    one, several = words(str(tiny_gguf), "4090", 8192), words(str(tiny_gguf), "2x4090", 8192)
+    assert one[:4] == ["pi-gguf", "extend", str(tiny_gguf), "model-8k"], "one process unpacks it on the way"
+    assert several[:5] == ["pi-gguf", "unpack", str(tiny_gguf), "model", "&&"]
+    assert several[several.index("extend") :][1:3] == ["model", "model-8k"]
 
 
 # The choice
