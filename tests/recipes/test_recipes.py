@@ -99,6 +99,13 @@ def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path
     assert measured["PI trained, Q8_0"] == pytest.approx(measured["PI trained"], rel=0.05)
     assert found["kl"]["PI trained, Q8_0"]["rows"][-1]["mean"] < 0.05
     assert found["training"]["linear"]["steps"] == 2 and found["context"] == 4 * found["original"]
+    other = subprocess.run([*command, *rows, "--steps", "3"], capture_output=True, text=True)
+    assert (
+        other.returncode == 1 and other.stderr == f"error: {tmp_path} is of a run with other tune; give another OUT\n"
+    )
+    for wrong, field in (("--suites", "suites must be of perplexity"), ("--rows", "rows must fit one of base")):
+        refused = subprocess.run([*command, wrong, "perplexty"], capture_output=True, text=True)
+        assert refused.returncode == 2 and field in refused.stderr
     table = (tmp_path / "report" / "table.md").read_text()
     assert all(f"| {name} | {measured[name]:.2f} |" in table for name in names)
     assert {"perplexity.png", "kl-PI-trained-Q8_0.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
