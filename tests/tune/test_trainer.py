@@ -480,7 +480,7 @@ def test_two_processes_train_like_one(base, way, tmp_path, text, request):
     model = request.getfixturevalue(base)
     for n in (1, 2):
         out, err = finish(run_processes(n, model, tmp_path / str(n), text, *TWO_MICRO_BATCHES, *way))
-        assert out.count("wrote") == err.count("fine-tune") == 1, "one process speaks"
+        assert out.count("wrote") == err.count("by method linear") == 1, "one process speaks"
     losses = [json.loads((tmp_path / n / "losses.json").read_text()) for n in ("1", "2")]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-6)
     records = [json.loads((tmp_path / n / "pi_gguf.json").read_text()) for n in ("1", "2")]
@@ -502,7 +502,7 @@ def test_torchrun_starts_it(llama, tmp_path, text):
     options = ["--data", text, "--context", "256", "--device", "cpu", "--steps", "1", "--batch-tokens", "16384"]
     done = subprocess.run([*command, llama, tmp_path / "out", *options], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote") == done.stderr.count("fine-tune") == 1, "one process speaks"
+    assert done.stdout.count("wrote") == done.stderr.count("by method linear") == 1, "one process speaks"
 
 
 @pytest.mark.slow
