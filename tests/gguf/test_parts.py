@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
 
 import pi_gguf
+from pi_gguf.common.files import publish
 from pi_gguf.errors import GgufError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import Entry, read_header, write_changed
@@ -169,22 +172,52 @@ def test_repair_replaces_no_part_of_its_own_and_none_unasked(parts, llama, tmp_p
     assert sorted(path.name for path in tmp_path.glob("new*")) == ["new-00002-of-00003.gguf"]
 
 
-def test_the_part_that_is_opened_gets_its_name_last(parts, llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("there", [(), (0, 1, 2), (0, 2)])
+def test_a_repair_that_is_stopped_leaves_what_was_there(stop, there, parts, llama, tmp_path, monkeypatch):
     damaged(parts, llama__rope__scaling__factor=2.0)
-    finals = part_paths(tmp_path / "new.gguf", 3)
-    finals[0].write_bytes(b"older")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    finals = part_paths(folder / "new.gguf", 3)
+    for number in there:
+        finals[number].write_bytes(b"older %d" % number)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     named = []
 
     def stopped(partial, final):
         if final == finals[0]:
-            raise OSError("stopped")
+            assert not final.exists(), "an older first part opens with no new ones"
+            raise stop("stopped")
+        publish(partial, final)
         named.append(final)
-        partial.replace(final)
 
-    monkeypatch.setattr("pi_gguf.prove.repair.publish", stopped)
-    with pytest.raises(Exception, match="stopped"):
-        repair(parts[0], tmp_path / "new.gguf", against=str(llama), overwrite=True)
-    assert named == finals[:0:-1] and not finals[0].exists(), "an older first part opens with no new ones"
+    with monkeypatch.context() as patched:
+        patched.setattr("pi_gguf.prove.repair.publish", stopped)
+        with pytest.raises(stop, match="stopped"):
+            repair(parts[0], folder / "new.gguf", against=str(llama), overwrite=True)
+    assert named[-2:] == finals[:0:-1], "the one that is opened comes last"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    repair(parts[0], folder / "new.gguf", against=str(llama), overwrite=bool(there))
+    assert sorted(folder.iterdir()) == finals and inspect(finals[0]).findings == []
+
+
+def test_parts_that_a_kill_left_unnamed_are_brought_back(parts, llama, tmp_path, cli):
+    damaged(parts, llama__rope__scaling__factor=2.0)
+    finals = part_paths(tmp_path / "new.gguf", 3)
+    for final in finals:
+        final.write_bytes(b"older " + final.name.encode())
+    script = (
+        "import os, sys\nfrom pi_gguf.prove import repair as module\nnormal = module.publish\n"
+        "def publish(partial, final):\n    if final.name == 'new-00001-of-00003.gguf':\n        os._exit(9)\n"
+        "    normal(partial, final)\nmodule.publish = publish\n"
+        "module.repair(sys.argv[1], sys.argv[2], against=sys.argv[3], check='none', overwrite=True)\n"
+    )
+    command = [sys.executable, "-c", script, str(parts[0]), str(tmp_path / "new.gguf"), str(llama)]
+    assert subprocess.run(command, check=False).returncode == 9 and not finals[0].exists()
+    code, _, err = cli("repair", parts[0], tmp_path / "new.gguf", "--against", llama)
+    assert code == 2 and "exists" in err
+    assert [final.read_bytes() for final in finals] == [b"older " + final.name.encode() for final in finals]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_quantize_and_convert_take_any_part(parts, f32_gguf, tmp_path, cli):
