@@ -77,7 +77,8 @@ class Whole:
             places.append(replace(place, offset=at, elsewhere=(header.path, header.data_offset + place.offset)))
             at += -(-tensor.nbytes // alignment) * alignment
         keys = {} if self.missing else dict.fromkeys(key for key in SPLIT_KEYS if key in self.first.entries)
-        return replace(self.first.changed(keys), tensors=places)
+        begin = -(-self.first.data_offset // alignment) * alignment  # a first part without tensors is not padded
+        return replace(self.first.changed(keys), tensors=places, data_offset=begin)
 
     @property
     def info(self) -> GgufInfo:

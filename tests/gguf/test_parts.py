@@ -22,14 +22,15 @@ from pi_gguf.prove.inspect import inspect
 from pi_gguf.prove.repair import repair
 
 
-def split_as_llama_cpp(source, target, count):
-    """Write a file in `count` parts as llama-gguf-split does: all keys and as many of the tensors in the first, and in
-    each split.no (u16), split.count (u16) and split.tensors.count (i32)."""
+def split_as_llama_cpp(source, target, count, *, empty_first=False):
+    """Write a file in `count` parts as llama-gguf-split does: all keys and as many of the tensors in the first, or none
+    (--no-tensor-first-split), and in each split.no (u16), split.count (u16) and split.tensors.count (i32)."""
     header, reader = read_header(source), GGUFReader(source)
     names = [place.name for place in header.tensors]
     paths = part_paths(target, count)
     for number, path in enumerate(paths):
-        mine = names[number * len(names) // count : (number + 1) * len(names) // count]
+        begin, end = ((n - empty_first) * len(names) // (count - empty_first) for n in (number, number + 1))
+        mine = names[max(0, begin) : end]
         keys = {
             "split.no": Entry.of(number, "UINT16"), "split.count": Entry.of(count, "UINT16"),
             "split.tensors.count": Entry.of(len(names), "INT32"),
@@ -46,7 +47,8 @@ def split_as_llama_cpp(source, target, count):
             data += raw + bytes(-len(raw) % 32)
         places = [place for place in header.tensors if place.name in mine]
         made = type(header)(path, header.version, entries, places, infos, 0)
-        path.write_bytes(made.to_bytes() + data)
+        front = made.to_bytes()
+        path.write_bytes(front + bytes(-len(front) % 32) + data)
     return paths
 
 
@@ -86,6 +88,18 @@ def test_any_part_shows_the_whole(parts, f32_gguf, cli):
     code, out, _ = cli("inspect", parts[2])
     assert code == 0 and all(part.name in "".join(out.split()).replace("│", "") for part in parts)
     assert alone.parts == []
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_first_part_may_have_no_tensors(given, f32_gguf, tmp_path):
+    parts = split_as_llama_cpp(f32_gguf, tmp_path / "model.gguf", 2, empty_first=True)
+    assert not read_header(parts[0]).tensors and read_header(parts[0]).data_offset % 32
+    report = inspect(parts[given])
+    assert report.findings == [] and report.llama_cpp == inspect(f32_gguf).llama_cpp != {}
+    pi_gguf.quantize(parts[given], tmp_path / "q.gguf", quant="Q8_0")
+    assert len(read_gguf(tmp_path / "q.gguf").tensors) == len(read_gguf(f32_gguf).tensors)
+    repair(parts[given], tmp_path / "named.gguf", set=["general.name=another"])
+    assert inspect(tmp_path / "named-00002-of-00002.gguf").findings == []
 
 
 def test_missing_parts_are_named(parts, cli):
