@@ -63,12 +63,14 @@ def damaged(parts, **changes):
     """Change keys of the first part; None removes one."""
     header = read_header(parts[0])
     kinds = {key: entry.type for key, entry in header.entries.items()}
-    made = header.changed({
-        key: None if value is None else Entry.of(value, kinds[key])
-        for key, value in ((name.replace("__", "."), value) for name, value in changes.items())
-    })  # fmt: skip
-    write_changed(made, parts[0].with_suffix(".new"))
-    parts[0].with_suffix(".new").replace(parts[0])
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    rekeyed(parts[0], {key: None if value is None else Entry.of(value, kinds[key]) for key, value in named.items()})
+
+
+def rekeyed(part, entries):
+    """Give one part other keys; None removes one."""
+    write_changed(read_header(part).changed(entries), part.with_suffix(".new"))
+    part.with_suffix(".new").replace(part)
 
 
 def test_any_part_shows_the_whole(parts, f32_gguf, cli):
@@ -139,10 +141,44 @@ def test_what_does_not_go_together_is_found(parts, f32_gguf, tmp_path):
         whole(renamed)
 
 
+LOST = {
+    "absent": None,
+    "float": Entry.of(3.0, "FLOAT32"),
+    "bool": Entry.of(True, "BOOL"),
+    "list": Entry.of([3], "[UINT16]"),
+}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("lost", LOST)
+def test_a_lost_count_is_found_and_not_taken_for_one_file(number, lost, parts, tmp_path, cli):
+    rekeyed(parts[number], {"split.count": LOST[lost]})
+    for part in parts:
+        assert (
+            whole(part).paths == parts and len(whole(part).tensors) == whole(part).first.metadata["split.tensors.count"]
+        )
+    report = inspect(parts[number])
+    assert [(finding.key, finding.expected) for finding in report.findings] == [("split.count", 3)]
+    assert parts[number].name in report.findings[0].text
+    code, _, err = cli("repair", parts[number], tmp_path / "out.gguf", "--set", "general.name=another")
+    assert code == 6 and "split.count" in err and not list(tmp_path.glob("out*"))
+
+
+def test_either_keys_or_other_parts_tell_that_a_file_is_a_part(parts, f32_gguf, tmp_path):
+    rekeyed(parts[0], {"split.count": None})
+    for part in parts[1:]:
+        part.unlink()
+    assert whole(parts[0]).missing == parts[1:], "its other keys say so"
+    alone = part_paths(tmp_path / "alone.gguf", 2)
+    shutil.copy(f32_gguf, alone[0])
+    assert not whole(alone[0]).is_split, "nothing but its name does"
+    shutil.copy(f32_gguf, alone[1])
+    assert whole(alone[0]).paths == alone
+    assert {finding.key for finding in whole(alone[1]).findings()} >= {"split.no", "split.count"}
+
+
 def test_tensors_that_are_lost_between_parts_are_counted(parts):
-    header = read_header(parts[0])
-    write_changed(header.changed({"split.tensors.count": Entry.of(99, "INT32")}), parts[0].with_suffix(".new"))
-    parts[0].with_suffix(".new").replace(parts[0])
+    rekeyed(parts[0], {"split.tensors.count": Entry.of(99, "INT32")})
     assert [finding.key for finding in inspect(parts[1]).findings] == ["split.tensors.count"]
 
 
