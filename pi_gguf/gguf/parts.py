@@ -77,7 +77,8 @@ class Whole:
             places.append(replace(place, offset=at, elsewhere=(header.path, header.data_offset + place.offset)))
             at += -(-tensor.nbytes // alignment) * alignment
         keys = {} if self.missing else dict.fromkeys(key for key in SPLIT_KEYS if key in self.first.entries)
-        return replace(self.first.changed(keys), tensors=places)
+        begin = -(-self.first.data_offset // alignment) * alignment  # a first part without tensors is not padded
+        return replace(self.first.changed(keys), tensors=places, data_offset=begin)
 
     @property
     def info(self) -> GgufInfo:
@@ -95,9 +96,10 @@ class Whole:
             number = int(_named(header.path)[2])
             wanted = {"split.no": number - 1, "split.count": count}
             for key, value in wanted.items():
-                if header.metadata.get(key) != value:
+                stated = header.metadata.get(key)
+                if stated != value or type(stated) is not int:
                     text = f"in {header.path.name}; the file is a part of something else, or was renamed."
-                    yield Finding(key, header.metadata.get(key), value, text, CONVERT)
+                    yield Finding(key, stated, value, text, CONVERT)
             if self.headers[0] is not header:
                 yield from find_misplaced(header, tensors_of(header))
         total = self.first.metadata.get("split.tensors.count")
@@ -112,15 +114,21 @@ class Whole:
 def whole(path: Path) -> Whole:
     """Read the headers of a file and of all its parts that are there, whichever of them is given.
 
+    The name says how many there are where split.count is lost and other parts or keys show that there are some.
+
     Raises:
         GgufError: the file or the first part is missing, one is damaged, or parts are not called as llama.cpp asks for
             them.
     """
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
+    named = _PART.fullmatch(path.name)
+    if named and type(header.metadata.get("split.count")) is not int and 1 < int(named[3]) <= _MOST_PARTS:
+        others = [part for part in part_paths(path, int(named[3])) if part != path and is_file(part)]
+        if others or any(key in header.entries for key in SPLIT_KEYS):
+            count = int(named[3])
     if count in (0, 1):
         return Whole([header], [])
-    named = _PART.fullmatch(path.name)
     if not isinstance(count, int) or not 1 < count <= _MOST_PARTS or named is None or int(named[3]) != count:
         raise GgufError(
             f"{path}: is one of {count} parts and not called so",

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.common.files import check_writable, disk_errors, publish, remove, temporary, writes
+from pi_gguf.common.files import check_writable, disk_errors, publish, remove, replace_when_complete, temporary, writes
 from pi_gguf.common.progress import say
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.gguf.defects import Expectation, expect, find_defects, mend
@@ -97,6 +98,7 @@ def repair(
         raise OptionError(f"{out}: the name must end in .gguf", f"try {out}.gguf")
     found = complete(source)
     header, tensors, finals = found.header, found.tensors, part_paths(out, len(found.headers))
+    _bring_back(out)
     for final in finals:
         check_writable(final, overwrite)
         if final.exists() and any(final.samefile(part) for part in found.paths):
@@ -132,14 +134,47 @@ def _first(found: Whole, mended: Header) -> Header:
 
 @contextmanager
 def _written(out: Path, finals: Sequence[Path]) -> Iterator[list[Path]]:
-    """Give temporary paths for the parts of a file; on success these get their names, the one to open last."""
-    with ExitStack() as stack, disk_errors(out):
-        partials = [stack.enter_context(temporary(out, final.name)) for final in finals]
-        yield partials
-        if len(finals) > 1:
-            remove(finals[0])  # of a file that is replaced: its first part does not open among others
-        for partial, final in reversed(list(zip(partials, finals, strict=True))):
-            publish(partial, final)
+    """Give temporary paths for the parts of a file; on success these get their names, the one to open last.
+
+    Parts that are replaced wait in the work folder, and have their names again after any failure.
+    """
+    if finals == [out]:
+        with replace_when_complete(out) as partial:
+            yield [partial]
+        return
+    with temporary(out, "made") as made, temporary(out, "whole") as ready, disk_errors(out):
+        made.mkdir()
+        yield [made / final.name for final in finals]
+        publish(made, ready)  # on the disk, all of them, before one has its name
+        before = _replaced(out)
+        try:
+            before.mkdir()
+            for final in finals:
+                if os.path.lexists(final):
+                    final.rename(before / final.name)
+            for final in reversed(finals):
+                publish(ready / final.name, final)
+            before.rename(made)  # in one step: what is left of a few is never brought back
+        except BaseException:
+            for final in finals if before.is_dir() else ():
+                if not os.path.lexists(ready / final.name):
+                    remove(final)
+            _bring_back(out)
+            raise
+
+
+def _replaced(out: Path) -> Path:
+    """Return the folder of parts that are being replaced."""
+    return out.with_name(f"{out.name}.partial") / "replaced"
+
+
+def _bring_back(out: Path) -> None:
+    """Give parts that were to be replaced their names again, here or after a kill."""
+    before = _replaced(out)
+    if before.is_dir():
+        for part in before.iterdir():
+            part.replace(out.with_name(part.name))
+        before.rmdir()
 
 
 def _mend_all(

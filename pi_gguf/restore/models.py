@@ -1,7 +1,7 @@
 """A GGUF file where a MODEL stands: unpacked into the user's cache, once, and opened from there.
 
 In: MODEL, as the user gives it. Out: a folder for a GGUF file, anything else as it is. The folder is of the file as it
-is now: one that was replaced or written to is unpacked again.
+is now, with all its parts: one that was replaced or written to is unpacked again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pi_gguf.common.files import human_bytes, one_writer, user_cache
 from pi_gguf.common.progress import process_count, say
 from pi_gguf.errors import GgufError, OptionError
 from pi_gguf.gguf.header import is_gguf
+from pi_gguf.gguf.parts import complete
 from pi_gguf.restore.opened import open_file
 from pi_gguf.restore.unpack import restore
 
@@ -24,7 +25,7 @@ def as_folder(model: str, *, weights: bool = True) -> str:
         weights: write them too; without them there is enough to plan with.
 
     Raises:
-        GgufError: the file is missing or damaged.
+        GgufError: the file, or a part of it, is missing or damaged.
         UnsupportedError: it is of no family that is unpacked.
         OptionError: there are several processes, or no place for the folder.
     """
@@ -37,9 +38,10 @@ def as_folder(model: str, *, weights: bool = True) -> str:
     if process_count() > 1 or cache is None:
         why = "several processes" if cache else "a user without a home"
         raise OptionError(f"{path}: a GGUF file is not unpacked on the way by {why}", by_hand)
-    status = path.stat()
-    mark = f"{path.resolve()} {status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {weights}"
-    folder = cache / "unpacked" / hashlib.sha256(mark.encode()).hexdigest()[:16] / path.stem
+    parts = complete(path).paths
+    states = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in (part.stat() for part in parts)]
+    mark = f"{parts[0].resolve()} {states} {weights}"
+    folder = cache / "unpacked" / hashlib.sha256(mark.encode()).hexdigest()[:16] / parts[0].stem
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

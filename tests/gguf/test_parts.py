@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
 
 import pi_gguf
+from pi_gguf.common.files import publish
 from pi_gguf.errors import GgufError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.gguf.header import Entry, read_header, write_changed
@@ -19,14 +22,15 @@ from pi_gguf.prove.inspect import inspect
 from pi_gguf.prove.repair import repair
 
 
-def split_as_llama_cpp(source, target, count):
-    """Write a file in `count` parts as llama-gguf-split does: all keys and as many of the tensors in the first, and in
-    each split.no (u16), split.count (u16) and split.tensors.count (i32)."""
+def split_as_llama_cpp(source, target, count, *, empty_first=False):
+    """Write a file in `count` parts as llama-gguf-split does: all keys and as many of the tensors in the first, or none
+    (--no-tensor-first-split), and in each split.no (u16), split.count (u16) and split.tensors.count (i32)."""
     header, reader = read_header(source), GGUFReader(source)
     names = [place.name for place in header.tensors]
     paths = part_paths(target, count)
     for number, path in enumerate(paths):
-        mine = names[number * len(names) // count : (number + 1) * len(names) // count]
+        begin, end = ((n - empty_first) * len(names) // (count - empty_first) for n in (number, number + 1))
+        mine = names[max(0, begin) : end]
         keys = {
             "split.no": Entry.of(number, "UINT16"), "split.count": Entry.of(count, "UINT16"),
             "split.tensors.count": Entry.of(len(names), "INT32"),
@@ -43,7 +47,8 @@ def split_as_llama_cpp(source, target, count):
             data += raw + bytes(-len(raw) % 32)
         places = [place for place in header.tensors if place.name in mine]
         made = type(header)(path, header.version, entries, places, infos, 0)
-        path.write_bytes(made.to_bytes() + data)
+        front = made.to_bytes()
+        path.write_bytes(front + bytes(-len(front) % 32) + data)
     return paths
 
 
@@ -58,12 +63,14 @@ def damaged(parts, **changes):
     """Change keys of the first part; None removes one."""
     header = read_header(parts[0])
     kinds = {key: entry.type for key, entry in header.entries.items()}
-    made = header.changed({
-        key: None if value is None else Entry.of(value, kinds[key])
-        for key, value in ((name.replace("__", "."), value) for name, value in changes.items())
-    })  # fmt: skip
-    write_changed(made, parts[0].with_suffix(".new"))
-    parts[0].with_suffix(".new").replace(parts[0])
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    rekeyed(parts[0], {key: None if value is None else Entry.of(value, kinds[key]) for key, value in named.items()})
+
+
+def rekeyed(part, entries):
+    """Give one part other keys; None removes one."""
+    write_changed(read_header(part).changed(entries), part.with_suffix(".new"))
+    part.with_suffix(".new").replace(part)
 
 
 def test_any_part_shows_the_whole(parts, f32_gguf, cli):
@@ -83,6 +90,18 @@ def test_any_part_shows_the_whole(parts, f32_gguf, cli):
     code, out, _ = cli("inspect", parts[2])
     assert code == 0 and all(part.name in "".join(out.split()).replace("│", "") for part in parts)
     assert alone.parts == []
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_first_part_may_have_no_tensors(given, f32_gguf, tmp_path):
+    parts = split_as_llama_cpp(f32_gguf, tmp_path / "model.gguf", 2, empty_first=True)
+    assert not read_header(parts[0]).tensors and read_header(parts[0]).data_offset % 32
+    report = inspect(parts[given])
+    assert report.findings == [] and report.llama_cpp == inspect(f32_gguf).llama_cpp != {}
+    pi_gguf.quantize(parts[given], tmp_path / "q.gguf", quant="Q8_0")
+    assert len(read_gguf(tmp_path / "q.gguf").tensors) == len(read_gguf(f32_gguf).tensors)
+    repair(parts[given], tmp_path / "named.gguf", set=["general.name=another"])
+    assert inspect(tmp_path / "named-00002-of-00002.gguf").findings == []
 
 
 def test_missing_parts_are_named(parts, cli):
@@ -122,10 +141,44 @@ def test_what_does_not_go_together_is_found(parts, f32_gguf, tmp_path):
         whole(renamed)
 
 
+LOST = {
+    "absent": None,
+    "float": Entry.of(3.0, "FLOAT32"),
+    "bool": Entry.of(True, "BOOL"),
+    "list": Entry.of([3], "[UINT16]"),
+}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("lost", LOST)
+def test_a_lost_count_is_found_and_not_taken_for_one_file(number, lost, parts, tmp_path, cli):
+    rekeyed(parts[number], {"split.count": LOST[lost]})
+    for part in parts:
+        assert (
+            whole(part).paths == parts and len(whole(part).tensors) == whole(part).first.metadata["split.tensors.count"]
+        )
+    report = inspect(parts[number])
+    assert [(finding.key, finding.expected) for finding in report.findings] == [("split.count", 3)]
+    assert parts[number].name in report.findings[0].text
+    code, _, err = cli("repair", parts[number], tmp_path / "out.gguf", "--set", "general.name=another")
+    assert code == 6 and "split.count" in err and not list(tmp_path.glob("out*"))
+
+
+def test_either_keys_or_other_parts_tell_that_a_file_is_a_part(parts, f32_gguf, tmp_path):
+    rekeyed(parts[0], {"split.count": None})
+    for part in parts[1:]:
+        part.unlink()
+    assert whole(parts[0]).missing == parts[1:], "its other keys say so"
+    alone = part_paths(tmp_path / "alone.gguf", 2)
+    shutil.copy(f32_gguf, alone[0])
+    assert not whole(alone[0]).is_split, "nothing but its name does"
+    shutil.copy(f32_gguf, alone[1])
+    assert whole(alone[0]).paths == alone
+    assert {finding.key for finding in whole(alone[1]).findings()} >= {"split.no", "split.count"}
+
+
 def test_tensors_that_are_lost_between_parts_are_counted(parts):
-    header = read_header(parts[0])
-    write_changed(header.changed({"split.tensors.count": Entry.of(99, "INT32")}), parts[0].with_suffix(".new"))
-    parts[0].with_suffix(".new").replace(parts[0])
+    rekeyed(parts[0], {"split.tensors.count": Entry.of(99, "INT32")})
     assert [finding.key for finding in inspect(parts[1]).findings] == ["split.tensors.count"]
 
 
@@ -169,22 +222,52 @@ def test_repair_replaces_no_part_of_its_own_and_none_unasked(parts, llama, tmp_p
     assert sorted(path.name for path in tmp_path.glob("new*")) == ["new-00002-of-00003.gguf"]
 
 
-def test_the_part_that_is_opened_gets_its_name_last(parts, llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("there", [(), (0, 1, 2), (0, 2)])
+def test_a_repair_that_is_stopped_leaves_what_was_there(stop, there, parts, llama, tmp_path, monkeypatch):
     damaged(parts, llama__rope__scaling__factor=2.0)
-    finals = part_paths(tmp_path / "new.gguf", 3)
-    finals[0].write_bytes(b"older")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    finals = part_paths(folder / "new.gguf", 3)
+    for number in there:
+        finals[number].write_bytes(b"older %d" % number)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     named = []
 
     def stopped(partial, final):
         if final == finals[0]:
-            raise OSError("stopped")
+            assert not final.exists(), "an older first part opens with no new ones"
+            raise stop("stopped")
+        publish(partial, final)
         named.append(final)
-        partial.replace(final)
 
-    monkeypatch.setattr("pi_gguf.prove.repair.publish", stopped)
-    with pytest.raises(Exception, match="stopped"):
-        repair(parts[0], tmp_path / "new.gguf", against=str(llama), overwrite=True)
-    assert named == finals[:0:-1] and not finals[0].exists(), "an older first part opens with no new ones"
+    with monkeypatch.context() as patched:
+        patched.setattr("pi_gguf.prove.repair.publish", stopped)
+        with pytest.raises(stop, match="stopped"):
+            repair(parts[0], folder / "new.gguf", against=str(llama), overwrite=True)
+    assert named[-2:] == finals[:0:-1], "the one that is opened comes last"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    repair(parts[0], folder / "new.gguf", against=str(llama), overwrite=bool(there))
+    assert sorted(folder.iterdir()) == finals and inspect(finals[0]).findings == []
+
+
+def test_parts_that_a_kill_left_unnamed_are_brought_back(parts, llama, tmp_path, cli):
+    damaged(parts, llama__rope__scaling__factor=2.0)
+    finals = part_paths(tmp_path / "new.gguf", 3)
+    for final in finals:
+        final.write_bytes(b"older " + final.name.encode())
+    script = (
+        "import os, sys\nfrom pi_gguf.prove import repair as module\nnormal = module.publish\n"
+        "def publish(partial, final):\n    if final.name == 'new-00001-of-00003.gguf':\n        os._exit(9)\n"
+        "    normal(partial, final)\nmodule.publish = publish\n"
+        "module.repair(sys.argv[1], sys.argv[2], against=sys.argv[3], check='none', overwrite=True)\n"
+    )
+    command = [sys.executable, "-c", script, str(parts[0]), str(tmp_path / "new.gguf"), str(llama)]
+    assert subprocess.run(command, check=False).returncode == 9 and not finals[0].exists()
+    code, _, err = cli("repair", parts[0], tmp_path / "new.gguf", "--against", llama)
+    assert code == 2 and "exists" in err
+    assert [final.read_bytes() for final in finals] == [b"older " + final.name.encode() for final in finals]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_quantize_and_convert_take_any_part(parts, f32_gguf, tmp_path, cli):

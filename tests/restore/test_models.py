@@ -38,6 +38,21 @@ def test_a_file_is_unpacked_once_for_each_of_its_states(f32_gguf, tmp_path, cach
     assert as_folder(str(file)) != folder
 
 
+def test_any_part_that_changed_or_is_gone_is_seen(llama, tmp_path):
+    options = {"quant": "F32", "check": "none", "certify": False}
+    parts = pi_gguf.convert(str(llama), tmp_path / "file.gguf", split_max_size="300K", **options).files
+    assert len(parts) > 1
+    folder = as_folder(parts[0])
+    assert [as_folder(part) for part in parts] == [folder] * len(parts), "one folder, whichever part is given"
+    last = Path(parts[-1])
+    last.write_bytes(last.read_bytes()[:-64] + bytes(64))
+    changed = as_folder(parts[0])
+    assert changed != folder and load_checkpoint(changed).name == load_checkpoint(folder).name
+    last.unlink()
+    with pytest.raises(GgufError, match=f"{last.name}: no such file"):
+        as_folder(parts[0])
+
+
 def test_a_plan_writes_no_weights(f32_gguf, llama, cache):
     plans = [pi_gguf.plan(str(model), context=1024, device="cpu") for model in (f32_gguf, llama)]
     assert plans[0].parameters == plans[1].parameters
