@@ -17,7 +17,6 @@ from pi_gguf.tune.processes import Spread, check_spread
 
 _MICRO_BATCH_TOKENS = 8192
 
-
 DEFAULT_MIX = 0.25
 """Share of the tokens in whole windows, where these fit a GPU: in `benchmarks/methods.json` such a mix finds most
 passkeys of all ways to interpolate, whole windows alone none at as many tokens."""

@@ -74,9 +74,8 @@ class TrainingPlan:
         """Return the tokens of the run by the length of their sequences."""
         tokens: dict[int, int] = {}
         if not self.mix:
-            for stage in self.stages:
-                of_stage = stage.steps * self.accumulation * stage.micro_batch * stage.window
-                tokens[stage.window] = tokens.get(stage.window, 0) + of_stage
+            for s in self.stages:
+                tokens[s.window] = tokens.get(s.window, 0) + s.steps * self.accumulation * s.micro_batch * s.window
             return tokens
         shorts = (stage for stage in self.stages for _ in range(stage.steps * self.accumulation))
         for stage, whole in zip(shorts, self.full_length, strict=True):
@@ -108,10 +107,8 @@ class TrainingPlan:
 
     def steps_by_window(self) -> dict[int, int]:
         """Return the steps on sequences of each length, in the order they first come."""
-        steps: dict[int, int] = {}
-        for stage in self.stages:
-            steps[stage.window] = steps.get(stage.window, 0) + stage.steps
-        return steps
+        windows = dict.fromkeys(stage.window for stage in self.stages)
+        return {window: sum(s.steps for s in self.stages if s.window == window) for window in windows}
 
     def step_tokens(self, stage: Stage) -> int:
         """Return the tokens of one optimizer step in a stage where nothing of the whole window is mixed in."""
