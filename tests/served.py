@@ -63,10 +63,9 @@ def served(
         slots: requests at a time.
         n_ctx: window to open.
     """
-    with pi_gguf.open(path, n_ctx=n_ctx, sequences=slots + BESIDE) as model:
-        engine = Engine(model, states=States(folder / "states"))
-        library = Library(engine, folder / "library")
-        app = create_app(engine, library, Settings(rules or Rules()))
+    opened = pi_gguf.open(path, n_ctx=n_ctx, sequences=slots + BESIDE)
+    with opened as model, Engine(model, states=States(folder / "states")) as engine:
+        app = create_app(engine, Library(engine, folder / "library"), Settings(rules or Rules()))
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -77,7 +76,6 @@ def served(
         finally:
             server.should_exit = True
             thread.join(20)
-            engine.close()
 
 
 def until(true: Callable[[], Any], seconds: float = 60) -> None:

@@ -124,6 +124,8 @@ is read (docs/log.md)."""
 class Engine:
     """Reads and writes many texts at a time with one model, which is the engine's while it runs.
 
+    Use it as a context manager, or call `close`, before the model is closed.
+
     Args:
         model: opened with `BESIDE` sequences more than texts are worked on at a time.
         states: where documents are kept; None keeps nothing.
@@ -154,6 +156,12 @@ class Engine:
         self._awake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End what goes on, as if it were cancelled, and let go of the model."""

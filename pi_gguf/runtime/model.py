@@ -162,7 +162,7 @@ class Model(LanguageModel):
 
     def batch(self) -> Batch:
         """Return what reads several of the model's sequences at once."""
-        return Batch(self._llama, self._batch)
+        return Batch(self.session, self.name, self._batch)
 
     @contextlib.contextmanager
     def beside(

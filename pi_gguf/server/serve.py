@@ -123,14 +123,12 @@ def serve(
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)  # read when llama.cpp is loaded
     with contextlib.closing(address.listen()) as listening, Model(file, sequences=slots + BESIDE, **options) as model:
         choose_form(model, form)
-        engine = Engine(model, states=states, queue=queue, log=_log if log_content else None)
-        try:
+        log = _log if log_content else None
+        with Engine(model, states=states, queue=queue, log=log) as engine:
             library = Library(engine, states.library if states else None, form=form)
             app = create_app(engine, library, Settings(address.rules(), form))
             _say_what_is_served(model, address, slots, listening)
             asyncio.run(_run(app, library, listening))
-        finally:
-            engine.close()
 
 
 async def _run(app: Any, library: Library, listening: socket.socket) -> None:

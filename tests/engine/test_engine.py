@@ -33,9 +33,8 @@ def model(tiny_gguf) -> Iterator[Model]:
 
 @pytest.fixture
 def engine(model) -> Iterator[Engine]:
-    engine = Engine(model)
-    yield engine
-    engine.close()
+    with Engine(model) as engine:
+        yield engine
     assert all(sequence.ids == [] for sequence in model.sequences)
 
 
@@ -184,42 +183,46 @@ def test_an_error_while_a_job_gets_its_place_is_that_jobs_alone(model, tmp_path)
         def longest(self, *_):
             raise MemoryError("no room to look")
 
-    engine = Engine(model, states=Broken(tmp_path))
+    with Engine(model, states=Broken(tmp_path)) as engine:
 
-    async def all_of_them() -> list:
-        jobs = [job(model, TEXTS[0], 30), job(model, TEXTS[1], 4, kept=True), job(model, TEXTS[2], 4)]
-        return await asyncio.gather(*(events(engine, one) for one in jobs), return_exceptions=True)
+        async def all_of_them() -> list:
+            jobs = [job(model, TEXTS[0], 30), job(model, TEXTS[1], 4, kept=True), job(model, TEXTS[2], 4)]
+            return await asyncio.gather(*(events(engine, one) for one in jobs), return_exceptions=True)
 
-    first, broken, last = asyncio.run(all_of_them())
-    assert isinstance(broken, MemoryError)
-    assert isinstance(first[-1], Ended) and isinstance(last[-1], Ended)
-    assert engine.figures().failed == 1
-    engine.close()
+        first, broken, last = asyncio.run(all_of_them())
+        assert isinstance(broken, MemoryError)
+        assert isinstance(first[-1], Ended) and isinstance(last[-1], Ended)
+        assert engine.figures().failed == 1
 
 
 def test_a_scored_prompt_that_is_put_back_is_scored_from_its_start(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=2 + BESIDE) as model:
-        engine = Engine(model)
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=2 + BESIDE) as model, Engine(model) as engine:
         bias = Sampling(logit_bias={model.info.metadata["tokenizer.ggml.eos_token_id"]: -np.inf})
         ids = model.tokenize(NOVEL[:5500])
         expected = [c.logprob for c in scored_of(done(engine, Job(ids, 1, prompt_top=0))[0]) if c]
+
+        put = []
+
+        def put_back() -> None:
+            """Between any two batches: a prompt of which a part was scored waits again, once."""
+            put.extend(work for work in engine._busy() if work.job.prompt_top is not None and work.done)
+            for work in put:
+                engine._wait_again(work)
+            if not put:
+                engine.call(put_back)
 
         async def both() -> list:
             writing = asyncio.create_task(events(engine, Job(model.tokenize("Once upon"), 300, bias)))
             while not engine.figures().written_tokens:
                 await asyncio.sleep(0)
-            before = engine.figures().read_tokens
             scoring = asyncio.create_task(events(engine, Job(ids, 1, prompt_top=0)))
-            while engine.figures().read_tokens == before:
-                await asyncio.sleep(0)
-            put_back = lambda: [engine._wait_again(w) for w in engine._busy() if w.job.prompt_top is not None]  # noqa: E731
-            assert len(engine.call(put_back).result()) == 1
+            engine.call(put_back)
             return await asyncio.gather(writing, scoring)
 
         _, told = asyncio.run(both())
+        assert len(put) == 1
         found = [c.logprob for c in scored_of(told) if c]
         np.testing.assert_allclose(found, expected, atol=5e-3)  # batches of other sizes round otherwise
-        engine.close()
 
 
 @contextlib.contextmanager
@@ -258,12 +261,10 @@ def test_what_waits_in_the_background_stops_nobody_behind_it(engine, model):
 
 
 def test_no_more_are_worked_on_than_there_are_slots(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model:
-        engine = Engine(model)
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model, Engine(model) as engine:
         assert engine.slots == engine.figures().slots == 1
         told = asyncio.run(together(engine, a=job(model, TEXTS[0], 8), b=job(model, TEXTS[1], 8)))
         assert [name for name, _ in told].index("b") > told.index(("a", Ended))
-        engine.close()
 
 
 def test_leaving_while_it_waits_is_counted_and_nothing_is_read(engine, model):
@@ -334,16 +335,15 @@ def test_a_cancelled_task_frees_the_place(engine, model):
 
 
 def test_a_full_queue_says_when_to_come_again(model):
-    engine = Engine(model, queue=2)
+    with Engine(model, queue=2) as engine:
 
-    async def many() -> list:
-        return await asyncio.gather(
-            *(events(engine, job(model, prompt, 40)) for prompt in TEXTS), return_exceptions=True
-        )
+        async def many() -> list:
+            return await asyncio.gather(
+                *(events(engine, job(model, prompt, 40)) for prompt in TEXTS), return_exceptions=True
+            )
 
-    refused = [told for told in asyncio.run(many()) if isinstance(told, QueueFull)]
-    assert refused and all(one.retry_after >= 1 for one in refused)
-    engine.close()
+        refused = [told for told in asyncio.run(many()) if isinstance(told, QueueFull)]
+        assert refused and all(one.retry_after >= 1 for one in refused)
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(engine, model):
@@ -432,8 +432,7 @@ def test_background_waits_for_all_others(engine, model):
 
 
 def test_a_job_in_the_background_takes_nobodys_slot(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model:
-        engine = Engine(model)
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model, Engine(model) as engine:
 
         async def both() -> list[str]:
             ended: list[str] = []
@@ -452,7 +451,6 @@ def test_a_job_in_the_background_takes_nobodys_slot(tiny_gguf):
 
         assert asyncio.run(both()) == ["asked", "document"]
         assert engine.figures().preempted == 0
-        engine.close()
 
 
 def test_log_probabilities_are_those_of_a_plain_reading(engine, model, tiny_gguf):
@@ -490,26 +488,39 @@ def test_what_was_read_is_saved_and_brought_back(model, tmp_path):
     """Also where the sequence has gone on with an answer, and the one that copies is emptied again."""
     ids = model.tokenize(NOVEL[:5000])
     states = States(tmp_path / "documents")
-    engine = Engine(model, states=states)
     asked = Job([*ids, *model.tokenize(" So", add_special=False)], 12, kept=True)
-    done(engine, Job(ids, 0))
-    size = len(engine.call(lambda: engine.saved(ids)).result()[1])
-    emptied(engine)
-    fresh = done(engine, asked)[0]
-    known, state = engine.call(lambda: engine.saved(ids)).result()
-    assert len(state) == size, "and nothing of the answer"
-    assert known == len(ids) and engine._spare.ids == []
-    assert states.keep(model.identity, ids, len(state), lambda into: np.copyto(into, state) or len(state),
-                       document="novel", model="m")  # fmt: skip
-    engine.close()
-    again = Engine(model, states=states)
-    told = done(again, asked)[0]
-    assert told[-1].known == len(ids) and text(told) == text(fresh)
-    assert again.figures().read_tokens == len(asked.ids) - len(ids)
-    again.close()
-    not_asked = Engine(model, states=states)
-    assert done(not_asked, Job(asked.ids, 1))[0][-1].known == 0
-    not_asked.close()
+    with Engine(model, states=states) as engine:
+        done(engine, Job(ids, 0))
+        size = len(engine.call(lambda: engine.saved(ids)).result()[1])
+        emptied(engine)
+        fresh = done(engine, asked)[0]
+        known, state = engine.call(lambda: engine.saved(ids)).result()
+        assert len(state) == size, "and nothing of the answer"
+        assert known == len(ids) and engine._spare.ids == []
+        assert states.keep(model.identity, ids, len(state), lambda into: np.copyto(into, state) or len(state),
+                           document="novel", model="m")  # fmt: skip
+    with Engine(model, states=states) as again:
+        told = done(again, asked)[0]
+        assert told[-1].known == len(ids) and text(told) == text(fresh)
+        assert again.figures().read_tokens == len(asked.ids) - len(ids)
+    with Engine(model, states=states) as not_asked:
+        assert done(not_asked, Job(asked.ids, 1))[0][-1].known == 0
+
+
+def test_a_model_that_is_closed_too_early_ends_what_goes_on_and_not_the_process(tiny_gguf):
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model, Engine(model) as engine:
+
+        async def close_in_between() -> list:
+            task = asyncio.create_task(events(engine, job(model, TEXTS[0], 1000)))
+            while not engine.figures().written_tokens:
+                await asyncio.sleep(0)
+            await asyncio.to_thread(model.close)
+            return await task
+
+        with pytest.raises(RuntimeError, match="it was closed"):
+            asyncio.run(close_in_between())
+        with pytest.raises(RuntimeError, match="it was closed"):
+            done(engine, Job([1, 2, 3], 4))
 
 
 def test_closing_ends_what_goes_on(model):

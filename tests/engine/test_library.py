@@ -38,13 +38,13 @@ def model(tiny_gguf) -> Iterator[Model]:
 @contextlib.asynccontextmanager
 async def library(model: Model, folder: Path, *, form: str | None = None) -> AsyncIterator[Library]:
     """A library as a server has it, its engine beside it."""
-    engine = Engine(model, states=States(folder / "documents"))
-    books = Library(engine, folder / "library", form=form)
-    try:
-        yield books
-    finally:
-        await books.close()
-        await asyncio.to_thread(engine.close)
+    with Engine(model, states=States(folder / "documents")) as engine:
+        books = Library(engine, folder / "library", form=form)
+        try:
+            yield books
+        finally:
+            await books.close()
+            await asyncio.to_thread(engine.close)
 
 
 async def whole(books: Library, id: str) -> list[str]:
