@@ -69,6 +69,20 @@ def serving(path: Path, *options: str, cache: Path) -> Iterator[Server]:
 
 
 @contextmanager
+def all_cores() -> Iterator[None]:
+    """What is started meanwhile may use every core, also from a worker that keeps to one."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+
+
+@contextmanager
 def browser() -> Iterator[Any]:
     """A browser of this machine; without one a test fails where it is needed, and is skipped elsewhere."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -82,7 +96,8 @@ def browser() -> Iterator[Any]:
             pytest.fail(reason)
         pytest.skip(reason)
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+        with all_cores():  # a browser that shares the core of the server that it watches sees all of it too late
+            started = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
         yield started
         started.close()
 

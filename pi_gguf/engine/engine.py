@@ -124,7 +124,7 @@ is read (docs/log.md)."""
 class Engine:
     """Reads and writes many texts at a time with one model, which is the engine's while it runs.
 
-    Use it as a context manager, or call `close`, before the model is closed.
+    Use it as a context manager, or call `close`; it ends with its model, too.
 
     Args:
         model: opened with `BESIDE` sequences more than texts are worked on at a time.
@@ -155,6 +155,7 @@ class Engine:
         self._closing = False
         self._awake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        model.users.append(self.close)
         self._thread.start()
 
     def __enter__(self) -> Engine:
@@ -164,11 +165,13 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End what goes on, as if it were cancelled, and let go of the model."""
+        """End what goes on, as if it were cancelled, and let go of the model; once more does nothing."""
         with self._awake:
             self._closing = True
             self._awake.notify()
         self._thread.join()
+        if self.close in self.model.users:
+            self.model.users.remove(self.close)
 
     # Asked from other threads
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pi_gguf.errors import ResourceError
 from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library
 from pi_gguf.runtime.sequence import CachedSequence
-from pi_gguf.runtime.session import Session
 
 _NO_ROOM = 1
 """What llama.cpp returns where the cache has no room for a batch; nothing was changed then."""
@@ -23,14 +23,14 @@ class Batch:
     """A batch that is filled and read again and again.
 
     Args:
-        session: of the context's first sequence.
-        name: of the model, for messages.
+        llama: what `open_llama` opened.
         size: tokens that it has at most.
     """
 
-    def __init__(self, session: Session, name: str, size: int) -> None:
+    def __init__(self, llama: Any, size: int) -> None:
         self._llama_cpp = library = llama_cpp_library()
-        self._session, self._name, self.n_vocab = session, name, session.n_vocab
+        self._context, self._name = llama.ctx, str(llama.model_path)
+        self.n_vocab = int(library.llama_vocab_n_tokens(library.llama_model_get_vocab(llama.model)))
         self.size, self._count = size, 0
         self._parts: list[tuple[CachedSequence, Sequence[int]]] = []
         tokens, positions, numbers = (
@@ -78,7 +78,7 @@ class Batch:
             ResourceError: llama.cpp cannot compute; what its sequences hold is not known any more.
         """
         self._batch.n_tokens = self._count
-        code = compute(lambda: self._llama_cpp.llama_decode(self._session.context, self._batch))
+        code = compute(self._llama_cpp.llama_decode, self._context, self._batch)
         if code == _NO_ROOM:
             return False
         if code != 0:
@@ -89,6 +89,6 @@ class Batch:
 
     def logits(self, place: int) -> np.ndarray:
         """Return the logits at a place of the batch, float32 (V,), valid up to the next reading."""
-        found = self._llama_cpp.llama_get_logits_ith(self._session.context, place)
+        found = self._llama_cpp.llama_get_logits_ith(self._context, place)
         values = (ctypes.c_float * self.n_vocab).from_address(ctypes.addressof(found.contents))
         return np.ctypeslib.as_array(values)

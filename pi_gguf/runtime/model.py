@@ -113,6 +113,8 @@ class Model(LanguageModel):
         self.info, self.path, self.name = info, Path(path), str(path)
         self._marks = [(path, file_mark(path)) for path in (self.path, *map(Path, lora))]
         self._types, self.turns = (type_k, type_v), Turns()
+        self.users: list[Callable[[], None]] = []
+        """What ends those who compute with it in a thread of their own."""
         self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
@@ -155,14 +157,16 @@ class Model(LanguageModel):
         self.close()
 
     def close(self) -> None:
-        """Give back the weights and the cache; nothing can be asked afterwards."""
+        """Give back the weights and the cache; nothing can be asked afterwards. Who computes with them ends first."""
+        for end in [*self.users]:
+            end()
         for sequence in self.sequences:
             sequence.close()
         compute(self._llama.close)  # behind what may still be running there, where a signal came in between
 
     def batch(self) -> Batch:
         """Return what reads several of the model's sequences at once."""
-        return Batch(self.session, self.name, self._batch)
+        return Batch(self._llama, self._batch)
 
     @contextlib.contextmanager
     def beside(

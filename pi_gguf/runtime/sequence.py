@@ -33,13 +33,12 @@ class CachedSequence:
         """What lies in the cache; another list with each reading."""
 
     @property
-    def context(self) -> Any:
-        """llama.cpp's context, while it is open; `compute` it in the thread in which it is closed, too."""
+    def _context(self) -> Any:
         return self._open()[0]
 
     @property
     def _memory(self) -> Any:
-        return self._llama_cpp.llama_get_memory(self.context)
+        return self._llama_cpp.llama_get_memory(self._context)
 
     def _open(self) -> tuple[Any, Any]:
         if self._opened is None:
@@ -56,13 +55,12 @@ class CachedSequence:
 
     def state_bytes(self) -> int:
         """Return the size of what the cache holds, as llama.cpp saves it."""
-        return int(self._llama_cpp.llama_state_seq_get_size(self.context, self.number))
+        return int(self._llama_cpp.llama_state_seq_get_size(self._context, self.number))
 
     def save(self, state: np.ndarray) -> int:
         """Write what the cache holds into an array (`state_bytes`,) of bytes; return how many were written."""
         data, library = ctypes.cast(state.ctypes.data, ctypes.POINTER(ctypes.c_uint8)), self._llama_cpp
-        save = library.llama_state_seq_get_data
-        return int(compute(lambda: save(self.context, data, state.nbytes, self.number)))
+        return int(compute(library.llama_state_seq_get_data, self._context, data, state.nbytes, self.number))
 
     def restore(self, state: np.ndarray, ids: Sequence[int]) -> bool:
         """Put into the cache what was saved after `ids`; False, and it is empty, where llama.cpp does not take it.
@@ -71,18 +69,15 @@ class CachedSequence:
         """
         self.clear()
         data, library = ctypes.cast(state.ctypes.data, ctypes.POINTER(ctypes.c_uint8)), self._llama_cpp
-        restore = library.llama_state_seq_set_data
-        if compute(lambda: restore(self.context, data, state.nbytes, self.number)) != state.nbytes:
+        if compute(library.llama_state_seq_set_data, self._context, data, state.nbytes, self.number) != state.nbytes:
             self.clear()
             return False
         self.ids = list(ids)
         return True
 
     def clear(self) -> None:
-        """Empty the cache of this sequence; a closed one is empty."""
-        if self._opened is None:
-            pass
-        elif self._llama_cpp.llama_n_seq_max(self.context) == 1:
+        """Empty the cache of this sequence."""
+        if self._llama_cpp.llama_n_seq_max(self._context) == 1:
             self._llama_cpp.llama_memory_clear(self._memory, True)
         else:
             self._llama_cpp.llama_memory_seq_rm(self._memory, self.number, -1, -1)

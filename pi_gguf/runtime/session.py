@@ -224,12 +224,12 @@ class Session(CachedSequence):
             pos=(library.llama_pos * count)(*range(at, at + count)),
             logits=(ctypes.c_int8 * count)(*(position >= first for position in range(at, at + count))),
         )
-        if compute(lambda: library.llama_decode(self.context, batch), interrupted=self._interrupted) != 0:
+        if compute(self._llama_cpp.llama_decode, self._context, batch, interrupted=self._interrupted) != 0:
             raise ResourceError(f"{self._name}: llama.cpp could not read a batch ({last_error()})")
         self.ids += part
 
     def _logits(self, outputs: int) -> np.ndarray:
         """Return the logits of the last batch (outputs, V), valid up to the next."""
-        found = self._llama_cpp.llama_get_logits(self.context)
+        found = self._llama_cpp.llama_get_logits(self._context)
         values = (ctypes.c_float * (outputs * self.n_vocab)).from_address(ctypes.addressof(found.contents))
         return np.ctypeslib.as_array(values).reshape(outputs, -1)

@@ -14,7 +14,7 @@ import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.engine.engine import BESIDE, Engine, _shares
 from pi_gguf.engine.jobs import Choice, Ended, Job, PromptScored, QueueFull, Read, Written
-from pi_gguf.errors import OptionError, TextError
+from pi_gguf.errors import OptionError, ResourceError, TextError
 from pi_gguf.runtime.model import Model
 from pi_gguf.runtime.sampling import Sampling
 from pi_gguf.runtime.session import TooLong
@@ -507,7 +507,7 @@ def test_what_was_read_is_saved_and_brought_back(model, tmp_path):
         assert done(not_asked, Job(asked.ids, 1))[0][-1].known == 0
 
 
-def test_a_model_that_is_closed_too_early_ends_what_goes_on_and_not_the_process(tiny_gguf):
+def test_a_model_that_is_closed_ends_its_engine_first(tiny_gguf):
     with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model, Engine(model) as engine:
 
         async def close_in_between() -> list:
@@ -517,9 +517,9 @@ def test_a_model_that_is_closed_too_early_ends_what_goes_on_and_not_the_process(
             await asyncio.to_thread(model.close)
             return await task
 
-        with pytest.raises(RuntimeError, match="it was closed"):
-            asyncio.run(close_in_between())
-        with pytest.raises(RuntimeError, match="it was closed"):
+        assert asyncio.run(close_in_between())[-1].why == "cancelled"
+        assert not engine._thread.is_alive()
+        with pytest.raises(ResourceError, match="the server ends"):
             done(engine, Job([1, 2, 3], 4))
 
 
