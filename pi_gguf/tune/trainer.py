@@ -24,13 +24,13 @@ from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import peak_memory
 from pi_gguf.common.private import use_one_device
 from pi_gguf.common.progress import progress_bar, say
+from pi_gguf.data.packing import Row
 from pi_gguf.errors import Interrupted, OptionError, ResourceError
 from pi_gguf.tune import tiles
 from pi_gguf.tune.batches import BatchDataset
 from pi_gguf.tune.lora import add_adapters, save_adapter
 from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.memory import Activations, fit_activations
-from pi_gguf.tune.packing import Row
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import Spread, agree, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.tune.validation import Validation
