@@ -7,6 +7,7 @@ memory: what a plan takes: memory and disk
 batches: rows to micro-batches, their positions and masks
 lora: which weights are adapted, which trained whole
 losses: the loss without logits
+sparse: attention within groups of tokens
 tiles: MLPs a tile of tokens at a time
 processes: the processes of torchrun and accelerate launch
 callbacks: what is shown, kept and measured while it runs

@@ -58,7 +58,8 @@ def training_batches(
         check_lengths(corpora, window)
         for one in corpora:
             say(describe_corpus(one, window, sum(each.weight for each in corpora)))
-    source = RowSource(checkpoint, corpora, seed, packing, longest_first, no_mask=not takes_block_mask(checkpoint))
+    no_mask = training.attention_group is not None or not takes_block_mask(checkpoint)
+    source = RowSource(checkpoint, corpora, seed, packing, longest_first, no_mask)
     counts = [stage.steps * training.accumulation for stage in training.stages]
     stages = [(i, stage) for i, stage in enumerate(training.stages) for _ in range(counts[i])]
     need: dict[int, int] = {}

@@ -38,9 +38,9 @@ from pi_gguf.tune.trainer import Run, Trained, check_reports, run_training
 from pi_gguf.tune.validation import Validation
 from pi_gguf.vocabulary.chats import chat_templates
 
-_HELD_OTHERWISE = {"train_window", "batch_tokens", "factor_warmup", "loss", "report_to"}
-"""Options whose record is what they came to: stages, micro-batches, steps of warm-up, what counts; the last one shapes
-nothing."""
+_HELD_OTHERWISE = {"train_window", "batch_tokens", "factor_warmup", "attention", "s2_group", "loss", "report_to"}
+"""Options whose record is what they came to: stages, micro-batches, steps of warm-up, tokens of a group, what counts;
+the last one shapes nothing."""
 
 
 @writes("out_dir")
