@@ -39,7 +39,7 @@ class TuneOptions(Options):
     steps: int = option("optimizer steps; 0 applies the scaling without training.", default=1000, needed=True)
     train: str = option(
         "full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same on "
-        "weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.",
+        "weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first that fits the free memory.",
         default="full",
         needed=True,
     )

@@ -77,7 +77,7 @@ def sparse_attention(model: Any, group: int) -> Iterator[None]:
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before, name = attention_of(inner), f"s2-{group}"
-    AttentionInterface.register(name, partial(_attend, group))
+    AttentionInterface.register(name, partial(attend_in_groups, group))
     inner.set_attn_implementation(name)
     try:
         yield
@@ -85,7 +85,7 @@ def sparse_attention(model: Any, group: int) -> Iterator[None]:
         inner.set_attn_implementation(before)
 
 
-def _attend(
+def attend_in_groups(
     group: int, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, **options: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip

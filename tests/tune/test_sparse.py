@@ -26,7 +26,7 @@ from pi_gguf.tune.choose import plan_run, plan_training
 from pi_gguf.tune.lora import add_adapters
 from pi_gguf.tune.options import SpreadOptions, TuneOptions
 from pi_gguf.tune.processes import Spread
-from pi_gguf.tune.sparse import _attend, check_sparse, sparse_attention
+from pi_gguf.tune.sparse import attend_in_groups, check_sparse, sparse_attention
 
 CONTEXT = 4 * WINDOW
 OPTIONS = {
@@ -68,7 +68,7 @@ def test_heads_attend_within_their_groups(heads, kv_heads, length, group):
     shapes = [(2, n, length, 6) for n in (heads, kv_heads, kv_heads)]
     states = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     weight = torch.randn(2, length, heads, 6, generator=generator, dtype=torch.float64)
-    found, weights = _attend(group, Layer(), *states, None, scaling=0.3)
+    found, weights = attend_in_groups(group, Layer(), *states, None, scaling=0.3)
     assert weights is None and found.shape == (2, length, heads, 6)
     query, key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in states)
     scores = (0.3 * query @ key.transpose(2, 3)).masked_fill(~seen(length, group, heads), -math.inf)
@@ -327,7 +327,7 @@ def test_documents_that_share_a_row_would_need_a_mask(llama):
         assert all(len(row) == 1 for row in rows) == alone
     with pytest.raises(AssertionError, match="several documents"):
         mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-        _attend(2, Layer(), *(torch.ones(1, 2, 4, 2) for _ in range(3)), mask)
+        attend_in_groups(2, Layer(), *(torch.ones(1, 2, 4, 2) for _ in range(3)), mask)
 
 
 def test_the_plan_counts_the_attention_that_is_left(llama, cli):
