@@ -1,9 +1,10 @@
 """What the kernels of a training step are worth on a card: torch's ways to compute attention, and Liger's fused layers.
 
 In: nothing; random layers of real shape. Out: `benchmarks/kernels.json`: seconds forward and backward of causal
-attention alone by each of torch's backends, with the share of the card's measured speed and the error against 32 bits,
-and of whole decoder layers of a Llama (bf16 by autocast, weights in 32 bits as in `--train full`, each layer computed
-again in the backward pass) by backend, with and without Liger's norms, rotations and MLPs where it is installed.
+attention alone by each of torch's backends, and within groups (`--attention s2`), with operations a second and the
+error against 32 bits, and of whole decoder layers of a Llama (bf16 by autocast, weights in 32 bits as in `--train
+full`, each layer computed again in the backward pass) by backend, with and without Liger's norms, rotations and MLPs
+where it is installed, and within groups. On a card the memory at its highest, too.
 
 Example (a card, 20 seconds; then a trial anywhere):
     python benchmarks/kernels.py
@@ -31,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pi_gguf.common.provenance import provenance  # noqa: E402
+from pi_gguf.tune.options import DEFAULT_GROUP  # noqa: E402
+from pi_gguf.tune.sparse import attend_in_groups, group_tokens, sparse_attention  # noqa: E402
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -60,11 +63,14 @@ def seconds_of(work: Callable[[], Any], device: str, rounds: int = 5) -> float:
     return statistics.median(found)
 
 
-def attention(backend: SDPBackend | None, shape: tuple[int, ...], tokens: int, device: str) -> dict[str, float]:
+def attention(
+    backend: SDPBackend | None, shape: tuple[int, ...], tokens: int, device: str, group: int | None = None
+) -> dict[str, float]:
     """Return seconds of attention forward and backward, and its largest error against 32 bits on the last tokens.
 
     Args:
         backend: None for what torch chooses.
+        group: tokens within which is attended; None for all of them.
     """
     heads, kv_heads, head, _ = shape
     generator = torch.Generator(device).manual_seed(0)
@@ -79,15 +85,21 @@ def attention(backend: SDPBackend | None, shape: tuple[int, ...], tokens: int, d
         for tensor in (q, k, v):
             tensor.grad = None
         with sdpa_kernel([backend]) if backend else nullcontext():
-            found = scaled_dot_product_attention(q, k, v, **options)
+            if group:
+                found = attend_in_groups(group, torch.nn.Identity(), q, k, v, None)[0].transpose(1, 2)
+            else:
+                found = scaled_dot_product_attention(q, k, v, **options)
         found.backward(torch.ones_like(found))
         return found
 
     seconds = seconds_of(once, device)
     found = once()[:, :2, -1].detach().float()
-    keys, values = (t.detach().float().repeat_interleave(heads // kv_heads, 1)[:, :2] for t in (k, v))
+    near = tokens - (tokens - 1) // group * group if group else tokens  # that the last token sees in the first heads
+    keys, values = (t.detach()[:, :, -near:].float().repeat_interleave(heads // kv_heads, 1)[:, :2] for t in (k, v))
     exact = scaled_dot_product_attention(q.detach().float()[:, :2, -1:], keys, values)[:, :, 0]
-    operations = 3.5 * 4 * heads * head * tokens**2 / 2  # backward takes two and a half times the forward's products
+    operations = (
+        3.5 * 4 * heads * head * tokens * (group or tokens) / 2
+    )  # backward takes two and a half times the forward's products
     return {
         "seconds": seconds, "operations_a_second": operations / seconds,
         "error": ((found - exact).norm() / exact.norm()).item(),
@@ -125,10 +137,12 @@ def make_layers(shape: tuple[int, ...], device: str, liger: bool) -> torch.nn.Mo
 
 
 def layers(
-    backend: SDPBackend | None, shape: tuple[int, ...], tokens: int, device: str, liger: bool
+    backend: SDPBackend | None, shape: tuple[int, ...], tokens: int, device: str, liger: bool, group: int | None = None
 ) -> dict[str, float]:
-    """Return seconds of a layer forward, again and backward, and the mean of its output, which all ways must share."""
+    """Return seconds of a layer forward, again and backward, and the mean of its output, which all ways must share but
+    the one within groups."""
     model = make_layers(shape, device, liger)
+    within = sparse_attention(model, group) if group else nullcontext()
     ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     try:
 
@@ -141,9 +155,10 @@ def layers(
                 found.backward()
             return found.item()
 
-        seconds = seconds_of(once, device, rounds=3) / LAYERS
-        gradient = {name: p.grad.norm().item() for name, p in model.named_parameters() if "q_proj" in name}
-        return {"seconds": seconds, "output": once(), "gradient": sum(gradient.values())}
+        with within:
+            seconds = seconds_of(once, device, rounds=3) / LAYERS
+            gradient = {name: p.grad.norm().item() for name, p in model.named_parameters() if "q_proj" in name}
+            return {"seconds": seconds, "output": once(), "gradient": sum(gradient.values())}
     finally:
         model.undo()
 
@@ -157,7 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "kernels.json")
     args = parser.parse_args()
     tokens = args.tokens or (32768 if args.scale == "full" else 128)
-    started = time.time()
+    started, group = time.time(), group_tokens(DEFAULT_GROUP, tokens)
     record: dict[str, Any] = {"tokens": tokens, "attention": {}, "layers": {}}
     record |= provenance(seed=0, device=args.device)
     if args.device == "cuda":
@@ -170,8 +185,12 @@ def main() -> None:
     def measure(part: str, name: str, work: Callable[[], dict[str, float]]) -> None:
         if time.time() - started > args.limit:
             return
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             found: dict[str, Any] = work()
+            if args.device == "cuda":
+                found["peak_bytes"] = torch.cuda.max_memory_allocated()
         except Exception as error:
             found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
         if args.device == "cuda":
@@ -187,6 +206,8 @@ def main() -> None:
             measure(
                 "attention", f"{shape_name}, {name}", lambda b=backend, s=shape: attention(b, s, tokens, args.device)
             )
+        within = lambda s=shape: attention(None, s, tokens, args.device, group)  # noqa: E731
+        measure("attention", f"{shape_name}, groups of {group}", within)
     for shape_name, shape in list(SHAPES[args.scale].items())[:2]:
         for liger in (False, True) if find_spec("liger_kernel") else (False,):
             for name in ("chosen by torch", "flash", "cudnn"):
@@ -195,6 +216,8 @@ def main() -> None:
                     f"{shape_name}, {name}{', Liger' * liger}",
                     lambda n=name, s=shape, fused=liger: layers(backends[n], s, tokens, args.device, fused),
                 )
+        within = lambda s=shape: layers(None, s, tokens, args.device, False, group)  # noqa: E731
+        measure("layers", f"{shape_name}, groups of {group}", within)
 
 
 if __name__ == "__main__":

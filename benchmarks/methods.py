@@ -1,11 +1,14 @@
 """Ways to spend the same tokens on a longer window: one model, one budget, one table.
 
 In: MODEL. Out: `benchmarks/methods.json`, or another by `--out`: for each way perplexity at each window (the first is
-the original one), k_max, the share of passkeys found, seconds and peak memory of its fine-tune. A row that is in the
-file already is not run again, so that a run that was stopped goes on.
+the original one), k_max, the share of passkeys found, seconds and peak memory of its fine-tune, on a card the card's.
+A row that is in the file already is not run again, so that a run that was stopped goes on.
 
-Example (an hour on 2 cores for the bundled model; with --context 4096 --steps 4 a trial of two minutes):
+Example (an hour on 2 cores for the bundled model; with --context 4096 --steps 4 a trial of two minutes; then attention
+within groups beside full attention and PoSE):
     python benchmarks/methods.py bundled:tiny --context 8192 --steps 300
+    python benchmarks/methods.py bundled:tiny --context 4096 --steps 600 --batch-tokens 4096 --short 512 \\
+        --only "PI, full length;PI, s2;PI, PoSE" --out benchmarks/methods-s2.json
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ def ways(short_window: int, context: int) -> dict[str, list[str]]:
     return {
         "untrained PI": [],
         "PI, full length": ["--train-window", str(context)],
+        "PI, s2": ["--train-window", str(context), "--attention", "s2"],
         "PI, PoSE": short,
         "PI, mix": [*short, "--mix", "0.25"],
         "PI, LoRA, PoSE": [*short, "--train", "lora"],
@@ -71,6 +75,8 @@ def row(model: str, options: list[str], folder: Path, args: argparse.Namespace, 
     )
     found, tried = (sum(cell[key] for cell in passkey["cells"]) for key in ("found", "keys"))
     trained = json.loads((folder / "pi_gguf.json").read_text())
+    if trained.get("device") == "cuda":  # the card's, not the host's
+        measured["peak_mib"] = round(trained["peak_memory_bytes"] / 2**20)
     return {
         "perplexity": {str(line["window"]): round(line["perplexity"], 3) for line in perplexity["rows"]},
         "k_max": next(iter(passkey["k_max"].values())),

@@ -95,11 +95,14 @@ def browser() -> Iterator[Any]:
         if os.environ.get("CI") or os.environ.get("PI_GGUF_NEED_BROWSER"):
             pytest.fail(reason)
         pytest.skip(reason)
-    with sync_playwright() as playwright:
-        with all_cores():  # a browser that shares the core of the server that it watches sees all of it too late
-            started = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+    with all_cores():  # a browser that shares the core of the server that it watches sees all of it too late
+        playwright = sync_playwright().start()
+    try:
+        started = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
         yield started
         started.close()
+    finally:
+        playwright.stop()
 
 
 def until(page: Any, expression: str, given: Any = None) -> None:

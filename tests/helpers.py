@@ -92,7 +92,7 @@ def corpus_of(model: Path, texts: Iterable[str]) -> Any:
     import numpy as np
 
     from pi_gguf.checkpoint.checkpoint import load_checkpoint
-    from pi_gguf.tune.tokens import Corpus, encoder
+    from pi_gguf.data.tokens import Corpus, encoder
 
     documents = encoder(load_checkpoint(str(model)))(list(texts))
     offsets = np.cumsum([0, *map(len, documents)])

@@ -33,6 +33,7 @@ from pi_gguf.tune.lora import parts
 from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.memory import ACTIVATIONS
 from pi_gguf.tune.options import TuneOptions
+from pi_gguf.tune.sparse import sparse_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -255,6 +256,21 @@ def test_attention_needs_no_mask_but_between_documents(packing, window, llama, d
         cosine = torch.nn.functional.cosine_similarity(gradients, expected, dim=0).item()
         said = f"{backend}: loss {loss:.5f}, plain {exact:.5f}; cosine of the gradients {cosine:.6f}"
         assert abs(loss / exact - 1) < 5e-3 and cosine > 0.995, said
+
+
+def test_attention_within_groups_is_that_under_a_mask(llama, device):
+    model = load_checkpoint(str(llama)).extended(CONTEXT).load_model(dtype=torch.float32, device=device).train()
+    model.config.use_cache = False
+    batch = micro_batches(llama, "join", CONTEXT)[0]
+    rows, length = batch["input_ids"].shape
+    of = torch.arange(length)[None] + torch.tensor([0, 0, 32, 32])[:, None]  # of four heads two are shifted
+    mask = torch.tril(of[:, :, None] // 64 == of[:, None] // 64).expand(rows, -1, -1, -1)
+    exact, expected = loss_and_gradients(model, batch | {"attention_mask": mask}, SDPBackend.MATH, device)
+    _, full = loss_and_gradients(model, batch, SDPBackend.MATH, device)
+    with sparse_attention(model, 64):
+        loss, gradients = loss_and_gradients(model, batch, SDPBackend.FLASH_ATTENTION, device)
+    like, unlike = (torch.nn.functional.cosine_similarity(g, expected, dim=0).item() for g in (gradients, full))
+    assert abs(loss / exact - 1) < 2e-3 and like > 0.995 and unlike < 0.9, (loss, exact, like, unlike)
 
 
 def test_a_whole_window_of_32768_makes_no_square(card, tmp_path):

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "pi_gguf"
 ORDER = [
     "errors", "common", "bundled", "texts", "scaling", "families", "checkpoint", "adapters", "vocabulary", "gguf",
     "llamacpp", "restore", "measure", "documents", "runtime",
-    "engine", "models", "tune", "write", "evaluate", "prove", "pipeline",
+    "engine", "models", "data", "tune", "write", "evaluate", "prove", "pipeline",
     "server", "cli", "__init__", "__main__",
 ]  # fmt: skip
 

@@ -14,10 +14,10 @@ from helpers import make_llama
 from pi_gguf import texts as texts_module
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.provenance import without_folders
+from pi_gguf.data import tokens as corpus_module
+from pi_gguf.data.tokens import load_corpus
 from pi_gguf.errors import TextError
 from pi_gguf.texts import LONGEST, open_texts, read_texts
-from pi_gguf.tune import tokens as corpus_module
-from pi_gguf.tune.tokens import load_corpus
 
 
 def test_what_is_no_file_in_a_folder_is_left_out_and_said(tmp_path, capsys):

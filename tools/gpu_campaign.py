@@ -119,6 +119,27 @@ def _smollm2(device: str, scale: str, out: Path, seconds: int) -> list[str]:
     ]
 
 
+METHODS = {
+    "full": ("--context", "32768", "--steps", "200", "--batch-tokens", "65536"),
+    "toy": ("--context", "4096", "--steps", "2", "--batch-tokens", "4096", "--distances", "1", "--keys", "1"),
+}
+
+
+def _methods(device: str, scale: str, out: Path, seconds: int) -> list[str]:
+    ways = "PI, full length;PI, s2;PI, PoSE" if scale == "full" else "PI, s2"
+    options = ["--only", ways, "--device", device, "--out", str(out / "methods.json"), *METHODS[scale]]
+    return [str(ROOT / "benchmarks" / "methods.py"), "bundled:tiny", *options]
+
+
+def _tell_methods(found: dict[str, Any]) -> str:
+    rows = next(iter(found.values()), {}).get("rows", {})
+    return "; ".join(
+        f"{name}: {row['seconds']:.0f} s, {row['peak_mib']:,} MiB, "
+        f"perplexity {list(row['perplexity'].values())[-1]:.1f}, k_max {row['k_max']}"
+        for name, row in rows.items()
+    )
+
+
 def _tell_smollm2(found: dict[str, Any]) -> str:
     rows = next(iter(found.values()), {}).get("perplexity", {})
     return "; ".join(
@@ -167,6 +188,14 @@ PARTS = {
     "llama": Part("llama.cpp at 32k", 170, _script("benchmarks/offload.py"), True, ("offload.json",)),
     "smollm2": Part(
         "SmolLM2 to 32k, in real language", 500, _smollm2, True, ("smollm2/report/results.json",), _tell_smollm2
+    ),
+    "methods": Part(
+        "attention within groups beside full attention and PoSE at 32k",
+        500,
+        _methods,
+        False,
+        ("methods.json",),
+        _tell_methods,
     ),
     "base": Part("the bundled base on a billion tokens", 400, _base, False, ("base/training.json",), _tell_base),
 }

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pi_gguf import bundled
 from pi_gguf.bundled.passkey import EVALUATION_FILLER, INTRODUCTION, QUESTION, draw_key, key_sentence
-from pi_gguf.tune.packing import pack, pose_positions
+from pi_gguf.data.packing import pack, pose_positions
 
 WINDOW = 2048
 VOCAB_SIZE = 2048

@@ -46,7 +46,7 @@ class Record:
         steps: optimizer steps; 0 where the scaling was applied without training.
         seed: of the order of the data and of the skips.
         tokens: trained on.
-        stages: as in `TrainingPlan`, as all up to `lora_alpha`.
+        stages: as in `TrainingPlan`, as all up to `attention_group`.
         data: names of the texts, without folders.
         data_sha256: of what is in them.
         data_weights: of each, in their order, where weights were given.
@@ -99,6 +99,7 @@ class Record:
     train_reason: str | None = field(default=None, metadata=_TOLD)
     lora_rank: int | None = None
     lora_alpha: int | None = None
+    attention_group: int | None = None
     data: str | list[str] | None = None
     data_sha256: str | None = None
     data_weights: list[float] | None = None

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import re
+import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -212,7 +213,14 @@ class Grouped(click.Command):
                 if self._explains_all(ctx):
                     formatter.write_dl([shown[name] for name in left])
                 else:
-                    formatter.write_text(" ".join(shown[name][0].split()[0] for name in left))
+                    formatter.write(_names(formatter, [shown[name][0].split()[0] for name in left]))
+
+
+def _names(formatter: click.HelpFormatter, names: Sequence[str]) -> str:
+    """Return names of options in lines, each name whole: click's own way would break one at a hyphen."""
+    indent = " " * formatter.current_indent
+    wrapper = textwrap.TextWrapper(formatter.width, indent, indent, break_on_hyphens=False)
+    return wrapper.fill(" ".join(names)) + "\n"
 
 
 _ALL = "pi_gguf.help_all"

@@ -35,6 +35,19 @@ def use_one_device(arguments: Any) -> None:
     arguments._n_gpu = min(1, arguments.n_gpu)
 
 
+def attention_of(model: Any) -> str:
+    """Return the name by which transformers knows a model's attention, to go back to: it is set, but not told."""
+    name: str = model.config._attn_implementation
+    return name
+
+
+def takes_attention(model: Any) -> bool:
+    """Tell whether a model takes its attention from transformers' registry: one that does not only logs a warning when
+    another is set."""
+    takes: bool = model._can_set_attn_implementation()
+    return takes
+
+
 def shared_state() -> dict[str, Any]:
     """Return what accelerate's `PartialState` knows, to be changed: its attributes are made from it and cannot be set
     for the states that come later."""

@@ -169,10 +169,11 @@ def _less(tune: TuneOptions, machine: Machine) -> Iterator[_Change]:
     ways = [way for way in ("lora", "qlora") if way != tune.train]
     for way in ways:
         yield _Change(f"--train {way}", replace(tune, train=way), machine)
-    if tune.train_window or tune.mix:
+    if tune.train_window or tune.mix or tune.attention == "s2":
+        usual = {name: getattr(TuneOptions, name) for name in ("train_window", "mix", "attention", "s2_group")}
+        without = "--train-window and --mix" if tune.attention == "full" else "--train-window and --attention"
         for way in (tune.train, *ways):
-            short = replace(tune, train=way, train_window=None, mix=None)
-            yield _Change(f"--train {way} without --train-window and --mix", short, machine)
+            yield _Change(f"--train {way} without {without}", replace(tune, train=way, **usual), machine)
 
 
 def _larger(machine: Machine, tune: TuneOptions) -> Iterator[_Change]:

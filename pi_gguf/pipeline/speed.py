@@ -21,7 +21,7 @@ _ADAM_BYTES = 28
 def training_seconds(checkpoint: Checkpoint, training: TrainingPlan, machine: Machine, spread: Spread) -> float:
     """Return about how long a run takes."""
     operations = sum(
-        tokens * train_operations(checkpoint, window, training.train)
+        tokens * train_operations(checkpoint, training.attended(window), training.train)
         for window, tokens in training.tokens_by_window().items()
     )
     computing = machine.processes if machine.device == "cuda" else machine.nodes  # processes on a CPU share its cores
@@ -53,7 +53,7 @@ def _sent_bytes(n: int, trained: int, training: TrainingPlan, spread: Spread) ->
 
 def train_operations(checkpoint: Checkpoint, length: int, train: str = "full") -> float:
     """Return floating-point operations a token: 6 a parameter, 4 a frozen one, whose gradient is none, and causal
-    attention over half the length."""
+    attention over half the length of a sequence, or of a group within which is attended."""
     attention = 12 * checkpoint.n_layers * checkpoint.n_heads * checkpoint.head_dim * length / 2
     tied = checkpoint.vocab_size * checkpoint.hidden_size
     return (6 if train == "full" else 4) * (checkpoint.n_parameters() - (0 if checkpoint.tied else tied)) + attention

@@ -4,11 +4,10 @@ options: what a user may choose
 choose: what was left open, chosen
 plan: `TrainingPlan`, the steps before they run
 memory: what a plan takes: memory and disk
-tokens: texts as token ids on disk
-packing: documents to rows of one window, and their positions
-batches: rows to micro-batches
+batches: rows to micro-batches, their positions and masks
 lora: which weights are adapted, which trained whole
 losses: the loss without logits
+sparse: attention within groups of tokens
 tiles: MLPs a tile of tokens at a time
 processes: the processes of torchrun and accelerate launch
 callbacks: what is shown, kept and measured while it runs

@@ -14,6 +14,7 @@ from pi_gguf.tune.memory import memory_of_windows
 from pi_gguf.tune.options import SpreadOptions, TuneOptions
 from pi_gguf.tune.plan import Stage, TrainingPlan, parse_windows
 from pi_gguf.tune.processes import Spread, check_spread
+from pi_gguf.tune.sparse import check_sparse, group_tokens
 
 _MICRO_BATCH_TOKENS = 8192
 
@@ -65,9 +66,28 @@ def plan_run(
         raise OptionError(f"steps must be at least 1 to train, got {tune.steps}")
     way = _choose_way(checkpoint, tune, options, machine)
     lengths = _choose_lengths(checkpoint, tune, way, machine)
+    if tune.attention == "s2":
+        check_sparse(checkpoint)
+        _check_whole(lengths, tune, way.spread)
     _check_lengths(lengths, checkpoint.rope, tune)
-    spread = way.spread if options.cp_size else _shared_sequences(checkpoint, tune, way, lengths, machine)
+    given = options.cp_size or tune.attention == "s2"
+    spread = way.spread if given else _shared_sequences(checkpoint, tune, way, lengths, machine)
     return _planned(checkpoint, tune, way, lengths, spread.readers), spread
+
+
+def _check_whole(lengths: _Lengths, tune: TuneOptions, spread: Spread) -> None:
+    """Check that nothing but whole windows is trained on, each by one process."""
+    short = next((window for window, _ in lengths.windows if window != lengths.context), None)
+    for found, name in (
+        (short, "train-window"), (lengths.mix, "mix"), (tune.factor_warmup, "factor-warmup"),
+        (spread.cp_size > 1 and spread.cp_size, "cp-size"), (spread.sp_size > 1 and spread.sp_size, "sp-size"),
+    ):  # fmt: skip
+        if found:
+            raise OptionError(
+                f"attention s2 is for sequences of the whole context of {lengths.context}, each in one process, got "
+                f"{name} {found:g}",
+                f"leave --{name} out, or --attention",
+            )
 
 
 def _planned(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Lengths, readers: int) -> TrainingPlan:
@@ -102,7 +122,8 @@ def _choose_way(checkpoint: Checkpoint, tune: TuneOptions, options: SpreadOption
     train, reason = tune.train, "as given by --train"
     if train == "auto":
         rope = checkpoint.rope
-        windows = parse_windows(tune.train_window or rope.original_max_position_embeddings, tune.steps)
+        usual = rope.max_position_embeddings if tune.attention == "s2" else rope.original_max_position_embeddings
+        windows = parse_windows(tune.train_window or usual, tune.steps)
         longest = max(rope.max_position_embeddings if tune.mix else 0, *(window for window, _ in windows))
         train, reason = _way_that_fits(checkpoint, tune, longest, options, machine)
     spread = check_spread(machine, train, options)
@@ -136,6 +157,8 @@ def _choose_lengths(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, machin
     mix = tune.mix
     if tune.train_window is not None:
         return _Lengths(parse_windows(tune.train_window, tune.steps), mix or 0.0, context, "as given by --train-window")
+    if tune.attention == "s2":
+        return _Lengths(parse_windows(context, tune.steps), mix or 0.0, context, "attention s2 is for whole windows")
     whole = _least_memory(checkpoint, tune, context, way.train, machine, way.spread)
     if mix:
         reason = f"the shorter sequences of --mix stay at the original {original} tokens"
@@ -178,11 +201,12 @@ def _divided(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Len
     accumulation = _accumulation(checkpoint, tune, way.train, lengths.longest, readers)
     tokens = (tune.batch_tokens or recipe.batch_tokens) // accumulation
     sequences, reason = _described(lengths, mixed=lengths.mix > 0)
+    group = group_tokens(tune.s2_group, context) if tune.attention == "s2" else None
     training = TrainingPlan(
         steps=tune.steps,
         stages=[Stage(window, count, max(1, tokens // window)) for window, count in lengths.windows],
         sequences=sequences,
-        reason=reason,
+        reason=f"{reason}; attention in groups of {group} tokens" if group else reason,
         accumulation=accumulation,
         learning_rate=tune.learning_rate or recipe.learning_rate,
         warmup_steps=min(20, tune.steps),
@@ -195,6 +219,7 @@ def _divided(checkpoint: Checkpoint, tune: TuneOptions, way: _Way, lengths: _Len
         train_reason=way.reason,
         lora_rank=way.rank,
         lora_alpha=way.alpha,
+        attention_group=group,
     )
     return replace(training, full_micro_batches=sum(training.full_length)) if training.mix else training
 

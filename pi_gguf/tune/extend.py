@@ -21,6 +21,8 @@ from pi_gguf.common.machine import Machine, torch_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import phase, process_count, say
 from pi_gguf.common.provenance import sha256
+from pi_gguf.data.packing import Row
+from pi_gguf.data.tokens import CACHE_PREFIX, load_corpus
 from pi_gguf.errors import CheckpointError, OptionError, PiGgufError
 from pi_gguf.restore.models import as_folder
 from pi_gguf.scaling.rope import RopeScaling
@@ -30,17 +32,15 @@ from pi_gguf.tune.choose import plan_run
 from pi_gguf.tune.folder import write_adapter, write_folder
 from pi_gguf.tune.memory import training_disk_bytes
 from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneOptions
-from pi_gguf.tune.packing import Row
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import agree, first_process_first, is_first_process, wait_for_everyone
-from pi_gguf.tune.tokens import CACHE_PREFIX, load_corpus
 from pi_gguf.tune.trainer import Run, Trained, check_reports, run_training
 from pi_gguf.tune.validation import Validation
 from pi_gguf.vocabulary.chats import chat_templates
 
-_HELD_OTHERWISE = {"train_window", "batch_tokens", "factor_warmup", "loss", "report_to"}
-"""Options whose record is what they came to: stages, micro-batches, steps of warm-up, what counts; the last one shapes
-nothing."""
+_HELD_OTHERWISE = {"train_window", "batch_tokens", "factor_warmup", "attention", "s2_group", "loss", "report_to"}
+"""Options whose record is what they came to: stages, micro-batches, steps of warm-up, tokens of a group, what counts;
+the last one shapes nothing."""
 
 
 @writes("out_dir")

@@ -10,6 +10,9 @@ from typing import TypedDict
 from pi_gguf.common.options import Options, option
 from pi_gguf.errors import OptionError
 
+DEFAULT_GROUP = 0.25
+"""LongLoRA's (arXiv 2309.12307, section 3.2)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(Options):
@@ -36,7 +39,7 @@ class TuneOptions(Options):
     steps: int = option("optimizer steps; 0 applies the scaling without training.", default=1000, needed=True)
     train: str = option(
         "full (every weight), lora (adapters on every linear layer; embeddings and norms whole), qlora (the same on "
-        "weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first of these that fits the free memory.",
+        "weights in 4 bits: a CUDA GPU and bitsandbytes), or auto, the first that fits the free memory.",
         default="full",
         needed=True,
     )
@@ -50,6 +53,13 @@ class TuneOptions(Options):
         "train-window with PoSE; when left out, a quarter where whole sequences fit the GPU, none elsewhere.",
         default=None,
     )
+    attention: str = option(
+        "of training: full, or s2, for whole windows: half of the heads attend within groups, the others within groups "
+        "shifted by half of one (LongLoRA); what is measured and written attends fully.",
+        default="full",
+        choices=("full", "s2"),
+    )
+    s2_group: float = option("tokens of a group of s2 as a share of the context, e.g. 0.125.", default=DEFAULT_GROUP)
     factor_warmup: int = option(
         "steps over which the factor grows from 1, e.g. 300; 0 (the paper's) starts with the whole.", default=0
     )
@@ -103,6 +113,12 @@ class TuneOptions(Options):
                 f"mix must be from 0 to below 1, got {self.mix}",
                 "--train-window with the context, without --mix, trains on sequences of the whole window only",
             )
+        if not 0 < self.s2_group < 1:
+            raise OptionError(f"s2-group must be between 0 and 1, got {self.s2_group}")
+        if self.s2_group != DEFAULT_GROUP and self.attention != "s2":
+            raise OptionError(
+                f"s2-group is for attention s2, got {self.s2_group} with {self.attention}", "give --attention s2"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +149,8 @@ class TuneKeywords(TypedDict, total=False):
     train: str
     train_window: int | str | None
     mix: float | None
+    attention: str
+    s2_group: float
     factor_warmup: int
     learning_rate: float | None
     batch_tokens: int | None

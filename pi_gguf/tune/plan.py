@@ -46,6 +46,7 @@ class TrainingPlan:
         train_reason: why this way.
         lora_rank: of the adapters; 0 where every weight is trained.
         lora_alpha: an adapter counts alpha / rank times.
+        attention_group: tokens of a group within which is attended in training; None where to all of a sequence.
     """
 
     steps: int
@@ -65,6 +66,7 @@ class TrainingPlan:
     train_reason: str = "as given by --train"
     lora_rank: int = 0
     lora_alpha: int = 0
+    attention_group: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -82,6 +84,10 @@ class TrainingPlan:
             window, n = (self.full_window, self.full_micro_batch) if whole else (stage.window, stage.micro_batch)
             tokens[window] = tokens.get(window, 0) + n * window
         return tokens
+
+    def attended(self, window: int) -> int:
+        """Return over how many tokens the last one of a sequence or a group attends."""
+        return min(window, self.attention_group or window)
 
     @cached_property
     def full_length(self) -> list[bool]:

@@ -24,15 +24,16 @@ from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import peak_memory
 from pi_gguf.common.private import use_one_device
 from pi_gguf.common.progress import progress_bar, say
+from pi_gguf.data.packing import Row
 from pi_gguf.errors import Interrupted, OptionError, ResourceError
 from pi_gguf.tune import tiles
 from pi_gguf.tune.batches import BatchDataset
 from pi_gguf.tune.lora import add_adapters, save_adapter
 from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.memory import Activations, fit_activations
-from pi_gguf.tune.packing import Row
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import Spread, agree, is_first_process, set_precision, shard_on_cpu
+from pi_gguf.tune.sparse import sparse_attention
 from pi_gguf.tune.validation import Validation
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _trainer(run: Run, model: Any, arguments: Any) -> Any:
 
 
 def _train(trainer: Any, run: Run, activations: Activations) -> Any:
-    """Train from the last checkpoint, with a loss in chunks and the activations as planned; return Trainer's result."""
+    """Train from the last checkpoint, with a loss in chunks, the rest as planned; return Trainer's result."""
     from transformers.trainer_utils import get_last_checkpoint
 
     last = get_last_checkpoint(str(run.work_dir))
@@ -204,7 +205,9 @@ def _train(trainer: Any, run: Run, activations: Activations) -> Any:
     if run.spread.fsdp:
         set_precision(trainer.accelerator, trainer.args.bf16)
     tiled = tiles.tiled_mlps(trainer.model, tiles.TILE) if activations.tiled else nullcontext()
-    with chunked_loss(trainer.model), tiled, warnings.catch_warnings():
+    group = run.training.attention_group
+    sparse = sparse_attention(trainer.model, group) if group else nullcontext()
+    with chunked_loss(trainer.model), tiled, sparse, warnings.catch_warnings():
         # The head hands a view through, and nothing is done to it in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         return trainer.train(resume_from_checkpoint=last)

@@ -177,6 +177,7 @@ def test_the_command_takes_what_was_planned(cards, start, seven):
 
 @pytest.mark.parametrize(("name", "options"), [
     ("LLaMA 65B", {"on": "4090"}), ("LLaMA 13B", {"on": "A100-40GB", "train_window": 32768}),
+    ("LLaMA 13B", {"on": "4080", "attention": "s2", "s2_group": 0.5}),
 ])  # fmt: skip
 def test_what_would_do_does(name, options, place):
     model = str(bench.folder(place, name))
@@ -187,10 +188,13 @@ def test_what_would_do_does(name, options, place):
     hints = error.value.hint.removesuffix(" would do").split(" or ")
     assert len(hints) >= 2
     for hint in hints:
-        words = iter(shlex.split(hint.replace(" without --train-window and --mix", "")))
+        words = iter(shlex.split(hint.partition(" without ")[0]))
         changed = {word.removeprefix("--"): next(words) for word in words}
+        assert "without" in hints[0] or "attention" not in options
         if "without" in hint:
-            changed["train_window"] = None
+            left_out = "--train-window and --" + ("attention" if "attention" in options else "mix")
+            assert hint.endswith(f" without {left_out}")
+            changed |= {"train_window": None, "attention": "full", "s2_group": 0.25}
         plan(model, context=32768, **{**options, **changed})
 
 

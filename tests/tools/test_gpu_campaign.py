@@ -93,10 +93,14 @@ def test_wheels_of_another_python_are_left_out(name, here):
     assert gpu_campaign.fits(name) == here
 
 
-def test_kernels_are_measured_on_a_cpu(campaign):
+def test_kernels_are_measured_on_a_cpu(campaign, tmp_path):
     record, out = campaign("--parts", "kernels", parts={"kernels": PARTS["kernels"]})
     assert record["parts"]["kernels"]["outcome"] == "done", out
     assert "toy, math" in out and "layers     toy, chosen by torch" in out
+    for part in ("attention", "layers"):
+        assert f"{part:10} toy, groups of 32" in out
+    found = json.loads((tmp_path / "out" / "kernels.json").read_text())["attention"]
+    assert all(run["error"] < 1e-5 for run in found.values() if "seconds" in run) and len(found) == 6
 
 
 def test_a_large_file_travels_in_pieces(tmp_path):

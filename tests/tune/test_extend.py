@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.machine import Machine
-from pi_gguf.tune.batches import TOKEN, batch_positions, padded, training_batches
+from pi_gguf.data.packing import pack, pose_positions
+from pi_gguf.data.tokens import TOKEN
+from pi_gguf.tune.batches import batch_positions, padded, training_batches
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.options import TuneOptions
-from pi_gguf.tune.packing import pack, pose_positions
 from pi_gguf.tune.plan import Stage
 from pi_gguf.tune.trainer import rate_share
 

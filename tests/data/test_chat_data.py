@@ -16,13 +16,13 @@ from torch.nn.functional import cross_entropy
 import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.machine import Machine
+from pi_gguf.data.tokens import TOKEN, load_corpus
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.texts import Conversation, open_mixture, open_texts, read_texts, shares, weighed
 from pi_gguf.tune.batches import batch_positions, padded, training_batches
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.options import TuneOptions
-from pi_gguf.tune.tokens import TOKEN, load_corpus
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -270,7 +270,7 @@ def test_the_order_is_the_same_again_and_the_longest_come_first(model, tmp_path)
 
 
 def test_a_source_of_which_no_sequence_can_be_made_is_named(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("pi_gguf.tune.batches.MASKED_TOKENS", 63)
+    monkeypatch.setattr("pi_gguf.data.rows.MASKED_TOKENS", 63)
     (tmp_path / "short.txt").write_text("Short.")
     (tmp_path / "long.txt").write_text(TEXTS[3])
     checkpoint = load_checkpoint(str(model))

@@ -19,19 +19,20 @@ from pi_gguf import texts as texts_module
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common.files import replace_when_complete
 from pi_gguf.common.machine import Machine
+from pi_gguf.data import rows as rows_module
+from pi_gguf.data import tokens as corpus_module
+from pi_gguf.data.packing import describe_lengths, pack, pack_alone, pose_positions
+from pi_gguf.data.rows import takes_block_mask
+from pi_gguf.data.tokens import load_corpus
 from pi_gguf.errors import OptionError, TextError
 from pi_gguf.families import FAMILIES
 from pi_gguf.texts import HUB_DOCUMENTS, LONGEST, hub_documents, open_texts, read_texts
-from pi_gguf.tune import batches as batches_module
-from pi_gguf.tune import tokens as corpus_module
-from pi_gguf.tune.batches import batch_positions, padded, takes_block_mask, training_batches
+from pi_gguf.tune.batches import batch_positions, padded, training_batches
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.memory import estimate_training_memory
 from pi_gguf.tune.options import TuneOptions
-from pi_gguf.tune.packing import describe_lengths, pack, pack_alone, pose_positions
 from pi_gguf.tune.plan import Stage
 from pi_gguf.tune.processes import Spread
-from pi_gguf.tune.tokens import load_corpus
 
 DOCUMENTS = ["One day a ship came in.", "Größe, 船, \U0001f600\nand\tmore.", "The captain went on board. " * 9]
 
@@ -429,7 +430,7 @@ def test_rows_hold_whole_documents_and_isolation_keeps_them_apart(llama):
 def test_long_rows_hold_one_document_each(llama, monkeypatch, capfd):
     texts = ["a b c d e f " * n for n in (1, 2, 8, 30, 100)]
     corpus = corpus_of(llama, texts)
-    monkeypatch.setattr(batches_module, "MASKED_TOKENS", 127)
+    monkeypatch.setattr(rows_module, "MASKED_TOKENS", 127)
     plan = plan_of(llama, steps=3, train_window="64x1,128")
     first, *others = training_batches(load_checkpoint(str(llama)), plan, corpus, 0, packing="isolate")
     assert any(len(row) > 1 for row in first)
