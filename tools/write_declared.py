@@ -48,6 +48,7 @@ def attributes(kind: type) -> list[str]:
 def declared() -> dict[str, Any]:
     """Return all of it."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     every, reserved, families = fields_of(PretrainedConfig), attributes(PretrainedConfig), {}
     for name in FAMILIES:
@@ -55,6 +56,7 @@ def declared() -> dict[str, Any]:
         rope = getattr(kind(), "rope_parameters", None) or {}
         own = {field: told for field, told in fields_of(kind).items() if every.get(field) != told}
         families[name] = {
+            "model": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name],
             "theta": kind.default_theta,
             "share": rope.get("partial_rotary_factor"),
             "aliases": kind.attribute_map,

@@ -197,11 +197,11 @@ def _scaled(config: PlainConfig, more: Fields, told: Declared) -> bool:
     if "rope_parameters" not in told.fields:
         return not any(more.get(name) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
     stated, scaling = config.rope_parameters or {}, more.pop("rope_scaling", None) or {}
-    if stated and scaling:
+    if stated and scaling and (told.layered or {**stated, **scaling} != stated):
         return False
     if told.layered:
         return _layered(config, stated, scaling, more)
-    rope = {**stated, **scaling}
+    rope = scaling or stated
     theta, share = "rope_theta", "partial_rotary_factor"
     if config.model_type == "gpt_neox":
         theta, share = "rotary_emb_base", "rotary_pct"
@@ -282,7 +282,6 @@ def _sound(config: PlainConfig, told: Declared) -> bool:
     kinds, unrotated = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
     return (
         config.hidden_size % config.num_attention_heads == 0
-        and size >= 2
         and size % 2 == 0
         and (pad is None or 0 <= pad < config.vocab_size)
         and (kinds is None or (len(kinds) == layers and {*kinds} <= {*_LAYERS}))

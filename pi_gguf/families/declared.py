@@ -45,6 +45,7 @@ class Declared:
     """What the config class of a family declares.
 
     Args:
+        model: transformers' name of the model's class.
         fields: by name.
         aliases: a name that a field has beside its own -> the field.
         reserved: names that a config has and that are no fields, such as those of methods.
@@ -54,6 +55,7 @@ class Declared:
         parts: fields of an object in the config, by its name.
     """
 
+    model: str
     fields: Mapping[str, Field]
     aliases: Mapping[str, str]
     reserved: frozenset[str]
@@ -78,8 +80,9 @@ def declared(model_type: str) -> Declared:
     """Return what a family of `FAMILIES` declares."""
     read = _read()
     own = dict(read["families"][model_type])
-    every, plain = _fields(read["every"]), ("theta", "share", "aliases", "reserved", "fields")
+    every, plain = _fields(read["every"]), ("model", "theta", "share", "aliases", "reserved", "fields")
     return Declared(
+        model=own["model"],
         fields={**every, **_fields(own["fields"])},
         aliases=own["aliases"],
         reserved=frozenset([*read["reserved"], *own["reserved"]]),

@@ -34,7 +34,7 @@ Change = Callable[["torch.Tensor", Config], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to a tensor on its way into a file, and on the way back.
+    """What is done to a tensor on its way into a file, and on the way back; its shape stays.
 
     Args:
         do: from the checkpoint's tensor to the file's.

@@ -96,7 +96,7 @@ def plan(
     """
     tune, spread_options = take(TuneOptions, options), take(SpreadOptions, options)
     machine = _machine(on, device, context, tune)
-    checkpoint = load_checkpoint(as_folder(model, weights=False), config_only=True)
+    checkpoint = load_checkpoint(as_folder(model, weights=False, tokenizer=False), config_only=True)
     known = spelled(quant, BITS_PER_WEIGHT)
     if known is None:
         raise OptionError(

@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import random
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_families import SHAPES, VARIANTS, make_config, odd_shape
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.checkpoint.config import note
+from pi_gguf.checkpoint.plain import open_plain
 from pi_gguf.errors import PiGgufError
 from pi_gguf.families import FAMILIES
 from pi_gguf.families.declared import PATH, declared
 from pi_gguf.families.shapes import LAYOUTS
+from pi_gguf.gguf.places import places
 from pi_gguf.tune.lora import parts
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
@@ -134,6 +138,19 @@ def extended(checkpoint: Checkpoint, method: str) -> Any:
     return longer.rope, longer.config, getattr(longer.hf_config, "rope_parameters", None), longer.tensor_shapes
 
 
+def moved(checkpoint: Checkpoint) -> int:
+    """Check that no transformation changes a shape; return how many there are."""
+    found = 0
+    for place in places(checkpoint, checkpoint.tensor_shapes):
+        shapes = [checkpoint.tensor_shapes[name] for name in place.names]
+        tensor = torch.empty((len(shapes), *shapes[0]) if place.stacked else shapes[0], device="meta")
+        if place.transform:
+            assert place.transform(tensor, checkpoint.hf_config).shape == tensor.shape
+            assert place.transform.undo(tensor, checkpoint.hf_config).shape == tensor.shape
+            found += 1
+    return found
+
+
 def test_what_is_declared_is_that_of_the_installed_transformers():
     assert PATH.read_text() == write_declared.text()
 
@@ -150,8 +167,103 @@ def test_a_usual_config_is_opened_without_transformers_as_with_it(variant, tmp_p
     assert isinstance(plain, Checkpoint) and isinstance(full, Checkpoint)
     assert plain.configuration.is_plain and not full.configuration.is_plain
     check_same(plain, full)
+    assert bool(moved(plain)) == bool(full.family.transforms)
     for method in ("linear", "ntk", "yarn", "none", "nope"):
         assert extended(plain, method) == extended(full, method)
+
+
+LINEAR, YARN = {"type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}
+LONGROPE = {"type": "longrope", "factor": 4.0, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+UNUSUAL: list[tuple[str, dict[str, Any]]] = [
+    *(("llama", changes) for changes in (
+        {"partial_rotary_factor": 0.5}, {"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.5}},
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        {"layer_types": ["full_attention"] * 3}, {"num_heads": 4}, {"text_config": {"hidden_size": 64}},
+        {"configuration_files": ["config.4.0.0.json"]}, {"is_encoder_decoder": True}, {"save_pretrained": 1},
+        {"output_attentions": True}, {"id2label": {"0": "a"}}, {"_rope_type_labels": ["rope_type"]}, {"dtype": "int4"},
+        {"torch_dtype": "odd"}, {"_attn_implementation": "flash_attention_2"}, {"attn_implementation": "odd"},
+        {"auto_map": ["x"]}, {"auto_map": {"AutoConfig": None}}, {"original_max_position_embeddings": "64"},
+        {"pad_token_id": 500}, {"pad_token_id": -1}, {"hidden_size": 66}, {"head_dim": 15}, {"use_cache": 1},
+        {"tie_word_embeddings": 1}, {"eos_token_id": [1, "2"]}, {"hidden_act": None}, {"initializer_range": 2.0},
+        {"attention_dropout": None}, {"rope_theta": 0.5}, {"rope_theta": "1e4"}, {"use_sliding_window": True},
+        {"rope_scaling": {**YARN, "mscale": 1.0}}, {"rope_scaling": {**YARN, "truncate": 0}},
+        {"rope_scaling": {**YARN, "beta_slow": 64.0}}, {"rope_scaling": {**YARN, "factor": 0.5}},
+        {"rope_scaling": {**YARN, "attention_factor": None}}, {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": 64.0}}, {"rope_scaling": {"type": "mrope"}},
+        {"rope_scaling": {**LONGROPE, "long_factor": [2.0] * 15}}, {"rope_scaling": {**LONGROPE, "short_factor": 1}},
+        {"rope_scaling": {**LONGROPE, "long_factor": ["2"] * 16}}, {"rope_scaling": {"type": ["linear"]}},
+        {"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+    )),
+    ("qwen2", {"head_dim": None}), ("mixtral", {"num_experts": 4}), ("mixtral", {"rope_scaling": YARN}),
+    ("mixtral", {"num_local_experts": None, "num_experts": "4"}), ("qwen2_moe", {"num_key_value_heads": None}),
+    ("smollm3", {"no_rope_layers": [1]}), ("gemma2", {"layer_types": ["full_attention"]}),
+    ("gemma2", {"layer_types": ["odd_attention"] * 3}),
+    ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}),
+    ("gemma3_text", {"partial_rotary_factor": 0.5}), ("gemma3_text", {"rope_parameters": LINEAR}),
+    ("gemma3_text", {"rope_parameters": None, "rope_scaling": {**YARN}}), ("phi3", {"rope_scaling": LINEAR}),
+    ("gemma2", {"use_bidirectional_attention": True}), ("bloom", {"rope_theta": 1e4}), ("bloom", {"n_embed": 64}),
+    ("mpt", {"attn_config": {"attn_type": "multiquery_attention"}}), ("mpt", {"attn_config": {"odd": 1}}),
+    ("mpt", {"attn_config": {"clip_qkv": 1}}), ("falcon", {"head_dim": 16}), ("phi", {"partial_rotary_factor": 1.5}),
+]  # fmt: skip
+
+
+@cache
+def usual(family: str) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(make_config(family, {}).to_json_string())
+    if family != "gemma3_text":
+        fields.pop("rope_parameters", None)
+    return fields
+
+
+def without_layers(family: str) -> dict[str, Any]:
+    return {name: value for name, value in usual(family).items() if name != "layer_types"}
+
+
+@pytest.mark.parametrize(("family", "changes"), UNUSUAL, ids=str)
+def test_what_is_unusual_is_not_opened(family, changes):
+    assert open_plain(usual(family)) is not None
+    assert open_plain({**usual(family), **changes}) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma", {"hidden_act": "gelu"}), ("glm4", {"eos_token_id": None}), ("qwen2", {"sliding_window": 4096}),
+        ("falcon", {"num_kv_heads": None, "ffn_hidden_size": None, "new_decoder_architecture": True}),
+        (
+            "gemma3_text",
+            {"rope_parameters": None, "rope_theta": 5e5, "rope_local_base_freq": 5e3, "rope_scaling": LINEAR},
+        ),
+        ("gpt_neox", {"rotary_emb_base": 25000, "rotary_pct": 1.0}), ("mpt", {"attn_config": {"clip_qkv": 2.0}}),
+        ("phi3", {"partial_rotary_factor": 0.75, "rope_theta": 5e3}), ("mistral", {"num_key_value_heads": 1}),
+        ("qwen3_moe", {"mlp_only_layers": None}), ("smollm3", {"no_rope_layers": None, "num_hidden_layers": 9}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_follows_from_fields_is_as_transformers_has_it(family, changes, tmp_path):
+    plain, full = open_both(tmp_path / "model", {**without_layers(family), **changes})
+    assert isinstance(plain, Checkpoint) and isinstance(full, Checkpoint) and plain.configuration.is_plain
+    check_same(plain, full)
+
+
+@pytest.mark.parametrize("value", [1, "1", 1.0])
+def test_a_whole_number_where_transformers_asks_for_a_float_is_one(value, tmp_path):
+    plain, full = open_both(tmp_path / "model", {**usual("llama"), "rms_norm_eps": value})
+    assert isinstance(plain, Checkpoint) and isinstance(full, Checkpoint)
+    check_same(plain, full)
+    assert type(full.hf_config.rms_norm_eps) is float
+
+
+@pytest.mark.parametrize("scaling", [LINEAR, YARN, LONGROPE], ids=str)
+def test_two_spellings_of_one_scaling_are_one(scaling, tmp_path):
+    fields = {**usual("llama"), "rope_scaling": scaling, "rope_theta": 5e5}
+    plain, _ = open_both(tmp_path / "model", fields)
+    assert isinstance(plain, Checkpoint)
+    both = plain.extended(4 * plain.rope.max_position_embeddings).config
+    assert both["rope_scaling"] and both["rope_parameters"]
+    plain, full = open_both(tmp_path / "model", both)
+    assert isinstance(plain, Checkpoint) and isinstance(full, Checkpoint) and plain.configuration.is_plain
+    check_same(plain, full)
 
 
 @pytest.mark.parametrize("family", SHAPES)

@@ -7,13 +7,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import make_llama
+from safetensors.torch import load_file, save_file
 from small_families import SHAPES, make_config
 
 import pi_gguf
 from pi_gguf.checkpoint import config as configs
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.common import machine
-from pi_gguf.errors import PiGgufError
+from pi_gguf.errors import CheckpointError, PiGgufError
 from pi_gguf.families import FAMILIES
 
 HEAVY = ("torch", "transformers", "scipy", "sympy", "datasets", "matplotlib", "pandas", "pyarrow", "huggingface_hub")
@@ -33,6 +36,40 @@ def test_a_folder_is_planned_and_inspected_without_what_trains(tied, tmp_path):
     for train in ("full", "lora"):
         assert heavy_after(PLANNED, folder, "cpu", train) == "[]"
     assert heavy_after("pi_gguf.inspect(sys.argv[1]).tensors", folder) == "[]"
+
+
+def test_a_file_is_planned_without_what_trains_the_first_time_and_the_next(f32_gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):  # it is at another window already, which a folder of ours spells in two ways
+        assert heavy_after(PLANNED, f32_gguf, "cpu", "full") == "[]"
+
+
+def test_what_is_not_as_usual_is_left_to_transformers(tmp_path, capfd):
+    folder = make_llama(tmp_path / "model", tie_word_embeddings=True)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for change, tied in (({}, True), ({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, False)):
+        save_file({**tensors, **change}, path, {"format": "pt"})
+        checkpoint = load_checkpoint(str(folder), config_only=True)
+        assert checkpoint.configuration.is_plain and checkpoint.tied == tied
+        assert ("skeleton" in vars(checkpoint)) == bool(change)
+        assert {*checkpoint.tensors} == {*tensors, *change}
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert pi_gguf.inspect(folder).quantization == "F32"
+    assert "says the weights are quantized, but they are not" in capfd.readouterr().err
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, tensor, said in (
+        ("model.norm.bias", tensors["model.norm.weight"].clone(), r"model\.norm\.bias is not part of a llama model"),
+        ("model.norm.weight", tensors["model.norm.weight"].to(torch.int16), "must be F32, F16 or BF16, got I16"),
+        ("model.norm.weight", tensors["model.norm.weight"][:9].clone(), r"must have shape \[64\] by config.json"),
+    ):
+        save_file({**tensors, name: tensor}, path, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=said):
+            pi_gguf.inspect(folder)
+    model = load_checkpoint(str(folder), config_only=True).extended(1024)
+    assert model._scaled_config().rope_parameters["factor"] == 16 and model.skeleton.num_parameters() > 0
 
 
 def test_without_a_driver_no_gpu_is_looked_for(monkeypatch):
