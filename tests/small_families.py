@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,86 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(path: Path, family: str, changes: dict[str, Any], vocab_size: int = 410) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
+FREE_HEADS = {
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen3",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "smollm3",
+    "glm4",
+}
+ALWAYS_TIED = {"gemma", "gemma2", "cohere"}
+BIASES = {
+    "llama": ("attention_bias", "mlp_bias"), "granite": ("attention_bias", "mlp_bias"), "glm4": ("attention_bias",),
+    "nemotron": ("attention_bias", "mlp_bias"), "stablelm": ("use_qkv_bias",), "qwen2_moe": ("qkv_bias",),
+}  # fmt: skip
+SHARES = {
+    "phi": (0.5, 0.75),
+    "phi3": (1.0, 0.5),
+    "gpt_neox": (0.25, 1.0),
+    "stablelm": (0.25, 0.5),
+    "nemotron": (0.5, 1.0),
+}
+SEEDS = (1, 2)
+
+
+def odd_shape(family: str, seed: int) -> dict[str, Any]:
+    """Return sizes that no real model has, at random: what a family allows of ties, biases, heads, experts, shares."""
+    draw = random.Random(f"{family} {seed}")
+    heads, size = draw.choice([2, 3, 5, 6]), draw.choice([16, 24, 40])
+    groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    tied = True if family in ALWAYS_TIED else draw.random() < 0.5
+    if family == "mpt":
+        return {"d_model": heads * 16, "n_heads": heads, "n_layers": 2, "tie_word_embeddings": tied}
+    if family == "bloom":
+        return {"hidden_size": heads * size, "n_head": heads, "n_layer": 2, "tie_word_embeddings": tied}
+    shape: dict[str, Any] = {
+        "hidden_size": heads * size, "num_attention_heads": heads, "num_key_value_heads": groups,
+        "num_hidden_layers": draw.choice([1, 2, 3]), "intermediate_size": draw.choice([50, 77, 131]),
+        "tie_word_embeddings": tied, "head_dim": None,
+    }  # fmt: skip
+    if family in FREE_HEADS:
+        shape |= {"head_dim": size, "hidden_size": heads * draw.choice([12, 20, 28]), "query_pre_attn_scalar": size}
+    if family in ("olmoe", "gpt_neox", "falcon"):
+        shape["num_key_value_heads"] = None if family != "olmoe" else heads
+    if family == "falcon":
+        split = {"new_decoder_architecture": True, "num_kv_heads": groups}
+        shape |= draw.choice([split, {"multi_query": False}, {"ffn_hidden_size": 100}])
+    if family in ("gemma2", "gemma3_text"):
+        shape["sliding_window"] = draw.choice([1, 33, 2000])
+    if "experts" in str(SHAPES[family]):
+        experts = draw.choice([3, 5, 6])
+        shape |= {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": draw.randint(1, experts)}
+        inner = draw.choice([36, 44])  # torch multiplies rows of whole 16 bytes only
+        shape |= {"intermediate_size": inner, "moe_intermediate_size": inner, "shared_expert_intermediate_size": 52}
+    for bias in BIASES.get(family, ()):
+        shape[bias] = draw.random() < 0.5
+    if family in SHARES:
+        share = draw.choice(SHARES[family])
+        shape["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": share}
+    return shape
+
+
+def make_config(family: str, changes: dict[str, Any], vocab_size: int = 410) -> Any:
+    from transformers import AutoConfig
 
     common = {} if family in ("mpt", "bloom") else COMMON
     shape = {**common, **SHAPES[family], **changes, "vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 1}
     if family == "bloom":
         shape.setdefault("hidden_size", 64)
     absent = [n for n in ("intermediate_size", "num_key_value_heads", "head_dim") if shape.get(n, 0) is None]
-    config = AutoConfig.for_model(family, **{key: value for key, value in shape.items() if key not in absent})
+    return AutoConfig.for_model(family, **{key: value for key, value in shape.items() if key not in absent})
+
+
+def make_model(path: Path, family: str, changes: dict[str, Any], vocab_size: int = 410) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(family, changes, vocab_size)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():

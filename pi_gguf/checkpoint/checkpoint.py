@@ -24,6 +24,7 @@ from pi_gguf.checkpoint.hub import ADAPTER_FILE, TOKENIZER_FILES, model_name, re
 from pi_gguf.checkpoint.record import RECORD_FILE, Record
 from pi_gguf.checkpoint.tensors import (
     IGNORED_TENSORS,
+    PLAIN_DTYPES,
     VALUE_HEAD,
     ScaledBlocks,
     TensorSource,
@@ -43,6 +44,7 @@ from pi_gguf.common.progress import phase
 from pi_gguf.errors import CheckpointError, ResourceError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
+from pi_gguf.families.shapes import LAYOUTS, Adapted, adapted
 from pi_gguf.scaling.methods import find_method
 from pi_gguf.scaling.own import divisors_scaling
 from pi_gguf.scaling.rope import RopeScaling
@@ -81,7 +83,7 @@ class Checkpoint:
         path: the local folder.
         config: fields of its config.json, with `rope` where that was extended; of a vision-language model those of its
             text model.
-        hf_config: the same, opened by transformers, with its defaults and standard names.
+        hf_config: the same, opened, with defaults and standard names as transformers has them.
         rope: the position scaling of the model.
         configuration: all that was read of config.json.
         before: the checkpoint this one was extended from; None where it was not.
@@ -90,7 +92,7 @@ class Checkpoint:
     source: str
     path: Path
     config: dict[str, Any]
-    hf_config: PretrainedConfig
+    hf_config: Any
     rope: RopeScaling
     configuration: Configuration
     before: Checkpoint | None = field(default=None, kw_only=True, repr=False)
@@ -125,10 +127,12 @@ class Checkpoint:
         if self.family.longrope_only and rope.own is None:
             rope = replace(rope, own=divisors_scaling([1.0] * (self.rotary_dim // 2)))
         checkpoint = replace(self.scaled(rope), before=self)
-        config = checkpoint._scaled_config().get_text_config()
+        plain = self.configuration.is_plain and method == "linear"  # which transformers computes for every family
+        config = checkpoint.hf_config if plain else checkpoint._scaled_config().get_text_config()
         check_variant(self.family, config, path)
         check_rope(rope, self.family, config, path)
-        check_rotation(self.skeleton, config, rope, self.rotary_dim, path)
+        if not plain:
+            check_rotation(self.skeleton, config, rope, self.rotary_dim, path)
         return checkpoint
 
     def scaled(self, rope: RopeScaling) -> Self:
@@ -178,6 +182,8 @@ class Checkpoint:
         if not self.hf_config.tie_word_embeddings:
             return False
         try:
+            if self._usual is not None:
+                return True
             found = self._found
         except CheckpointError:  # not here, or said when `tensors` are asked for
             return True
@@ -218,9 +224,10 @@ class Checkpoint:
         import torch
         from transformers import AutoModelForCausalLM
 
+        config = self.configuration.by_transformers.opened if self.configuration.is_plain else self.hf_config
         with torch.device("meta"):
             try:
-                return AutoModelForCausalLM.from_config(self.hf_config)
+                return AutoModelForCausalLM.from_config(config)
             except Exception as error:  # transformers raises many kinds for sizes that do not fit together
                 raise CheckpointError(
                     f"{self.path / 'config.json'}: no model can be built from it ({one_line(error)})",
@@ -230,6 +237,8 @@ class Checkpoint:
     @_of_files
     def _saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that transformers saves, tied or not."""
+        if self.configuration.is_plain:
+            return LAYOUTS[self.family.model_type].shapes(self.hf_config)
         from transformers.core_model_loading import revert_weight_conversion
 
         saved = revert_weight_conversion(self.skeleton, self.skeleton.state_dict())
@@ -241,8 +250,15 @@ class Checkpoint:
         tied = self.tied_tensors
         return {name: shape for name, shape in self._saved_shapes.items() if name not in tied}
 
+    @_of_files
+    def adapted(self) -> Adapted:
+        """What adapters of LoRA train of it."""
+        return adapted(self.family.model_type, self._saved_shapes)
+
     @property
     def _tied_keys(self) -> dict[str, str]:
+        if self.configuration.is_plain:
+            return LAYOUTS[self.family.model_type].tied
         saved = self._wanted.renamed
         return {
             saved.get(head, head): saved.get(origin, origin) for head, origin in tied_weights(self.skeleton).items()
@@ -279,6 +295,26 @@ class Checkpoint:
         )
 
     @_of_files
+    def _usual(self) -> dict[str, TensorSource] | None:
+        """The tensors of the files, where these are those that the config says and no others; else None.
+
+        Raises:
+            CheckpointError: a file is missing or truncated.
+        """
+        if not self.configuration.is_plain or self.configuration.quantization:
+            return None
+        found: dict[str, TensorSource] = {}
+        for path in self._weight_files():
+            found.update(read_tensors(path))
+        tied = self._tied_keys if self.hf_config.tie_word_embeddings else {}
+        wanted = {name: shape for name, shape in self._saved_shapes.items() if name not in tied}
+        if {name: source.shape for name, source in found.items()} != wanted:
+            return None
+        if any(source.dtype not in PLAIN_DTYPES for source in found.values()):
+            return None
+        return {name: found[name] for name in wanted}
+
+    @_of_files
     def _read(self) -> tuple[dict[str, TensorSource], str]:
         """Every tensor of the files, by the name that transformers saves it by, in a form that can be read; and what
         the names in the files have before those of the model without its head."""
@@ -310,6 +346,8 @@ class Checkpoint:
             CheckpointError: a file or tensor is missing, truncated or of another shape than the config says.
             UnsupportedError: a tensor that is not part of the model, or a dtype that is not handled.
         """
+        if self._usual is not None:
+            return self._usual
         found, wanted = dict(self._found), self.tensor_shapes
         known = self.skeleton.state_dict()
         for name, origin in self.tied_tensors.items():
@@ -535,20 +573,22 @@ class Checkpoint:
         return model
 
 
-def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = True) -> Checkpoint:
+def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = True, plain: bool = False) -> Checkpoint:
     """Open MODEL and check its config.
 
     Args:
         model: a Hugging Face folder, a Hub id such as `meta-llama/Llama-2-7b-hf`, or `bundled:tiny`.
-        config_only: fetch nothing but the config from the Hub.
+        config_only: fetch nothing but the config from the Hub, to plan with.
         weights: fetch the weights too, not only config and tokenizer.
+        plain: open a usual model without transformers, as `config_only` does, until something asks for more than names,
+            shapes and numbers; its angles are not compared then.
 
     Raises:
         CheckpointError: it is not there, or its config lacks a field.
         UnsupportedError: its family, or a variant of it, is not handled.
     """
     path = resolve(model, _CONFIG)
-    configuration = read_config(path)
+    configuration = read_config(path, plain=plain or config_only)
     config_path, opened = path / "config.json", configuration.opened
     check_variant(configuration.family, opened, config_path)
     if not config_only:
@@ -558,6 +598,7 @@ def load_checkpoint(model: str, *, config_only: bool = False, weights: bool = Tr
     checkpoint = Checkpoint(model, path, configuration.fields, opened, configuration.rope, configuration)
     if not configuration.family.alibi:
         check_rope(checkpoint.rope, configuration.family, opened, config_path)
+    if not (configuration.family.alibi or configuration.is_plain):
         _keep_rotated_share(checkpoint, config_path)
         check_rotation(
             checkpoint.skeleton, configuration.whole.get_text_config(), checkpoint.rope, checkpoint.rotary_dim,

@@ -1,6 +1,6 @@
 """A checkpoint's config.json: read as transformers reads it, and what is unusual about it.
 
-In: a folder. Out: a `Configuration`: the text model's fields, the same opened by transformers, its position scaling.
+In: a folder. Out: a `Configuration`: the text model's fields, the same opened, its position scaling.
 Of two spellings of one thing that one is taken which transformers takes, and a note says so; where nobody can tell
 which was meant, it is an error that names both.
 """
@@ -8,18 +8,19 @@ which was meant, it is an error that names both.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
+from pi_gguf.checkpoint.plain import open_plain
 from pi_gguf.common.progress import say
 from pi_gguf.errors import CheckpointError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
+from pi_gguf.families.declared import Field, declared
 from pi_gguf.families.family import head_dim, kv_heads, rotary_dim
 from pi_gguf.scaling.own import positive_int, positive_number
 from pi_gguf.scaling.rope import DEFAULT_ROPE_THETA, FACTOR_TENSORS, RopeScaling
@@ -76,8 +77,9 @@ class Configuration:
     Args:
         path: of the file.
         fields: of the text model, corrected where transformers would stumble.
-        opened: the text model's config, opened by transformers, with its defaults and standard names.
-        whole: the config of the folder as transformers opens it, untouched; of a vision-language model all of it.
+        opened: the text model's config with its defaults and standard names, as transformers opens it.
+        read: the config of the folder as transformers opens it, untouched; of a vision-language model all of it. None
+            where it was opened without transformers.
         rope: the position scaling.
         quantization: what it says of quantized weights, which may be left from before; empty where nothing.
         is_part: whether the text model is one part of a vision-language model.
@@ -85,8 +87,8 @@ class Configuration:
 
     path: Path
     fields: dict[str, Any]
-    opened: PretrainedConfig
-    whole: PretrainedConfig
+    opened: Any
+    read: PretrainedConfig | None
     rope: RopeScaling
     quantization: dict[str, Any]
     is_part: bool
@@ -95,9 +97,29 @@ class Configuration:
     def family(self) -> Family:
         return FAMILIES[self.fields["model_type"]]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it was opened without transformers."""
+        return self.read is None
 
-def read_config(folder: Path) -> Configuration:
+    @cached_property
+    def by_transformers(self) -> Configuration:
+        """The same, opened by transformers."""
+        return read_config(self.path.parent) if self.is_plain else self
+
+    @property
+    def whole(self) -> PretrainedConfig:
+        """The config of the folder as transformers opens it, untouched."""
+        read = self.by_transformers.read
+        assert read is not None
+        return read
+
+
+def read_config(folder: Path, *, plain: bool = False) -> Configuration:
     """Read config.json of a folder.
+
+    Args:
+        plain: a usual one need not be opened by transformers.
 
     Raises:
         CheckpointError: it is missing, or a field is of a wrong kind or size.
@@ -111,13 +133,15 @@ def read_config(folder: Path) -> Configuration:
             f"{folder}: config.json is missing", hint if adapter else "MODEL must be a Hugging Face folder"
         )
     raw = fields = read_json(path)
+    opened: Any
+    read: PretrainedConfig | None
     of_text = fields.get("text_config")
     model_type = fields.get("model_type")
     is_part = isinstance(of_text, dict) and model_type not in FAMILIES
     if isinstance(of_text, dict) and is_part:
-        whole = _open_whole(folder, fields, of_text)
-        opened = copy.deepcopy(whole.get_text_config())
-        opened.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False))
+        read = _open_whole(folder, fields, of_text)
+        opened = copy.deepcopy(read.get_text_config())
+        opened.tie_word_embeddings = bool(getattr(read, "tie_word_embeddings", False))
         fields = json.loads(opened.to_json_string(use_diff=False))
         note(
             f"{path}: {model_type} is a vision-language model; its text model ({opened.model_type}) is read, the rest "
@@ -126,14 +150,17 @@ def read_config(folder: Path) -> Configuration:
     else:
         _check_family(model_type, path)
         corrected = _corrected(fields, str(path))
-        opened = _open(corrected, path, folder if corrected == fields else None)
-        fields, whole = corrected, copy.deepcopy(opened)
+        opened, read = open_plain(corrected) if plain else None, None
+        if opened is None:
+            read = _open(corrected, path, folder if _same(corrected, fields) else None)
+            opened = copy.deepcopy(read)
+        fields = corrected
     _standardize(opened)
     _check_heads(opened, str(path))
     rope = _rope_of(opened, fields, FAMILIES[fields["model_type"]], str(path))
     quantization: dict[str, Any] = next((raw[name] for name in _LEFT_BEHIND if isinstance(raw.get(name), dict)), {})
     fields = {name: value for name, value in fields.items() if name not in _LEFT_BEHIND}
-    return Configuration(path, fields, opened, whole, rope, quantization, is_part)
+    return Configuration(path, fields, opened, read, rope, quantization, is_part)
 
 
 def read_rope(config: dict[str, Any], family: Family, path: str) -> RopeScaling:
@@ -215,12 +242,17 @@ def _open_whole(folder: Path, fields: dict[str, Any], of_text: dict[str, Any]) -
     text_type = of_text.get("model_type", f"{model_type}_text")
     named = {**of_text, "model_type": text_type}
     corrected = _corrected(named, str(path), complete=False) if text_type in FAMILIES else named
-    untouched = corrected == named
+    untouched = _same(corrected, named)
     whole = _open(fields if untouched else {**fields, "text_config": corrected}, path, folder if untouched else None)
     found = getattr(whole.get_text_config(), "model_type", None)
     if found not in FAMILIES:
         raise _unknown_family(path, f"{model_type!r} with a text model of {found!r}")
     return whole
+
+
+def _same(corrected: dict[str, Any], fields: dict[str, Any]) -> bool:
+    """Tell whether nothing was corrected; 4 for 4.0 is."""
+    return json.dumps(corrected, sort_keys=True) == json.dumps(fields, sort_keys=True)
 
 
 def _open(fields: dict[str, Any], path: Path, folder: Path | None) -> PretrainedConfig:
@@ -244,7 +276,7 @@ def _open(fields: dict[str, Any], path: Path, folder: Path | None) -> Pretrained
     return opened
 
 
-def _standardize(config: PretrainedConfig) -> None:
+def _standardize(config: Any) -> None:
     """Complete the position scaling as transformers does when a model computes with it."""
     if getattr(config, "rope_parameters", None):
         config.standardize_rope_params()
@@ -259,12 +291,10 @@ def _corrected(fields: dict[str, Any], path: str, *, complete: bool = True) -> d
     Raises:
         CheckpointError: a size is missing, no number or absurd.
     """
-    from transformers import CONFIG_MAPPING
-
-    kind = CONFIG_MAPPING[fields["model_type"]]
-    kinds = {field.name: field.type for field in dataclasses.fields(kind)}
+    told = declared(fields["model_type"])
+    kinds = told.fields
     fields = {name: _as_declared(name, value, kinds.get(name), path) for name, value in fields.items()}
-    spelled = {name: alias for name, alias in kind.attribute_map.items() if name not in fields}
+    spelled = {name: alias for name, alias in told.aliases.items() if name not in fields}
     family = FAMILIES[fields["model_type"]]
     needed = {spelled.get(name, name) for name in _NEEDED} & set(kinds) if complete else set()
     needed |= {family.window} if complete and family.default_window is None else set()
@@ -290,18 +320,20 @@ def _corrected(fields: dict[str, Any], path: str, *, complete: bool = True) -> d
     return fields
 
 
-def _as_declared(name: str, value: Any, declared: Any, path: str) -> Any:
+def _as_declared(name: str, value: Any, field: Field | None, path: str) -> Any:
     """Return a number that is written as text, or as 4.0 for 4, as the number that transformers asks for."""
-    kinds = set(get_args(declared) or (declared,))
+    kinds: frozenset[str] = field.kinds if field else frozenset()
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return value
     number = _number(value)
-    if number is None or bool in kinds or (isinstance(value, str) and str in kinds):
+    if number is None or "bool" in kinds or (isinstance(value, str) and "str" in kinds):
         return value
     wanted: Any = value
-    if int in kinds and number.is_integer() and (isinstance(value, str) or float not in kinds):
+    if "int" in kinds and number.is_integer() and (isinstance(value, str) or "float" not in kinds):
         wanted = int(number)
-    elif (float in kinds and int not in kinds) or (isinstance(value, str) and (float in kinds or name in _OF_ROPE)):
+    elif ("float" in kinds and "int" not in kinds) or (
+        isinstance(value, str) and ("float" in kinds or name in _OF_ROPE)
+    ):
         wanted = number
     if type(wanted) is not type(value):
         note(f"{path}: {name} is {value!r}, read as {wanted!r}")
@@ -316,7 +348,7 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _check_heads(config: PretrainedConfig, path: str) -> None:
+def _check_heads(config: Any, path: str) -> None:
     """Check that the sizes of heads fit together, as transformers does only when it computes."""
     heads, groups, size = config.num_attention_heads, kv_heads(config), head_dim(config)
     if heads % groups:
@@ -336,8 +368,6 @@ def _check_heads(config: PretrainedConfig, path: str) -> None:
 
 def _corrected_rope(fields: dict[str, Any], path: str) -> dict[str, Any]:
     """Return a config whose position scaling transformers can compute with, where only one meaning is possible."""
-    from transformers import CONFIG_MAPPING
-
     fields = dict(fields)
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in fields and fields[name] is None:
@@ -354,7 +384,7 @@ def _corrected_rope(fields: dict[str, Any], path: str) -> dict[str, Any]:
                     f"{path}: {field}.{name} must be an object, got {repr(rope[name])[:80]}", "correct the config"
                 )
         nested = {name: part for name, part in rope.items() if isinstance(part, Mapping)}
-        if nested and not isinstance(CONFIG_MAPPING[fields["model_type"]].default_theta, dict):
+        if nested and not declared(fields["model_type"]).layered:
             raise CheckpointError(
                 f"{path}: {field} holds {', '.join(nested)}, but this family scales the positions of all layers alike",
                 f"put the fields into {field} itself",
@@ -399,15 +429,13 @@ def _corrected_scaling(rope: Mapping[str, Any], field: str, path: str) -> dict[s
 
 def _check_two_spellings(fields: dict[str, Any], path: str) -> None:
     """Say which of two spellings transformers takes; refuse where it would drop a base that only the other one has."""
-    from transformers import CONFIG_MAPPING
-
     parameters, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
     layered = "full_attention" in parameters
     parameters = parameters.get("full_attention") or parameters
     theta = parameters.get("rope_theta")
     if scaling and parameters and {**parameters, **scaling} != dict(parameters):
         if theta is not None and not layered and scaling.get("rope_theta", fields.get("rope_theta")) is None:
-            default = CONFIG_MAPPING[fields["model_type"]].default_theta
+            default = declared(fields["model_type"]).theta
             if theta != fields.get("rotary_emb_base", default):
                 raise CheckpointError(
                     f"{path}: rope_scaling stands beside rope_parameters, whose rope_theta {theta} transformers then "
@@ -422,8 +450,8 @@ def _check_two_spellings(fields: dict[str, Any], path: str) -> None:
         )
 
 
-def _rope_of(config: PretrainedConfig, fields: Mapping[str, Any], family: Family, path: str) -> RopeScaling:
-    """Return window and scaling of a config that transformers has opened."""
+def _rope_of(config: Any, fields: Mapping[str, Any], family: Family, path: str) -> RopeScaling:
+    """Return window and scaling of an opened config."""
     absent = family.default_window is not None and fields.get(family.window) is None
     window = family.default_window if absent else positive_int(fields, family.window, path)
     assert window is not None
@@ -440,7 +468,7 @@ def _rope_of(config: PretrainedConfig, fields: Mapping[str, Any], family: Family
         "max_sequence_length": fields.get("max_sequence_length"),
     }
     sliding = None
-    if isinstance(type(config).default_theta, dict):  # layers with a sliding window have a base of their own
+    if declared(family.model_type).layered:  # layers with a sliding window have a base of their own
         nested = config.rope_parameters.get("sliding_attention") or {}
         kind = nested.get("rope_type", "default")
         if kind != "default":
@@ -467,7 +495,7 @@ def _unusual(parameters: Mapping[str, Any], rope: RopeScaling) -> Iterator[str]:
         yield f"type {given['type']!r} stands beside rope_type {kind!r}, which transformers takes"
 
 
-def check_variant(family: Family, config: PretrainedConfig, path: Path) -> None:
+def check_variant(family: Family, config: Any, path: Path) -> None:
     if complaint := family.complaint(config):
         name, value, handled = complaint
         raise UnsupportedError(
@@ -478,7 +506,7 @@ def check_variant(family: Family, config: PretrainedConfig, path: Path) -> None:
         )
 
 
-def check_rope(rope: RopeScaling, family: Family, config: PretrainedConfig, path: Path) -> None:
+def check_rope(rope: RopeScaling, family: Family, config: Any, path: Path) -> None:
     """Refuse frequencies that llama.cpp has no way to read for this family."""
     if rope.needs_factor_tensors and family.arch not in FACTOR_TENSORS:
         assert rope.own is not None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-_PLAIN = ("F32", "F16", "BF16")
+PLAIN_DTYPES = ("F32", "F16", "BF16")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$")
@@ -255,7 +255,7 @@ def read_tensors(path: Path) -> dict[str, TensorSource]:
     """
     _checked_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it has no iterator
             return {name: TensorSource(path, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
@@ -354,7 +354,7 @@ def _as(kind: type[WidenedTensor], source: TensorSource) -> WidenedTensor:
 def _scaled(weight: TensorSource, scale: TensorSource, stated: Any) -> ScaledBlocks:
     fields = {field.name: getattr(weight, field.name) for field in dataclasses.fields(TensorSource)} | {"dtype": "F32"}
     hint = "the scales are of another tool or of another matrix: " + _16_BITS
-    if scale.dtype not in (*_PLAIN, "F64", "F8_E8M0"):
+    if scale.dtype not in (*PLAIN_DTYPES, "F64", "F8_E8M0"):
         raise UnsupportedError(f"{scale.path}: {scale.name} must be of floats, got {scale.dtype}", hint)
     if all(side == 1 for side in scale.shape):
         return ScaledBlocks(**fields, scale=scale, block=(1, 1))
@@ -444,7 +444,7 @@ def check_dtypes(sources: Iterable[TensorSource], *more: str) -> None:
         UnsupportedError: another dtype.
     """
     for source in sources:
-        if source.dtype not in (*_PLAIN, *more):
+        if source.dtype not in (*PLAIN_DTYPES, *more):
             raise UnsupportedError(
                 f"{source.path}: {source.name} must be F32, F16 or BF16, got {source.dtype}", "save it in one of these"
             )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from pi_gguf.common.cards import Card, parse_cards
@@ -17,6 +21,9 @@ from pi_gguf.errors import OptionError
 _CPU_EFFICIENCY, _AMX_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.1, 0.35
 """Share of a plain matrix product's speed that training reaches. AMX multiplies at 0.6 to 1.1 T operations/s, and what
 is done between the products does not keep up: 15 M and 135 M parameters trained at 0.08 and 0.12 T (docs/log.md)."""
+
+_TORCH_BY_NUMPY = 0.88
+"""Speed of torch's product of 32-bit matrices by that of numpy's, on a CPU with AVX2 (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +99,11 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def planned_device(device: str) -> str:
-    if device == "cpu":
-        return device
-
-    return torch_device(device)
-
-
 def fast_bf16(device: str) -> bool:
     """Tell whether bf16 is faster than f32 on the device."""
-    import torch
-
     if device == "cuda":
+        import torch
+
         return bool(torch.cuda.is_bf16_supported())
     return "avx512_bf16" in _cpu_flags() or _has_amx()
 
@@ -131,22 +131,42 @@ def efficiency(device: str) -> float:
 @cache
 def operations_a_second(device: str) -> float:
     """Measure a matrix product on the device for a moment, and take training's usual share of it."""
+    if device == "cpu" and not fast_bf16(device):  # without torch, whose import takes seconds
+        a = np.ones((1024, 1024), dtype=np.float32)
+        return _TORCH_BY_NUMPY * efficiency(device) * _speed(lambda: a @ a, 1024)
     import torch
 
     side = 4096 if device == "cuda" else 1024
-    dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
-    a = torch.ones(side, side, dtype=dtype, device=device)
+    b = torch.ones(side, side, dtype=torch.bfloat16 if fast_bf16(device) else torch.float32, device=device)
+    return efficiency(device) * _speed(lambda: b @ b, side, torch.cuda.synchronize if device == "cuda" else None)
+
+
+def _speed(product: Callable[[], object], side: int, wait: Callable[[], None] | None = None) -> float:
+    """Return operations a second of a product of square matrices.
+
+    Args:
+        wait: until the device is done.
+    """
 
     def run(times: int) -> float:
         started = time.perf_counter()
         for _ in range(times):
-            a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
+            product()
+        if wait:
+            wait()
         return time.perf_counter() - started
 
     run(3)
-    return efficiency(device) * 10 * 2 * side**3 / run(10)
+    return 10 * 2 * side**3 / run(10)
+
+
+def _has_driver() -> bool:
+    """Tell whether there is what torch needs to find a GPU: CUDA's driver, or ROCm's device."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def torch_device(device: str) -> str:
@@ -155,13 +175,16 @@ def torch_device(device: str) -> str:
     Raises:
         OptionError: `cuda` and none is there, or another word.
     """
-    import torch
-
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"device must be auto, cpu or cuda, got {device}")
-    if device == "cuda" and not torch.cuda.is_available():
+    found = device != "cpu" and _has_driver()  # else torch, whose import takes seconds, need not be asked
+    if found:
+        import torch
+
+        found = torch.cuda.is_available()
+    if device == "cuda" and not found:
         raise OptionError("device cuda: torch finds no CUDA GPU", "use --device cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if found else "cpu"
 
 
 def cores() -> int:

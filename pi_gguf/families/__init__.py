@@ -1,6 +1,8 @@
 """The families of models that are converted, by the model_type of their config. One small file each.
 
 family: `Family`, what a family is to a conversion
+declared: what each family's config declares, as data
+shapes: names and shapes of its tensors
 alibi: MPT and BLOOM, whose positions are biases
 cohere: Command-R and Aya
 falcon: Falcon 7B, 40B and 180B

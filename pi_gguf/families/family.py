@@ -16,6 +16,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.errors import GgufError
+from pi_gguf.families.declared import declared
 from pi_gguf.scaling.own import positive_number
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Change = Callable[["torch.Tensor", Config], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to a tensor on its way into a file, and on the way back.
+    """What is done to a tensor on its way into a file, and on the way back; its shape stays.
 
     Args:
         do: from the checkpoint's tensor to the file's.
@@ -179,8 +180,8 @@ def head_dim(config: Config) -> int:
 
 def kv_heads(config: Config) -> int:
     """Return the number of key-value heads; a family without groups computes with all heads, whatever a config says."""
-    declared = "num_key_value_heads" in getattr(type(config), "__dataclass_fields__", ())
-    return int((declared and config.num_key_value_heads) or config.num_attention_heads)
+    grouped = "num_key_value_heads" in declared(config.model_type).fields
+    return int((grouped and config.num_key_value_heads) or config.num_attention_heads)
 
 
 def full_attention(config: Config) -> Sequence[Any]:

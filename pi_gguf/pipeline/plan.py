@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Unpack
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
-from pi_gguf.common.machine import Machine, operations_a_second, planned_device
+from pi_gguf.common.machine import Machine, operations_a_second, torch_device
 from pi_gguf.common.options import flat, take
 from pi_gguf.errors import OptionError
 from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
@@ -96,7 +96,7 @@ def plan(
     """
     tune, spread_options = take(TuneOptions, options), take(SpreadOptions, options)
     machine = _machine(on, device, context, tune)
-    checkpoint = load_checkpoint(as_folder(model, weights=False), config_only=True)
+    checkpoint = load_checkpoint(as_folder(model, weights=False, tokenizer=False), config_only=True)
     known = spelled(quant, BITS_PER_WEIGHT)
     if known is None:
         raise OptionError(
@@ -156,7 +156,7 @@ def _cache_sizes(checkpoint: Checkpoint) -> dict[str, int]:
 def _machine(on: str | None, device: str, context: int | None, tune: TuneOptions) -> Machine:
     """Return the machine that is planned for."""
     if on is None:
-        return Machine.here(planned_device(device))
+        return Machine.here(torch_device(device))
     if device != "auto":
         raise OptionError(f"on and device exclude each other, got {on!r} and {device}", "leave --device out")
     if context is None or not tune.steps:

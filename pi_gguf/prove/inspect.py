@@ -134,7 +134,7 @@ def _repair_command(path: Path, findings: Sequence[Finding], against: str | None
 
 
 def _inspect_folder(model: str) -> Inspection:
-    checkpoint = load_checkpoint(model)
+    checkpoint = load_checkpoint(model, plain=True)
     rope: RopeScaling = checkpoint.rope
     spelled = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
     tensors = checkpoint.tensors

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
+from pi_gguf.checkpoint.plain import open_plain
 from pi_gguf.errors import GgufError, UnsupportedError, one_line
 from pi_gguf.families import FAMILIES, Family
+from pi_gguf.families.declared import declared
 from pi_gguf.families.family import Config, Stated, rotary_dim
 from pi_gguf.gguf.keys import model_metadata
 from pi_gguf.restore.opened import OpenedFile
@@ -90,7 +92,7 @@ def restore_config(opened: OpenedFile, dtype: str, *, tied: bool) -> Restored:
             fields["original_max_position_embeddings"] = original
         fields = _with_share(fields, rope, rotated, size, stated)
     fields = {**family.unstated(_open(fields, stated)), **fields, "dtype": dtype}
-    return Restored(family, {"architectures": [_class_name(family)], **fields}, rope)
+    return Restored(family, {"architectures": [declared(family.model_type).model], **fields}, rope)
 
 
 def _family(stated: Stated) -> Family:
@@ -122,7 +124,9 @@ def _with_share(fields: dict[str, Any], rope: RopeScaling, rotated: int, size: i
 
 
 def _open(fields: Mapping[str, Any], stated: Stated) -> Config:
-    """Open a config with transformers, which knows each family's defaults."""
+    """Open a config with its family's defaults, by transformers where anything is unusual."""
+    if plain := open_plain(fields):
+        return plain
     from transformers import AutoConfig
 
     try:
@@ -135,13 +139,6 @@ def _open(fields: Mapping[str, Any], stated: Stated) -> Config:
             "pi-gguf inspect shows what the file states",
         ) from error
     return config
-
-
-def _class_name(family: Family) -> str:
-    """Return transformers' name of the model's class."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type])
 
 
 def check_config(checkpoint: Checkpoint, restored: Restored, stated: Stated) -> None:

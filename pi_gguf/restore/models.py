@@ -18,11 +18,12 @@ from pi_gguf.restore.opened import open_file
 from pi_gguf.restore.unpack import restore
 
 
-def as_folder(model: str, *, weights: bool = True) -> str:
+def as_folder(model: str, *, weights: bool = True, tokenizer: bool = True) -> str:
     """Return MODEL, of a GGUF file a folder that was made of it.
 
     Args:
-        weights: write them too; without them there is enough to plan with.
+        weights: write them too.
+        tokenizer: write and prove it too; without both there is enough to plan with.
 
     Raises:
         GgufError: the file, or a part of it, is missing or damaged.
@@ -40,7 +41,7 @@ def as_folder(model: str, *, weights: bool = True) -> str:
         raise OptionError(f"{path}: a GGUF file is not unpacked on the way by {why}", by_hand)
     parts = complete(path).paths
     states = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in (part.stat() for part in parts)]
-    mark = f"{parts[0].resolve()} {states} {weights}"
+    mark = f"{parts[0].resolve()} {states} {weights} {tokenizer}"
     folder = cache / "unpacked" / hashlib.sha256(mark.encode()).hexdigest()[:16] / parts[0].stem
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def as_folder(model: str, *, weights: bool = True) -> str:
             if weights:
                 say(f"{path} was unpacked before; {folder} is used")
             return str(folder)
-        result = restore(open_file(path), folder, weights=weights)
+        result = restore(open_file(path), folder, weights=weights, tokenizer=tokenizer)
     if weights:
         say(
             f"{path} is unpacked into {folder} ({result.model_type}, {human_bytes(result.nbytes)} in {result.dtype}), "

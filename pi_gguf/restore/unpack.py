@@ -58,12 +58,15 @@ def unpack(source: str | Path, out_dir: str | Path, *, dtype: str | None = None,
     return restore(open_file(source), out_dir, dtype)
 
 
-def restore(opened: OpenedFile, out_dir: Path, dtype: str | None = None, *, weights: bool = True) -> Unpacked:
+def restore(
+    opened: OpenedFile, out_dir: Path, dtype: str | None = None, *, weights: bool = True, tokenizer: bool = True
+) -> Unpacked:
     """Write the folder of an opened file.
 
     Args:
         dtype: as `unpack` has it.
-        weights: write them too; without them there is enough to plan with.
+        weights: write them too.
+        tokenizer: write and prove it too; without both there is enough to plan with.
     """
     written = dtype or _usual_dtype(opened)
     tied = is_tied(opened)
@@ -77,11 +80,13 @@ def restore(opened: OpenedFile, out_dir: Path, dtype: str | None = None, *, weig
         partial.mkdir()
         fields = {**restored.fields, **special_ids(vocabulary)}
         (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
-        write_tokenizer(partial, vocabulary, restored.rope.max_position_embeddings)
-        planned = load_checkpoint(str(partial))
+        if tokenizer:
+            write_tokenizer(partial, vocabulary, restored.rope.max_position_embeddings)
+        planned = load_checkpoint(str(partial), plain=not (weights or tokenizer))
         check_config(planned, restored, opened.stated)
         sources = plan_sources(planned, opened)
-        check_tokenizer(planned, vocabulary)
+        if tokenizer:
+            check_tokenizer(planned, vocabulary)
         if weights:
             write_shards(partial, planned, sources, written)
             load_checkpoint(str(partial)).tensors  # noqa: B018  all are there, by their shapes

@@ -93,7 +93,7 @@ def plan_sources(checkpoint: Checkpoint, opened: OpenedFile) -> list[Source]:
     for place in places(checkpoint, shapes):
         slabs = _slabs(place, checkpoint, opened)
         used |= {slab.tensor.name for slab in slabs}
-        _check_shape(place, slabs, [shapes[name] for name in place.names], checkpoint, opened)
+        _check_shape(place, slabs, [shapes[name] for name in place.names], opened)
         for i, name in enumerate(place.names):
             if not place.stacked or place.transform:
                 sources.append(Source(name, shapes[name], slabs, place, i if place.stacked else None))
@@ -127,21 +127,14 @@ def _slabs(place: Place, checkpoint: Checkpoint, opened: OpenedFile) -> list[Sla
     raise GgufError(f"{opened.path}: {place.written} is missing", "copy the file again, or take another of the model")
 
 
-def _check_shape(
-    place: Place, slabs: Sequence[Slab], shapes: Sequence[tuple[int, ...]], checkpoint: Checkpoint, opened: OpenedFile
-) -> None:
-    """Check that the file's tensor is what the checkpoint's become, sides of 1 apart."""
-    import torch
-
-    parts = [torch.empty(shape, device="meta") for shape in shapes]
-    tensor = torch.stack(parts) if place.stacked else parts[0]
-    if place.transform:
-        tensor = place.transform(tensor, checkpoint.hf_config)
+def _check_shape(place: Place, slabs: Sequence[Slab], shapes: Sequence[tuple[int, ...]], opened: OpenedFile) -> None:
+    """Check that the file's tensor is what the checkpoint's become, sides of 1 apart; a `Transform` keeps shapes."""
+    shape = (len(shapes), *shapes[0]) if place.stacked else shapes[0]
     there = (sum(slab.count for slab in slabs), *slabs[0].tensor.shape[1:])
     rest = {slab.tensor.shape[1:] for slab in slabs}
-    if len(rest) > 1 or [side for side in there if side > 1] != [side for side in tensor.shape if side > 1]:
+    if len(rest) > 1 or [side for side in there if side > 1] != [side for side in shape if side > 1]:
         raise GgufError(
-            f"{opened.path}: {place.written} must have shape {list(tensor.shape)} by its keys, got {list(there)}",
+            f"{opened.path}: {place.written} must have shape {list(shape)} by its keys, got {list(there)}",
             "copy the file again, or take another of the model",
         )
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import Machine
 from pi_gguf.tune import tiles
-from pi_gguf.tune.lora import parts
 from pi_gguf.tune.losses import loss_is_chunked
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import Spread
@@ -23,7 +22,7 @@ def trained_parameters(checkpoint: Checkpoint, training: TrainingPlan) -> int:
     """Return how many parameters are trained."""
     if training.train == "full":
         return checkpoint.n_parameters()
-    return parts(checkpoint.skeleton).trained(training.lora_rank)
+    return checkpoint.adapted.trained(training.lora_rank)
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def memory_of_windows(
         activations = ACTIVATIONS[-1 if machine.device == "cuda" else -2]
     tokens = -(-tokens // (spread.cp_size * spread.sp_size))
     hidden = tokens * checkpoint.hidden_size
-    inner = checkpoint.hf_config.intermediate_size
+    inner = checkpoint.family.keys(checkpoint.hf_config)["feed_forward_length"]
     tile = min(tokens, tiles.TILE if activations.tiled else tokens)
     kv = checkpoint.n_kv_heads / checkpoint.n_heads
     layer = (26 + 4 * kv) * hidden + tile * (4 * checkpoint.hidden_size + 8 * inner)
@@ -160,7 +159,7 @@ def _weights(checkpoint: Checkpoint, train: str, rank: int, machine: Machine) ->
     n = checkpoint.n_parameters()
     if train == "full":
         return n, 0.0
-    found = parts(checkpoint.skeleton)
+    found = checkpoint.adapted
     frozen: float = n * _frozen_bytes(machine)
     if train == "qlora":
         frozen = 2 * n - (2 - _NF4_BYTES) * found.linear_parameters

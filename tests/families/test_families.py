@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from typing import Any
 
 import pytest
 from helpers import tensors
 from safetensors.torch import load_file, save_file
-from small_families import SHAPES, VARIANTS, WINDOW, make_model
+from small_families import SEEDS, SHAPES, VARIANTS, WINDOW, make_model, odd_shape
 
 import pi_gguf
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
@@ -44,71 +43,6 @@ def test_a_family_computes_what_transformers_computes(variant, tmp_path):
         scaled = pi_gguf.convert(str(folder), tmp_path / "scaled.gguf", quant="F32", context=4 * window, steps=0)
         assert scaled.checks[0].kl_divergence < KL_LIMIT.get(family, 1e-6)
         assert read_gguf(tmp_path / "scaled.gguf").rope.factor == 4
-
-
-FREE_HEADS = {
-    "llama",
-    "mistral",
-    "mixtral",
-    "qwen3",
-    "qwen3_moe",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "smollm3",
-    "glm4",
-}
-ALWAYS_TIED = {"gemma", "gemma2", "cohere"}
-BIASES = {
-    "llama": ("attention_bias", "mlp_bias"), "granite": ("attention_bias", "mlp_bias"), "glm4": ("attention_bias",),
-    "nemotron": ("attention_bias", "mlp_bias"), "stablelm": ("use_qkv_bias",), "qwen2_moe": ("qkv_bias",),
-}  # fmt: skip
-SHARES = {
-    "phi": (0.5, 0.75),
-    "phi3": (1.0, 0.5),
-    "gpt_neox": (0.25, 1.0),
-    "stablelm": (0.25, 0.5),
-    "nemotron": (0.5, 1.0),
-}
-SEEDS = (1, 2)
-
-
-def odd_shape(family: str, seed: int) -> dict[str, Any]:
-    """Return sizes that no real model has, at random: what a family allows of ties, biases, heads, experts, shares."""
-    draw = random.Random(f"{family} {seed}")
-    heads, size = draw.choice([2, 3, 5, 6]), draw.choice([16, 24, 40])
-    groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
-    tied = True if family in ALWAYS_TIED else draw.random() < 0.5
-    if family == "mpt":
-        return {"d_model": heads * 16, "n_heads": heads, "n_layers": 2, "tie_word_embeddings": tied}
-    if family == "bloom":
-        return {"hidden_size": heads * size, "n_head": heads, "n_layer": 2, "tie_word_embeddings": tied}
-    shape: dict[str, Any] = {
-        "hidden_size": heads * size, "num_attention_heads": heads, "num_key_value_heads": groups,
-        "num_hidden_layers": draw.choice([1, 2, 3]), "intermediate_size": draw.choice([50, 77, 131]),
-        "tie_word_embeddings": tied, "head_dim": None,
-    }  # fmt: skip
-    if family in FREE_HEADS:
-        shape |= {"head_dim": size, "hidden_size": heads * draw.choice([12, 20, 28]), "query_pre_attn_scalar": size}
-    if family in ("olmoe", "gpt_neox", "falcon"):
-        shape["num_key_value_heads"] = None if family != "olmoe" else heads
-    if family == "falcon":
-        split = {"new_decoder_architecture": True, "num_kv_heads": groups}
-        shape |= draw.choice([split, {"multi_query": False}, {"ffn_hidden_size": 100}])
-    if family in ("gemma2", "gemma3_text"):
-        shape["sliding_window"] = draw.choice([1, 33, 2000])
-    if "experts" in str(SHAPES[family]):
-        experts = draw.choice([3, 5, 6])
-        shape |= {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": draw.randint(1, experts)}
-        inner = draw.choice([36, 44])  # torch multiplies rows of whole 16 bytes only
-        shape |= {"intermediate_size": inner, "moe_intermediate_size": inner, "shared_expert_intermediate_size": 52}
-    for bias in BIASES.get(family, ()):
-        shape[bias] = draw.random() < 0.5
-    if family in SHARES:
-        share = draw.choice(SHARES[family])
-        shape["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": share}
-    return shape
 
 
 def test_every_family_has_odd_shapes_and_all_kinds_of_them_are_drawn():

@@ -91,7 +91,12 @@ def test_quantize_writes_any_type_llama_cpp_has(llama, tmp_path):
 
 def test_a_model_is_opened_once_and_then_the_folder_it_became(llama, tmp_path, monkeypatch):
     opened, read = [], checkpoint_module.read_config
-    monkeypatch.setattr(checkpoint_module, "read_config", lambda path: opened.append(path.name) or read(path))
+
+    def watched(path, **how):
+        opened.append(path.name)
+        return read(path, **how)
+
+    monkeypatch.setattr(checkpoint_module, "read_config", watched)
     text = tmp_path / "text.txt"
     text.write_text("The captain went on board. " * 200)
     options = {"context": 16 * WINDOW, "method": "ntk", "quant": "F32", "certify": False, "device": "cpu"}

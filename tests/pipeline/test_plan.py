@@ -1,0 +1,126 @@
+"""A plan reads no more than it needs: no torch, no transformers; and says what it says with them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import make_llama
+from safetensors.torch import load_file, save_file
+from small_families import SHAPES, make_config
+
+import pi_gguf
+from pi_gguf.checkpoint import config as configs
+from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.common import machine
+from pi_gguf.errors import CheckpointError, PiGgufError
+from pi_gguf.families import FAMILIES
+
+HEAVY = ("torch", "transformers", "scipy", "sympy", "datasets", "matplotlib", "pandas", "pyarrow", "huggingface_hub")
+PLANNED = "pi_gguf.plan(sys.argv[1], context=1024, device=sys.argv[2], train=sys.argv[3]).training.tokens"
+
+
+def heavy_after(code, *arguments):
+    """Return what is loaded after a line of Python, in a process of its own."""
+    program = f"import sys, pi_gguf\nassert {code}\nprint([name for name in {HEAVY} if name in sys.modules])"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_is_planned_and_inspected_without_what_trains(tied, tmp_path):
+    folder = make_llama(tmp_path / "model", tie_word_embeddings=tied)
+    for train in ("full", "lora"):
+        assert heavy_after(PLANNED, folder, "cpu", train) == "[]"
+    assert heavy_after("pi_gguf.inspect(sys.argv[1]).tensors", folder) == "[]"
+
+
+def test_a_file_is_planned_without_what_trains_the_first_time_and_the_next(f32_gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):  # it is at another window already, which a folder of ours spells in two ways
+        assert heavy_after(PLANNED, f32_gguf, "cpu", "full") == "[]"
+
+
+def test_what_is_not_as_usual_is_left_to_transformers(tmp_path, capfd):
+    folder = make_llama(tmp_path / "model", tie_word_embeddings=True)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for change, tied in (({}, True), ({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, False)):
+        save_file({**tensors, **change}, path, {"format": "pt"})
+        checkpoint = load_checkpoint(str(folder), config_only=True)
+        assert checkpoint.configuration.is_plain and checkpoint.tied == tied
+        assert ("skeleton" in vars(checkpoint)) == bool(change)
+        assert {*checkpoint.tensors} == {*tensors, *change}
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert pi_gguf.inspect(folder).quantization == "F32"
+    assert "says the weights are quantized, but they are not" in capfd.readouterr().err
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, tensor, said in (
+        ("model.norm.bias", tensors["model.norm.weight"].clone(), r"model\.norm\.bias is not part of a llama model"),
+        ("model.norm.weight", tensors["model.norm.weight"].to(torch.int16), "must be F32, F16 or BF16, got I16"),
+        ("model.norm.weight", tensors["model.norm.weight"][:9].clone(), r"must have shape \[64\] by config.json"),
+    ):
+        save_file({**tensors, name: tensor}, path, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=said):
+            pi_gguf.inspect(folder)
+    model = load_checkpoint(str(folder), config_only=True).extended(1024)
+    assert model._scaled_config().rope_parameters["factor"] == 16 and model.skeleton.num_parameters() > 0
+
+
+def test_without_a_driver_no_gpu_is_looked_for(monkeypatch):
+    monkeypatch.setattr(machine, "_has_driver", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it fails
+    assert machine.torch_device("auto") == "cpu"
+    monkeypatch.setattr(machine, "fast_bf16", lambda device: False)
+    machine.operations_a_second.cache_clear()
+    assert machine.operations_a_second("cpu") > 1e8
+
+
+SCALED = {
+    "": {},
+    "linear": {"type": "linear", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 160},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 160},
+    "longrope": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 160},
+}  # fmt: skip
+
+
+def outcome(folder, options):
+    """Return what is planned, but for a measured speed, or why nothing is."""
+    try:
+        plan = pi_gguf.plan(str(folder), device="cpu", **options).to_json()
+    except PiGgufError as error:
+        return str(error)
+    del plan["training_seconds"]
+    return plan
+
+
+def scalings(family):
+    """Return the scalings that a config of a family may have in transformers."""
+    if FAMILIES[family].alibi or family == "gemma3_text":
+        return [""]
+    return ["", "longrope"] if family == "phi3" else [name for name in SCALED if name != "longrope"]
+
+
+@pytest.mark.parametrize(("family", "scaling"), [(family, one) for family in SHAPES for one in scalings(family)])
+def test_a_plan_is_the_same_as_with_transformers(family, scaling, tmp_path, monkeypatch):
+    rotated = not FAMILIES[family].alibi
+    fields = json.loads(make_config(family, {}).to_json_string())
+    if scaling:
+        rope = SCALED[scaling]
+        if scaling == "longrope":
+            rope = {**rope, "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0] * 8}
+        share = {n: v for n, v in fields.pop("rope_parameters").items() if n != "rope_type"}
+        fields["rope_scaling"] = {**rope, **share}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    options = [{}, *([{"context": 2560}, {"context": 2560, "train": "lora"}] if rotated else [])]
+    ours = [outcome(tmp_path, one) for one in options]
+    monkeypatch.setattr(configs, "open_plain", lambda fields: None)
+    assert ours == [outcome(tmp_path, one) for one in options]
+    assert all(isinstance(one, dict) for one in ours) or (scaling and scaling not in ("linear", "longrope"))
