@@ -37,7 +37,7 @@ def show_plan(plan: Any) -> str:
         *((f"KV cache at {plan.context}, {name}", human_bytes(n)) for name, n in plan.kv_cache_bytes.items()),
     ]
     table = text_table("", (), rows, numbers=False)
-    return f"{table}\n{_next_of_plan(plan)}" if plan.elsewhere else table
+    return f"{table}\n{_next_of_plan(plan)}"
 
 
 def _time_and_memory(plan: Any) -> list[tuple[str, str]]:
@@ -65,10 +65,17 @@ def _time_and_memory(plan: Any) -> list[tuple[str, str]]:
 
 
 def _next_of_plan(plan: Any) -> str:
-    """Return the command that starts what was planned for another machine."""
+    """Return the command that does what was planned; of what takes too long here, what else there is."""
     there = plan.elsewhere
-    each = " on each machine, FIRST being the name of the first" if there.nodes > 1 else " there"
-    return f"next{each}: {there.command}"
+    where = "" if there is None else " there"
+    if there and there.nodes > 1:
+        where = " on each machine, FIRST being the name of the first"
+    if there or plan.training_seconds < 86400:
+        return f"next{where}: {plan.command}"
+    lines = [f"next, on a card: pi-gguf plan {plan.model} --context {plan.context} --on 4090"]
+    if plan.start:
+        lines.append(f"or an hour here, which is a start: {plan.start}")
+    return "\n".join([*lines, f"or all of it here: {plan.command}"])
 
 
 def _mix_text(training: Any) -> str:

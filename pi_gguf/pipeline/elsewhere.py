@@ -48,7 +48,6 @@ class Elsewhere:
         tokens_a_second: all cards together.
         share: of the cards' dense rate in bf16 that is assumed.
         share_source: where that comes from.
-        command: that starts it, the same on each machine.
     """
 
     machine: str
@@ -64,12 +63,11 @@ class Elsewhere:
     tokens_a_second: float
     share: float
     share_source: str
-    command: str
 
 
 def placed(
     checkpoint: Checkpoint, training: TrainingPlan, spread: Spread, activations: Activations, machine: Machine,
-    seconds: float, command: str,
+    seconds: float,
 ) -> Elsewhere:  # fmt: skip
     """Return how a planned run is placed on a machine of `Machine.elsewhere`."""
     assert machine.card
@@ -92,7 +90,6 @@ def placed(
         tokens_a_second=training.tokens / seconds,
         share=machine.card.share,
         share_source=machine.card.share_source,
-        command=command,
     )
 
 
@@ -118,6 +115,12 @@ def start_command(
     if spread.cp_size > 1:
         options = replace(options, cp_size=spread.cp_size)
     return before + shlex.join([*words, *_given(tune), *_given(options)])
+
+
+def convert_command(model: str, context: int | None, quant: str) -> str:
+    """Return the command that writes a file without training."""
+    scaled = [] if context is None else ["--context", str(context), "--steps", "0"]
+    return shlex.join(["pi-gguf", "convert", model, f"{_name(model)}-{quant}.gguf", *scaled, "--quant", quant])
 
 
 def _name(model: str) -> str:

@@ -7,7 +7,7 @@ of a quantization, which llama.cpp decides tensor by tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Unpack
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
@@ -16,7 +16,7 @@ from pi_gguf.common.options import flat, take
 from pi_gguf.errors import OptionError
 from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
 from pi_gguf.llamacpp.quantizer import spelled
-from pi_gguf.pipeline.elsewhere import Elsewhere, placed, start_command, too_large
+from pi_gguf.pipeline.elsewhere import Elsewhere, convert_command, placed, start_command, too_large
 from pi_gguf.pipeline.speed import train_operations, training_seconds
 from pi_gguf.restore.models import as_folder
 from pi_gguf.texts import shares
@@ -32,6 +32,12 @@ BITS_PER_WEIGHT = {
 }  # fmt: skip
 """Mean bits a weight of a file of this type, about; the mixtures as for an 8-billion-parameter Llama."""
 
+
+_A_DAY = 86400.0
+
+_START_WINDOW, _START_RATE, _START_TOKENS = 1024, 3e-4, 100_000
+"""What a CPU trains in an hour: short sequences, few tokens a step at a high rate, by which SmolLM2 learned fastest
+(docs/log.md), and how many tokens there must be at least."""
 
 _READING = 0.9
 """Time of an operation in reading by its time in training as planned: small models in windows of 2048 to 32768 read
@@ -62,6 +68,10 @@ class Plan:
     loss: str
     elsewhere: Elsewhere | None = None
     """How it runs on the machine of `on`; None of this machine."""
+    command: str = ""
+    """What does it."""
+    start: str = ""
+    """What this machine can do of it in an hour, where the whole takes more than a day and an hour is worth it."""
 
     def to_json(self) -> dict[str, Any]:
         tokens = {"tokens": self.training.tokens} if self.training else {}
@@ -107,6 +117,7 @@ def plan(
         checkpoint = checkpoint.extended(context, tune.method)
     rope = checkpoint.rope
     training, seconds, memory, activations, elsewhere = None, 0.0, 0, ACTIVATIONS[0], None
+    command, start = convert_command(model, context, known), ""
     n = checkpoint.n_parameters()
     if context is not None and tune.steps:
         training, spread = plan_run(checkpoint, tune, spread_options, machine)
@@ -115,8 +126,10 @@ def plan(
             raise too_large(checkpoint, training, memory, tune, spread_options, machine)
         seconds = training_seconds(checkpoint, training, machine, spread)
         if machine.card:
-            command = start_command(model, context, tune, spread_options, training, spread, machine)
-            elsewhere = placed(checkpoint, training, spread, activations, machine, seconds, command)
+            elsewhere = placed(checkpoint, training, spread, activations, machine, seconds)
+        command = start_command(model, context, tune, spread_options, training, spread, machine)
+        if machine.card is None and seconds > _A_DAY:
+            start = _start(model, context, checkpoint, tune, machine)
     output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
     unquantized = 0 if known in ("F32", "F16", "BF16") else 4 * n
@@ -139,7 +152,21 @@ def plan(
         data=shares(tune.data),
         loss=tune.loss,
         elsewhere=elsewhere,
+        command=command,
+        start=start,
     )
+
+
+def _start(model: str, context: int, checkpoint: Checkpoint, tune: TuneOptions, machine: Machine) -> str:
+    """Return the command of what this machine trains in an hour; nothing where that is too little to be a start."""
+    window = min(_START_WINDOW, checkpoint.rope.original_max_position_embeddings)
+    tune = replace(tune, steps=1, train_window=window, batch_tokens=2 * window, learning_rate=_START_RATE, mix=None,
+                   schedule="decay", factor_warmup=0, attention=TuneOptions.attention)  # fmt: skip
+    training, spread = plan_run(checkpoint, tune, SpreadOptions(), machine)
+    steps = int(3600 / training_seconds(checkpoint, training, machine, spread))
+    if steps * training.tokens < _START_TOKENS:
+        return ""
+    return start_command(model, context, replace(tune, steps=steps), SpreadOptions(), training, spread, machine)
 
 
 def _cache_sizes(checkpoint: Checkpoint) -> dict[str, int]:

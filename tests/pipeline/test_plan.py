@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from small_families import SHAPES, make_config
 import pi_gguf
 from pi_gguf.checkpoint import config as configs
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
+from pi_gguf.cli.make import show_plan
 from pi_gguf.common import machine
 from pi_gguf.errors import CheckpointError, PiGgufError
 from pi_gguf.families import FAMILIES
@@ -72,6 +74,43 @@ def test_what_is_not_as_usual_is_left_to_transformers(tmp_path, capfd):
     assert model._scaled_config().rope_parameters["factor"] == 16 and model.skeleton.num_parameters() > 0
 
 
+SMALL = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+LARGE = {**SMALL, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def planned(folder, config, **options):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return pi_gguf.plan(str(folder), context=32768, device="cpu", **options)
+
+
+def test_what_takes_days_here_has_a_start_of_an_hour_or_a_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "operations_a_second", lambda device: 1e11)
+    plan = planned(tmp_path / "small", SMALL)
+    assert plan.training_seconds > 86400
+    words = shlex.split(plan.start)
+    options = dict(zip((word[2:].replace("-", "_") for word in words[4::2]), words[5::2], strict=True))
+    assert words[:3] == ["pi-gguf", "extend", str(tmp_path / "small")] and options.pop("context") == "32768"
+    again = planned(
+        tmp_path / "small", SMALL, steps=int(options.pop("steps")), train_window=int(options.pop("train_window")),
+        batch_tokens=int(options.pop("batch_tokens")), learning_rate=float(options.pop("learning_rate")), **options,
+    )  # fmt: skip
+    assert 3400 < again.training_seconds <= 3600 and not again.start
+    assert plan.start in show_plan(plan) and "--on 4090" in show_plan(plan)
+    assert show_plan(again).endswith(f"\nnext: {again.command}")
+    assert planned(tmp_path / "large", LARGE).start == "", "too slow for an hour to be a start"
+
+
+def test_what_is_not_trained_is_converted_next(tmp_path):
+    plan = planned(tmp_path / "small", SMALL, steps=0, quant="q8_0")
+    expected = ["pi-gguf", "convert", str(tmp_path / "small"), "small-Q8_0.gguf", "--context", "32768", "--steps", "0"]
+    assert shlex.split(plan.command) == [*expected, "--quant", "Q8_0"]
+    assert show_plan(plan).endswith(f"\nnext: {plan.command}")
+
+
 def test_without_a_driver_no_gpu_is_looked_for(monkeypatch):
     monkeypatch.setattr(machine, "_has_driver", lambda: False)
     monkeypatch.setitem(sys.modules, "torch", None)  # an import of it fails
@@ -97,7 +136,7 @@ def outcome(folder, options):
         plan = pi_gguf.plan(str(folder), device="cpu", **options).to_json()
     except PiGgufError as error:
         return str(error)
-    del plan["training_seconds"]
+    del plan["training_seconds"], plan["start"]
     return plan
 
 

@@ -95,7 +95,7 @@ def test_on_is_for_a_fine_tune_elsewhere(seven):
 
 def test_the_command_names_folders_that_can_be(place, seven, tiny_gguf, monkeypatch):
     def words(model: str, cards: str, context: int) -> list[str]:
-        return shlex.split(plan(model, on=cards, context=context, train="auto").elsewhere.command)
+        return shlex.split(plan(model, on=cards, context=context, train="auto").command)
 
     monkeypatch.chdir(seven)
     assert words(".", "H100", 32768)[2:4] == [".", f"{Path(seven).name}-32k"]
@@ -150,10 +150,10 @@ def test_as_few_cards_share_a_sequence_as_it_needs(place):
     checkpoint, machine = load_checkpoint(model, config_only=True), Machine.elsewhere("8xH100")
     needs = {n: memory_of_windows(checkpoint, window, "full", 16, machine, Spread(8, True, n)) for n in (1, 2, 4, 8)}
     fitting = [n for n, need in needs.items() if need <= machine.free_bytes]
-    assert found.elsewhere.cp_size == fitting[0] > 1 and f"--cp-size {fitting[0]}" in found.elsewhere.command
+    assert found.elsewhere.cp_size == fitting[0] > 1 and f"--cp-size {fitting[0]}" in found.command
     assert found.training.accumulation == 8 // fitting[0], "a micro-batch for each group of cards"
     short = plan(model, context=window, on="8xH100", train_window=8192)
-    assert short.elsewhere.cp_size == 1 and "--cp-size" not in short.elsewhere.command
+    assert short.elsewhere.cp_size == 1 and "--cp-size" not in short.command
 
 
 @pytest.mark.parametrize(("cards", "start"), [
@@ -166,7 +166,7 @@ def test_the_command_takes_what_was_planned(cards, start, seven):
         "context": 16384, "train_window": "2048x10,16384", "steps": 20, "learning_rate": 1e-5, "longest_first": True,
         "data": ["my books", "chats.jsonl:0.3"],
     }  # fmt: skip
-    command = plan(seven, on=cards, train="auto", fsdp=False, **options).elsewhere.command
+    command = plan(seven, on=cards, train="auto", fsdp=False, **options).command
     assert command.startswith(start)
     words = shlex.split(command)
     taken = _COMMANDS["extend"][1]().make_context("extend", words[words.index("extend") + 1 :]).params
