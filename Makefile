@@ -17,7 +17,7 @@ test: .venv/installed-dev
 	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow"
 
 test-all: .venv/installed-dev
-	$(BIN)/pytest -q -n auto --dist loadfile
+	$(BIN)/pytest -q -n auto --dist loadfile --durations=25
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
