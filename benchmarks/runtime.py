@@ -4,7 +4,7 @@ In: GGUF files. Out: `benchmarks/runtime.json`, for each file: tokens/s read and
 us, by llama-cpp-python's `generate`, and by a bare loop of `llama_decode` and a greedy sampler, in turn, medians and
 the best (all must write the same tokens); seconds to the first token of an answer about a document, of the first
 question, of a second one, and in a new process; seconds to bring back what was kept against reading its file once, both
-from memory; and tokens/s by type of the cache. Lengths that a file's window does not hold are left out.
+from memory. Lengths that a file's window does not hold are left out.
 
 Example (half an hour for two files; --toy is a trial of seconds):
     python benchmarks/runtime.py SmolLM2-135M-Instruct.Q4_1.gguf tiny-32k.gguf
@@ -38,8 +38,6 @@ from pi_gguf.runtime.sampling import Sampling  # noqa: E402
 from pi_gguf.runtime.states import States  # noqa: E402
 
 QUESTIONS = ("Who is the story about?", "Where does it take place?")
-CACHES = (("f16", "f16", False), ("q8_0", "f16", False), ("q8_0", "q8_0", True), ("f16", "f16", True))
-"""Types of K and V, and whether with flash attention."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +48,19 @@ class Size:
         lengths: of prompts, in tokens.
         tokens: written after each.
         rounds: times that each reads and writes; three times as often below 2048 tokens.
-        cache: tokens read with each type of cache.
         cpu: whether loops run in one thread and its CPU seconds count, as on a machine that others use too.
     """
 
     lengths: tuple[int, ...] = (512, 4096, 32768)
     tokens: int = 64
     rounds: int = 3
-    cache: int = 2048
     cpu: bool = False
 
     def open(self, path: Path, **options: Any) -> Model:
         return Model(path, n_threads=1 if self.cpu else None, **options)
 
 
-TOY = Size((64, 512), 4, 1, 64)
+TOY = Size((64, 512), 4, 1)
 
 _clock = time.perf_counter
 
@@ -251,25 +247,6 @@ def measure_document(path: Path, length: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_caches(path: Path, size: Size) -> dict[str, Any]:
-    """Return tokens/s read and written by types of K and V, medians over rounds in turn."""
-    runs: dict[str, list[Times]] = {}
-    for _ in range(size.rounds):
-        for type_k, type_v, flash in CACHES:
-            with size.open(path, n_ctx=2 * size.cache, type_k=type_k, type_v=type_v, flash_attn=flash) as model:
-                ids = novel_ids(model, size.cache)
-                run_alone(ours, model, ids[:32], 1)
-                name = f"K {type_k}, V {type_v}{', flash attention' if flash else ''}"
-                runs.setdefault(name, []).append(run_alone(ours, model, ids, size.tokens))
-    return {
-        name: {
-            "read": round(statistics.median(size.cache / run[0] for run in found), 1),
-            "write": round(statistics.median((len(run[2]) - 1) / run[1] for run in found), 1),
-        }
-        for name, found in runs.items()
-    }
-
-
 def measure(path: Path, size: Size, parts: list[str], found: dict[str, Any]) -> dict[str, Any]:
     """Return what was found before with these parts made anew."""
     with Model(path) as model:
@@ -283,9 +260,6 @@ def measure(path: Path, size: Size, parts: list[str], found: dict[str, Any]) -> 
     if "document" in parts:
         found["document"] = measure_document(path, lengths[-1], size.rounds)
         print(path.name, "document", {k: v for k, v in found["document"].items() if k != "runs"}, flush=True)
-    if "caches" in parts:
-        found["caches"] = measure_caches(path, size)
-        print(path.name, "caches", found["caches"], flush=True)
     return found
 
 
@@ -293,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     parser.add_argument("--toy", action="store_true", help="lengths of 64 and 512 tokens, once")
-    parser.add_argument("--parts", default="loops,document,caches", help="what is measured; others stay in --out")
+    parser.add_argument("--parts", default="loops,document", help="what is measured; others stay in --out")
     parser.add_argument("--lengths", help="of prompts, in tokens, e.g. 512,4096")
     parser.add_argument(
         "--cpu-time",

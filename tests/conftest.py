@@ -18,6 +18,11 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     places = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {places[int(worker.removeprefix("gw")) % len(places)]})
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in the background of a shell: tests and their children send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from helpers import make_llama
 
 from pi_gguf.common import progress

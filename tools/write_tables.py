@@ -191,14 +191,18 @@ def waits_table(record: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def caches_table(record: dict[str, Any]) -> str:
-    """Return tokens a second by types of the KV cache."""
-    rows = [
-        [file, name, f"{run['read']:,.0f}", f"{run['write']:,.0f}"]
-        for file, found in record["runtime"].items()
-        for name, run in found["caches"].items()
-    ]
-    return markdown_table(["file", "cache", "read", "write"], rows)
+def kv_table(record: dict[str, Any]) -> str:
+    """Return speed and quality by types of the KV cache, speeds also by those of f16."""
+    rows = []
+    for file, lengths in record["files"].items():
+        for length, found in lengths.items():
+            plain = found["K f16, V f16"]
+            for name, run in found.items():
+                speeds = [f"{run[what]:,.0f} ({run[what] / plain[what]:.2f})" for what in ("read", "write")]
+                keys = f"{run['passkeys']:.0%}" if "passkeys" in run else ""
+                size = f"{run['bytes'] / 2**20:,.0f}"
+                rows.append([file, f"{int(length):,}", name, size, *speeds, f"{run['perplexity']:.2f}", keys])
+    return markdown_table(["file", "tokens", "cache", "MiB", "read", "write", "perplexity", "passkeys"], rows)
 
 
 def clients_table(record: dict[str, Any]) -> str:
@@ -368,7 +372,7 @@ def planned_table(record: dict[str, Any]) -> str:
 _SEVERAL = {
     "paper": paper_table, "torchtitan": torchtitan_table, "unsloth": unsloth_table, "planned": planned_table,
     "training": training_table, "memory": memory_table, "kernels": kernels_table, "speed": speed_table,
-    "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "caches": caches_table,
+    "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "kv": kv_table,
     "clients": clients_table, "streams": streams_table, "served": served_table, "opens-in": opens_in_table,
     "scalings": scalings_table,
 }  # fmt: skip
