@@ -25,8 +25,9 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from runtime import novel_ids  # noqa: E402
+
 import pi_gguf  # noqa: E402
-from pi_gguf import bundled  # noqa: E402
 from pi_gguf.common.provenance import provenance  # noqa: E402
 from pi_gguf.gguf.file import read_gguf  # noqa: E402
 from pi_gguf.runtime.model import Model  # noqa: E402
@@ -47,11 +48,6 @@ Cache = tuple[str, str, bool]
 def named(cache: Cache) -> str:
     type_k, type_v, flash = cache
     return f"K {type_k}, V {type_v}{', flash attention' if flash else ''}"
-
-
-def novel_ids(model: Model, count: int) -> list[int]:
-    text = max(bundled.novels("heldout").values(), key=len)
-    return [*model.bos, *model.tokenize(text[: 8 * count], add_special=False)][:count]
 
 
 def run_once(path: Path, length: int, cache: Cache) -> dict[str, float]:

@@ -35,7 +35,7 @@ def model(tiny_gguf) -> Iterator[Model]:
 def engine(model) -> Iterator[Engine]:
     with Engine(model) as engine:
         yield engine
-    assert all(sequence.ids == [] for sequence in model.sequences)
+    assert all(sequence.ids == [] for sequence in model.sequences) and model.users == []
 
 
 async def events(engine: Engine, job: Job) -> list:
