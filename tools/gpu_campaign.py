@@ -106,17 +106,13 @@ def _base(device: str, scale: str, out: Path, seconds: int) -> list[str]:
 
 
 def _smollm2(device: str, scale: str, out: Path, seconds: int) -> list[str]:
-    model = join_model(ROOT / "build" / "gpu-model")
-    given = ["--gguf", str(model)] if model else []
-    return [
-        str(ROOT / "recipes/smollm2-32k/run.py"),
-        str(out / "smollm2"),
-        "--device",
-        device,
-        "--scale",
-        scale,
-        *given,
-    ]
+    given = [str(out / "smollm2"), "--device", device, "--scale", scale]
+    given += ["--jobs", str(max(1, min(14, (os.cpu_count() or 1) - 2)))]
+    if model := join_model(ROOT / "build" / "gpu-model"):
+        given += ["--gguf", str(model)]
+    if (ROOT / "build" / "squality").is_dir():
+        given += ["--squality", str(ROOT / "build" / "squality")]
+    return [str(ROOT / "recipes/smollm2-32k/run.py"), *given]
 
 
 METHODS = {
@@ -222,9 +218,9 @@ def unpack(folders: list[Path], site: Path) -> list[str]:
 
 
 def join_model(folder: Path) -> Path | None:
-    """Return the model of `recipes/smollm2-32k`, from the pieces beside a folder; None where they are not there."""
-    pieces = sorted(folder.parent.glob(f"{folder.name}-[12]/*.gguf.00[12]"))
-    if len(pieces) != 2:
+    """Return the model of `recipes/smollm2-32k`, from the pieces beside a folder; None where one of them is missing."""
+    pieces = sorted(folder.parent.glob(f"{folder.name}-*/*.gguf.*of*"))
+    if not pieces or not pieces[0].name.endswith(f".1of{len(pieces)}"):
         return None
     whole = folder / pieces[0].stem
     folder.mkdir(parents=True, exist_ok=True)

