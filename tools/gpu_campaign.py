@@ -110,8 +110,10 @@ def _smollm2(device: str, scale: str, out: Path, seconds: int) -> list[str]:
     given += ["--jobs", str(max(1, min(14, (os.cpu_count() or 1) - 2)))]
     if model := join_model(ROOT / "build" / "gpu-model"):
         given += ["--gguf", str(model)]
-    if (ROOT / "build" / "squality").is_dir():
-        given += ["--squality", str(ROOT / "build" / "squality")]
+    if (stories := ROOT / "build" / "squality").is_dir():
+        given += ["--squality", str(stories)]
+    if (reports := ROOT / "build" / "squality" / "reports.jsonl").is_file():
+        given += ["--reports", str(reports)]
     return [str(ROOT / "recipes/smollm2-32k/run.py"), *given]
 
 

