@@ -21,12 +21,13 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WHEELS = (
     "transformers", "gguf", "datasets", "dill", "multiprocess", "xxhash", "rouge-score", "nltk", "absl-py", "diskcache",
-    "sentencepiece",
+    "sentencepiece", "lm-eval",
 )  # fmt: skip
 """What images with torch for CUDA lack or have in other versions."""
 
@@ -68,17 +69,27 @@ def collect_wheel(requirement: str, folder: Path, python: str) -> None:
         pip("wheel", "--wheel-dir", str(folder), requirement)
 
 
-def strip_bitsandbytes(folder: Path) -> None:
-    """Leave out the libraries for other versions of CUDA."""
-    (wheel,) = folder.glob("bitsandbytes-*.whl")
+def strip(folder: Path, name: str, keeps: Callable[[str], bool]) -> None:
+    """Leave files out of a wheel."""
+    (wheel,) = folder.glob(f"{name}-*.whl")
     whole = wheel.with_suffix(".whole")
     wheel.rename(whole)
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as target:
         for item in source.infolist():
-            library = re.search(r"libbitsandbytes_(\w+)\.so$", item.filename)
-            if not library or library[1] in KEPT_LIBRARIES:
+            if keeps(item.filename):
                 target.writestr(item, source.read(item))
     whole.unlink()
+
+
+def is_library(path: str) -> bool:
+    """Tell whether a file of bitsandbytes is none for another version of CUDA."""
+    library = re.search(r"libbitsandbytes_(\w+)\.so$", path)
+    return not library or library[1] in KEPT_LIBRARIES
+
+
+def is_harness(path: str) -> bool:
+    """Tell whether a file of lm-evaluation-harness is none of its tasks; the one that the recipe takes is ours."""
+    return not re.match(r"lm_eval/tasks/[^/]+/", path)
 
 
 def collect_source(version: str, folder: Path) -> None:
@@ -148,7 +159,8 @@ def main() -> None:
     for requirement in [*(f"{name}=={versions[name]}" for name in WHEELS), BITSANDBYTES]:
         print(f"wheel {requirement}", flush=True)
         collect_wheel(requirement, args.out, args.python)
-    strip_bitsandbytes(args.out)
+    strip(args.out, "bitsandbytes", is_library)
+    strip(args.out, "lm_eval", is_harness)
     print(f"source {SOURCE} {versions[SOURCE]}", flush=True)
     collect_source(versions[SOURCE], args.out)
     bundle, tree = size(args.out) / 2**20, tree_size() / 2**20

@@ -236,13 +236,15 @@ class Checkpoint:
 
     @_of_files
     def _saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that transformers saves, tied or not."""
+        """Name and shape of every tensor that transformers saves, tied or not, in an order that is not its own."""
         if self.configuration.is_plain:
-            return LAYOUTS[self.family.model_type].shapes(self.hf_config)
-        from transformers.core_model_loading import revert_weight_conversion
+            shapes = LAYOUTS[self.family.model_type].shapes(self.hf_config)
+        else:
+            from transformers.core_model_loading import revert_weight_conversion
 
-        saved = revert_weight_conversion(self.skeleton, self.skeleton.state_dict())
-        return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+            saved = revert_weight_conversion(self.skeleton, self.skeleton.state_dict())
+            shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        return {name: shapes[name] for name in sorted(shapes, key=in_order)}
 
     @_of_files
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -445,7 +447,6 @@ class Checkpoint:
             CheckpointError: it does not open, or is code of the checkpoint's own, which is never run.
         """
         import transformers
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         for file in TOKENIZER_FILES:
             if (self.tokenizer_dir / file).exists():
@@ -459,7 +460,8 @@ class Checkpoint:
                 "remove auto_map if tokenizer.json alone gives the right tokens",
             )
         at_its_word = (self.tokenizer_dir / "tokenizer.json").exists() and not by_class
-        kind = PreTrainedTokenizerFast if at_its_word else AutoTokenizer
+        # AutoTokenizer imports torch and the model classes, which take seconds and are not needed here.
+        kind = transformers.PreTrainedTokenizerFast if at_its_word else transformers.AutoTokenizer
         try:
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(self.tokenizer_dir, trust_remote_code=False)
             tokenizer.model_max_length = sys.maxsize  # nothing is ever cut, whatever the file says
@@ -634,6 +636,11 @@ def _without_tokens(tokenizer: Any, ids: set[int]) -> PreTrainedTokenizerBase:
     replace_backend(tokenizer, type(tokenizer.backend_tokenizer).from_str(json.dumps(parsed)))
     opened: PreTrainedTokenizerBase = tokenizer
     return opened
+
+
+def in_order(name: str) -> list[tuple[bool, int, str]]:
+    """Return what sorts names of tensors by their parts, layer 10 behind layer 9."""
+    return [(part.isdigit(), int(part), "") if part.isdigit() else (False, 0, part) for part in name.split(".")]
 
 
 def _equal(one: TensorSource, other: TensorSource) -> bool:

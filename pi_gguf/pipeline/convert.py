@@ -145,7 +145,7 @@ def convert(
     if not dry_run and (rescaling := _rescaling(model, wanted, context)) is not None:
         return _rescale(rescaling, wanted, device, overwrite)
     with phase(f"open {model}"):
-        checkpoint = _open(model, wanted.write.lora, context, tune.method)
+        checkpoint = _open(model, wanted, context)
     with phase("plan the file"):
         planner = _Planner.of(model, checkpoint, wanted)
     fine_tune = context is not None and tune.steps != 0
@@ -232,6 +232,7 @@ class _Wanted:
         certify: whether figures are measured and stored in it.
         requirements: what these must be.
         matrix: importance of the weights.
+        dry_run: whether nothing is written.
     """
 
     out: Path
@@ -244,6 +245,7 @@ class _Wanted:
     certify: bool
     requirements: list[Requirement]
     matrix: ImportanceMatrix | None
+    dry_run: bool
 
 
 def _uncertified(out: Path) -> Path:
@@ -277,16 +279,21 @@ def _read_options(
         if requirements:
             check_writable(_uncertified(out), overwrite)
     matrix = read_imatrix(Path(write.imatrix)) if write.imatrix is not None else None
-    return _Wanted(out, tune, write, proof, quant, overrides, max_bytes, certify, requirements, matrix)
+    return _Wanted(out, tune, write, proof, quant, overrides, max_bytes, certify, requirements, matrix, dry_run)
 
 
-def _open(model: str, lora: Sequence[str], context: int | None, method: str) -> Checkpoint:
-    """Open a model with its adapters, extended to a window; every file is checked before long work."""
-    checkpoint = load_checkpoint(as_folder(model))
+def _open(model: str, wanted: _Wanted, context: int | None) -> Checkpoint:
+    """Open a model with its adapters, extended to a window; every file is checked before long work.
+
+    What is not fine-tuned, merged or checked against transformers is opened without it.
+    """
+    lora, trains = wanted.write.lora, context is not None and wanted.tune.steps != 0
+    alone = wanted.dry_run or (not trains and wanted.proof.check == "none" and not wanted.certify)
+    checkpoint = load_checkpoint(as_folder(model), plain=alone and not lora)
     if lora:
         checkpoint = with_adapters(checkpoint, lora)
     checkpoint.tensors  # noqa: B018
-    return checkpoint if context is None else checkpoint.extended(context, method)
+    return checkpoint if context is None else checkpoint.extended(context, wanted.tune.method)
 
 
 @dataclass(frozen=True)

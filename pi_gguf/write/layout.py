@@ -147,10 +147,9 @@ def plan_file(
         **model_metadata(checkpoint, finetuned=finetuned),
         **vocabulary,
     }
-    config_path = checkpoint.path / "config.json"
-    check_sizes(
-        checkpoint.skeleton, metadata, arch, tied=checkpoint.tied and not checkpoint.family.needs_head, path=config_path
-    )
+    if not checkpoint.configuration.is_plain:  # else the sizes are those of the tensors on disk
+        path, tied = checkpoint.path / "config.json", checkpoint.tied and not checkpoint.family.needs_head
+        check_sizes(checkpoint.skeleton, metadata, arch, tied=tied, path=path)
     outputs = _exact_outputs(checkpoint)
     outputs += [_divisors(*item) for item in checkpoint.rope.factor_tensors(arch, checkpoint.rotary_dim).items()]
     if quantization in UNQUANTIZED:
@@ -167,8 +166,6 @@ def plan_file(
 
 def _exact_outputs(checkpoint: Checkpoint) -> list[Output]:
     """Return the tensors of the GGUF file in their order, as F32."""
-    import torch
-
     family, config = checkpoint.family, checkpoint.hf_config
     tensors = dict(checkpoint.tensors)
     if family.needs_head:  # a copy of the embedding where that is the head
@@ -177,7 +174,7 @@ def _exact_outputs(checkpoint: Checkpoint) -> list[Output]:
     for place in places(checkpoint, tensors):
         make = maker(place.transform, config, stacked=place.stacked)
         sources = tuple(tensors[name] for name in place.names)
-        shape = tuple(make([torch.empty(source.shape, device="meta") for source in sources]).shape)
+        shape = (len(sources),) * place.stacked + tuple(sources[0].shape)  # a transform leaves it
         outputs.append(Output(place.written, shape, "F32", 4 * math.prod(shape), sources, make))
     return outputs
 

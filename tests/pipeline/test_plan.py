@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import make_llama
 from safetensors.torch import load_file, save_file
-from small_families import SHAPES, make_config
+from small_families import SHAPES, make_config, make_model
 
 import pi_gguf
 from pi_gguf.checkpoint import config as configs
@@ -20,6 +20,7 @@ from pi_gguf.cli.make import show_plan
 from pi_gguf.common import machine
 from pi_gguf.errors import CheckpointError, PiGgufError
 from pi_gguf.families import FAMILIES
+from pi_gguf.pipeline import convert as converting
 
 HEAVY = ("torch", "transformers", "scipy", "sympy", "datasets", "matplotlib", "pandas", "pyarrow", "huggingface_hub")
 PLANNED = "pi_gguf.plan(sys.argv[1], context=1024, device=sys.argv[2], train=sys.argv[3]).training.tokens"
@@ -44,6 +45,39 @@ def test_a_file_is_planned_without_what_trains_the_first_time_and_the_next(f32_g
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in range(2):  # it is at another window already, which a folder of ours spells in two ways
         assert heavy_after(PLANNED, f32_gguf, "cpu", "full") == "[]"
+
+
+def test_a_dry_run_needs_no_torch_and_a_file_that_is_not_checked_no_model_of_transformers(tmp_path):
+    folder = make_llama(tmp_path / "model")
+    wanted = (
+        "pi_gguf.convert(sys.argv[1], sys.argv[2], quant='F16', check='none', certify=False, "
+        "dry_run=sys.argv[3:] == ['dry']).nbytes"
+    )
+    assert (
+        heavy_after(wanted, folder, tmp_path / "x.gguf", "dry") == "['transformers', 'huggingface_hub']"
+    )  # a tokenizer's
+    loaded = "'transformers.models.llama.modeling_llama' in sys.modules"
+    assert (
+        heavy_after(f"{wanted} and not {loaded}", folder, tmp_path / "x.gguf")
+        == "['torch', 'transformers', 'huggingface_hub']"
+    )
+
+
+@pytest.mark.parametrize("family", sorted(SHAPES))
+def test_a_file_is_the_same_without_the_model_of_transformers(family, tmp_path, monkeypatch):
+    folder = make_model(tmp_path / "model", family, {})
+    options = {"quant": "F16", "check": "none", "certify": False}
+    opened = []
+
+    def thorough(*args, **kwargs):
+        opened.append(kwargs.pop("plain"))
+        return load_checkpoint(*args, **kwargs)
+
+    pi_gguf.convert(str(folder), tmp_path / "plain.gguf", **options)
+    monkeypatch.setattr(converting, "load_checkpoint", thorough)
+    pi_gguf.convert(str(folder), tmp_path / "thorough.gguf", **options)
+    assert opened == [True]
+    assert (tmp_path / "plain.gguf").read_bytes() == (tmp_path / "thorough.gguf").read_bytes()
 
 
 def test_what_is_not_as_usual_is_left_to_transformers(tmp_path, capfd):

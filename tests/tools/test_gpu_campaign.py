@@ -153,20 +153,33 @@ def test_versions_of_the_bundle_are_the_tested_ones():
     assert all(name in versions for name in (*gpu_bundle.WHEELS, gpu_bundle.SOURCE))
 
 
-def test_bitsandbytes_is_left_with_one_library(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bitsandbytes-1-py3-none-any.whl", "w") as wheel:
-        for name in (
-            "__init__.py",
-            "libbitsandbytes_cuda130.so",
-            "libbitsandbytes_cuda118.so",
-            "libbitsandbytes_cpu.so",
-        ):
-            wheel.writestr(f"bitsandbytes/{name}", name)
-    gpu_bundle.strip_bitsandbytes(tmp_path)
-    with zipfile.ZipFile(tmp_path / "bitsandbytes-1-py3-none-any.whl") as wheel:
-        names = [Path(name).name for name in wheel.namelist()]
-    assert names == ["__init__.py", "libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so"]
-    assert [path.name for path in tmp_path.iterdir()] == ["bitsandbytes-1-py3-none-any.whl"]
+LEFT = {
+    "bitsandbytes": (
+        gpu_bundle.is_library,
+        ["bitsandbytes/__init__.py", "bitsandbytes/libbitsandbytes_cuda130.so", "bitsandbytes/libbitsandbytes_cpu.so"],
+        ["bitsandbytes/libbitsandbytes_cuda118.so"],
+    ),
+    "lm_eval": (
+        gpu_bundle.is_harness,
+        ["lm_eval/tasks/__init__.py", "lm_eval/api/task.py"],
+        ["lm_eval/tasks/arc/arc.yaml"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_of_a_large_wheel_what_is_used_is_left(name, tmp_path):
+    keeps, kept, dropped = LEFT[name]
+    path = tmp_path / f"{name}-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for inside in (*dropped, *kept):
+            wheel.writestr(inside, inside)
+    gpu_bundle.strip(tmp_path, name, keeps)
+    with zipfile.ZipFile(path) as wheel:
+        assert {inside: wheel.read(inside).decode() for inside in wheel.namelist()} == {
+            inside: inside for inside in kept
+        }
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_command_that_compiles(tmp_path):
