@@ -84,7 +84,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        {"steps": 160, "train_window": 2048, "mix": 0.5, "batch_tokens": 65536, "learning_rate": 3e-4},
+        {"steps": 100, "train_window": 2048, "mix": 0.5, "batch_tokens": 65536, "learning_rate": 3e-4},
         ("linear", "ntk", "yarn"), (16, 8, 4, 2, 1), {"samples": 2}, {"distances": 16, "keys": 5}, {"depths": 10},
         {"items": 5}, {"documents": 10, "max_tokens": 400}, {"limit": 200},
     ),
