@@ -20,7 +20,12 @@ from pi_gguf.measure.results import PasskeyCell
 from pi_gguf.pipeline.demo import table_cells
 
 ROOT = Path(__file__).parent.parent
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/elsewhere.md", "recipes/gpu/README.md"))
+PAGES = tuple(
+    ROOT / name
+    for name in (
+        "README.md", "docs/results.md", "docs/elsewhere.md", "recipes/gpu/README.md", "recipes/smollm2-32k/README.md",
+    )
+)  # fmt: skip
 
 
 def benchmark_table(record: dict[str, Any]) -> str:
@@ -47,6 +52,25 @@ def report_table(record: dict[str, Any]) -> str:
         figures = [f"{row['perplexity']:.1f}" for row in record["perplexity"][name]]
         rows.append([name, *figures, f"{found} of {asked}", f"{reached:,}"])
     return markdown_table(["perplexity at", *windows, "passkeys", "k_max"], rows)
+
+
+def real_table(record: dict[str, Any], rows: tuple[str, ...] = ()) -> str:
+    """Return perplexity by window and k_max of `recipes/smollm2-32k`, of some rows or of all."""
+    windows = [row["window"] for row in next(iter(record["perplexity"].values()))["rows"]]
+    found = []
+    for name, one in record["perplexity"].items():
+        if not rows or name in rows:
+            measured = {row["window"]: row["perplexity"] for row in one["rows"]}
+            (reached,) = record["passkey"][name]["k_max"].values()
+            cells = [f"{measured[window]:,.2f}" if window in measured else "" for window in windows]
+            found.append([name, *cells, f"{reached:,}"])
+    return markdown_table(["perplexity at", *(f"{window:,}" for window in windows), "k_max"], found)
+
+
+def short_real_table(record: dict[str, Any]) -> str:
+    """Return the rows that the first page shows."""
+    shown = "base, no scaling", "PI untrained", "YaRN untrained", "PI trained", "YaRN trained", "PI trained, Q8_0"
+    return real_table(record, (*shown, "PI trained, Q4_K_M"))
 
 
 def methods_table(record: dict[str, Any]) -> str:
@@ -374,7 +398,7 @@ _SEVERAL = {
     "training": training_table, "memory": memory_table, "kernels": kernels_table, "speed": speed_table,
     "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "kv": kv_table,
     "clients": clients_table, "streams": streams_table, "served": served_table, "opens-in": opens_in_table,
-    "scalings": scalings_table,
+    "scalings": scalings_table, "short-real": short_real_table,
 }  # fmt: skip
 
 
@@ -386,6 +410,8 @@ def with_tables(text: str) -> str:
         record = json.loads((ROOT / path).read_text())
         if which:
             made = _SEVERAL[which](record)
+        elif "passkey" in record and "perplexity" in record:
+            made = real_table(record)
         elif "second_perplexity" in record:
             made = report_table(record)
         elif "settings" in record and "original_window" in record["settings"]:

@@ -73,6 +73,8 @@ def _next_of_plan(plan: Any) -> str:
     if there or plan.training_seconds < 86400:
         return f"next{where}: {plan.command}"
     lines = [f"next, on a card: pi-gguf plan {plan.model} --context {plan.context} --on 4090"]
+    if plan.untrained:
+        lines.append(f"or untrained, at once, at some cost in quality: {plan.untrained}")
     if plan.start:
         lines.append(f"or an hour here, which is a start: {plan.start}")
     return "\n".join([*lines, f"or all of it here: {plan.command}"])

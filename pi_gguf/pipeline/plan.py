@@ -19,6 +19,7 @@ from pi_gguf.llamacpp.quantizer import spelled
 from pi_gguf.pipeline.elsewhere import Elsewhere, convert_command, placed, start_command, too_large
 from pi_gguf.pipeline.speed import train_operations, training_seconds
 from pi_gguf.restore.models import as_folder
+from pi_gguf.scaling.methods import takes_yarn
 from pi_gguf.texts import shares
 from pi_gguf.tune.choose import plan_run
 from pi_gguf.tune.memory import ACTIVATIONS, fit_activations, training_disk_bytes
@@ -72,6 +73,9 @@ class Plan:
     """What does it."""
     start: str = ""
     """What this machine can do of it in an hour, where the whole takes more than a day and an hour is worth it."""
+    untrained: str = ""
+    """What writes a file without training, where the whole takes more than a day here: by YaRN, if the model takes it,
+    which loses little untrained (`recipes/smollm2-32k`)."""
 
     def to_json(self) -> dict[str, Any]:
         tokens = {"tokens": self.training.tokens} if self.training else {}
@@ -113,6 +117,7 @@ def plan(
             f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}",
             "convert --dry-run gives the exact size of any type, from the weights",
         )
+    own, untrained = checkpoint.rope, ""
     if context is not None:
         checkpoint = checkpoint.extended(context, tune.method)
     rope = checkpoint.rope
@@ -130,6 +135,8 @@ def plan(
         command = start_command(model, context, tune, spread_options, training, spread, machine)
         if machine.card is None and seconds > _A_DAY:
             start = _start(model, context, checkpoint, tune, machine)
+            if takes_yarn(own, context):
+                untrained = f"{convert_command(model, context, known)} --method yarn"
     output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
     unquantized = 0 if known in ("F32", "F16", "BF16") else 4 * n
@@ -154,6 +161,7 @@ def plan(
         elsewhere=elsewhere,
         command=command,
         start=start,
+        untrained=untrained,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
-from pi_gguf.errors import OptionError, UnsupportedError
+from pi_gguf.errors import OptionError, PiGgufError, UnsupportedError
 from pi_gguf.scaling.own import OwnScaling
 from pi_gguf.scaling.rope import NOPE_FACTOR, RopeScaling
 
@@ -103,6 +103,14 @@ class Yarn(Method):
             "truncate": True,
         }
         return replace(self._longer(rope, context), own=OwnScaling("yarn", fields))
+
+
+def takes_yarn(rope: RopeScaling, context: int) -> bool:
+    """Tell whether YaRN extends a model to a window."""
+    try:
+        return bool(Yarn().extended(rope, context, 2))
+    except PiGgufError:
+        return False
 
 
 class Unscaled(Method):

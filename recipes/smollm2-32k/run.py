@@ -141,7 +141,7 @@ class Recipe:
         self.out, self.scale, self.device, self.squality, self.reports = out, scale, device, squality, reports
         self._given = gguf
         self.heldout, self.training = out / "heldout", out / "training"
-        for name in ("results", "logs"):
+        for name in ("results", "kept", "logs"):
             (out / name).mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
@@ -230,8 +230,8 @@ class Recipe:
         """Where llama.cpp computes: it may be built for the CPU on a machine with a card."""
         return "cpu" if self.device == "cpu" else "auto"
 
-    def target(self, row: Row) -> tuple[str, dict[str, Any]]:
-        """Return a row's model, and how it is opened."""
+    def target(self, suite: str, row: Row) -> tuple[str, dict[str, Any]]:
+        """Return a row's model, and how it is opened for a suite."""
         device = self._llama_device if row.model.endswith(".gguf") else self.device
         scaled = {"context": self.context, "method": row.method} if row.method else {}
         return str(self.made(row.model)), {
@@ -245,38 +245,38 @@ class Recipe:
     def perplexity(self, row: Row) -> Any:
         options = dict(self.scale.perplexity)
         novels = sorted(self.heldout.glob("*.txt"))[: options.pop("documents", None)]
-        model, how = self.target(row)
+        model, how = self.target("perplexity", row)
         how |= {"text": [str(path) for path in novels], "windows": self.windows}
         return pi_gguf.evaluate_perplexity(model, **options, **how)
 
     def passkey(self, row: Row) -> Any:
-        model, how = self.target(row)
+        model, how = self.target("passkey", row)
         return pi_gguf.evaluate_passkey(model, growing=True, windows=[self.context], **self.scale.passkey, **how)
 
     def needle(self, row: Row) -> Any:
-        model, how = self.target(row)
+        model, how = self.target("needle", row)
         return pi_gguf.evaluate_needle(model, windows=self.windows, **self.scale.needle, **how)
 
     def ruler(self, row: Row) -> Any:
-        model, how = self.target(row)
+        model, how = self.target("ruler", row)
         return pi_gguf.evaluate_ruler(model, windows=self.windows, **self.scale.ruler, **how)
 
     def kl(self, row: Row) -> Any:
-        model, how = self.target(row)
+        model, how = self.target("kl", row)
         del how["keep"]
         return pi_gguf.evaluate_kl(model, against=str(self.made("linear")), window=self.context, **how)
 
     def summarize(self, row: Row) -> Any:
-        model, how = self.target(row)
+        model, how = self.target("summarize", row)
         data = str(self.path("summaries.jsonl")) if self.squality else None
         return pi_gguf.evaluate_summaries(model, data=data, **self.scale.summarize, **how)
 
     def report(self, row: Row) -> Any:
-        model, how = self.target(row)
+        model, how = self.target("reports", row)
         return pi_gguf.evaluate_summaries(model, data=str(self.reports), **self.scale.summarize, **how)
 
     def short(self, row: Row) -> Any:
-        model, how = self.target(row)
+        model, how = self.target("short", row)
         return pi_gguf.evaluate_short(model, tasks="next_sentence", max_length=self.original, **self.scale.short, **how)
 
     def measure(self, suite: str, row: Row) -> None:
@@ -474,11 +474,12 @@ def _main_table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    """Draw what was measured."""
-    if perplexity := results.get("perplexity"):
+    """Draw what was measured; the curves of folders alone, as those of their files lie on them."""
+    folders = {row.name for row in ROWS if not row.model.endswith(".gguf")}
+    if perplexity := {name: one for name, one in results.get("perplexity", {}).items() if name in folders}:
         curves = {name: PerplexityReport.from_json(_report(one)).rows for name, one in perplexity.items()}
         plot_perplexity(curves, folder / "perplexity.png", original=results["original"])
-    if passkey := results.get("passkey"):  # a line each in one picture
+    if passkey := {name: one for name, one in results.get("passkey", {}).items() if name in folders}:
         reports = {name: PasskeyReport.from_json(_report(one)) for name, one in passkey.items()}
         cells = [replace(cell, model=name) for name, report in reports.items() for cell in report.cells]
         plot_passkeys(PasskeyReport([*reports], cells, {}, growing=True), folder / "passkey.png")

@@ -136,6 +136,11 @@ def test_what_takes_days_here_has_a_start_of_an_hour_or_a_card(tmp_path, monkeyp
     assert plan.start in show_plan(plan) and "--on 4090" in show_plan(plan)
     assert show_plan(again).endswith(f"\nnext: {again.command}")
     assert planned(tmp_path / "large", LARGE).start == "", "too slow for an hour to be a start"
+    untrained = shlex.split(plan.untrained)
+    assert untrained[:3] == ["pi-gguf", "convert", str(tmp_path / "small")] and plan.untrained in show_plan(plan)
+    assert untrained[-6:] == ["--steps", "0", "--quant", "Q4_K_M", "--method", "yarn"]
+    scaled = planned(tmp_path / "scaled", {**SMALL, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert scaled.training_seconds > 86400 and scaled.untrained == "", "YaRN does not compose with a scaling"
 
 
 def test_what_is_not_trained_is_converted_next(tmp_path):
@@ -170,7 +175,7 @@ def outcome(folder, options):
         plan = pi_gguf.plan(str(folder), device="cpu", **options).to_json()
     except PiGgufError as error:
         return str(error)
-    del plan["training_seconds"], plan["start"]
+    del plan["training_seconds"], plan["start"], plan["untrained"]
     return plan
 
 

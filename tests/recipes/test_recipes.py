@@ -109,7 +109,7 @@ def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path
 
     run("perplexity")
     kept = json.loads((tmp_path / "report" / "results.json").read_text())["perplexity"]
-    for path in [*(tmp_path / "results" / "perplexity").iterdir(), *tmp_path.glob("kept-*.jsonl")]:
+    for path in [*(tmp_path / "results" / "perplexity").iterdir(), *(tmp_path / "kept").iterdir()]:
         path.unlink()
     command += ["--jobs", "2"]
     run("perplexity")
