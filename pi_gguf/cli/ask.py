@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CUT = "the answer is not whole: it ends at the limit; --max-tokens raises it, as far as the window has room"
+_ENDINGS = {
+    "length": _CUT,
+    "repeats": "the answer repeats itself and was ended; --repeat-penalty 1.1 or --temperature 0.7 may help",
+}
 
 caching = with_options(
     [
@@ -159,8 +163,8 @@ def _show_answer(answer: Generator[str, None, Answer], *, quiet: bool) -> Answer
     if not quiet:
         for line in _quote_lines(found.quotes):
             say(line)
-    if found.ended == "length":
-        say(_CUT)
+    if found.ended in _ENDINGS:
+        say(_ENDINGS[found.ended])
     return found
 
 

@@ -25,7 +25,7 @@ from pi_gguf.runtime.looked import Looker, answer_ids, check_scores, look, token
 from pi_gguf.runtime.sampling import Sampling
 from pi_gguf.runtime.session import Cancelled, Progress, Session, Stopped, TooLong, check_fits, never, silent
 from pi_gguf.runtime.states import Kept, States
-from pi_gguf.runtime.text import stream
+from pi_gguf.runtime.text import stream, until_it_repeats
 from pi_gguf.runtime.turns import Turns
 
 ROOM = 1024
@@ -233,7 +233,7 @@ class Answer:
         question: what was asked.
         text: the whole answer.
         quotes: what it quotes, each with where in the document that stands, or that it is not there.
-        ended: why it ended: stop, length or cancelled.
+        ended: why it ended: stop, length, repeats or cancelled.
         tokens: how many were written.
         waited: seconds to the first of them.
         seconds: of all of it.
@@ -437,6 +437,9 @@ class Reading:
     ) -> Generator[str, None, Answer]:  # fmt: skip
         """Answer a question about the document, yielding text as it comes. Each is answered by itself.
 
+        Where the most probable token is taken each time (a temperature of 0), an answer ends, too, when it is one
+        stretch of text over and over: nothing else would follow.
+
         Args:
             question: what to ask.
             max_tokens: limit in tokens; up to 512, as the window allows, when None.
@@ -483,6 +486,8 @@ class Reading:
                 tokens = self.model.session.write(
                     ids, max_tokens or min(512, room), how, cancelled=cancelled, on_progress=note
                 )
+                if how.temperature == 0 and how.gbnf is None:
+                    tokens = until_it_repeats(tokens)
                 answer = stream(tokens, self.model.session.piece, how.stop)
                 while True:
                     try:

@@ -6,6 +6,10 @@ import codecs
 import contextlib
 from collections.abc import Callable, Generator, Sequence
 
+REPEATED, TIMES, PERIOD = 64, 4, 64
+"""A text repeats itself when its last tokens, so many or more, are one stretch over and over, so often at least; a
+stretch of so many tokens at most."""
+
 
 class StopText:
     """Makes text of the bytes of tokens, up to the first of some strings.
@@ -42,6 +46,36 @@ class StopText:
 def _begun(text: str, string: str) -> int:
     """Return how many characters of `string` end `text`, not all."""
     return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Tell whether a text ends in one stretch over and over.
+
+    Example:
+        >>> repeats([7, 1, 2, 3] * 20), repeats([7, 1, 2, 3] * 10)
+        (True, False)
+    """
+    for period in range(1, PERIOD + 1):
+        length = max(TIMES * period, REPEATED)
+        if length <= len(tokens) and tokens[-1] == tokens[-1 - period]:
+            tail = tokens[-length:]
+            if tail[period:] == tail[:-period]:
+                return True
+    return False
+
+
+def until_it_repeats(tokens: Generator[int, None, str]) -> Generator[int, None, str]:
+    """Yield tokens as they come, up to where they are one stretch over and over; return `repeats` then, else why they
+    ended. Where the most probable token is taken each time nothing else would follow."""
+    written: list[int] = []
+    with contextlib.closing(tokens):
+        while not repeats(written):
+            try:
+                written.append(next(tokens))
+            except StopIteration as end:
+                return str(end.value)
+            yield written[-1]
+    return "repeats"
 
 
 def stream(
