@@ -35,7 +35,8 @@ DEVICE ?= cuda
 SCALE ?= full
 gpu:
 	$(GPU_PYTHON) tools/gpu_campaign.py --device $(DEVICE) --scale $(SCALE) \
-		$(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT)) $(if $(MINUTES),--minutes $(MINUTES))
+		$(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(WHEELS),--wheels $(WHEELS))
 
 gpu-bundle: .venv/installed-dev
 	$(BIN)/python tools/gpu_bundle.py
