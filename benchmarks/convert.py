@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
+from commands import measure  # noqa: E402
 from compare_with_reference import REFERENCE, fetch_reference  # noqa: E402
 
 from pi_gguf import bundled  # noqa: E402
@@ -49,20 +48,6 @@ def make_model(folder: Path, layers: int) -> int:
     for path in bundled.TINY_DIR.glob("tokenizer*"):
         shutil.copyfile(path, folder / path.name)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def measure(commands: list[list[str]]) -> dict[str, float]:
-    """Run commands one after the other; return seconds of all and the largest peak memory in MiB."""
-    started, peak = time.perf_counter(), 0
-    for command in commands:
-        pid = os.posix_spawnp(command[0], command, os.environ, file_actions=[
-            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0), (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-        ])  # fmt: skip
-        _, status, usage = os.wait4(pid, 0)
-        if status:
-            raise RuntimeError(f"{' '.join(command)[:300]}: ended with {os.waitstatus_to_exitcode(status)}")
-        peak = max(peak, usage.ru_maxrss)
-    return {"seconds": round(time.perf_counter() - started, 2), "peak_mib": round(peak / 1024)}
 
 
 def main() -> None:

@@ -229,6 +229,29 @@ def kv_table(record: dict[str, Any]) -> str:
     return markdown_table(["file", "tokens", "cache", "MiB", "read", "write", "perplexity", "passkeys"], rows)
 
 
+def growth_table(record: dict[str, Any], half: str) -> str:
+    """Return seconds and peak memory of each command by what grows, and the power of the last step."""
+    curves = record[half]
+    what = next(key for key in next(iter(curves.values()))[0] if key not in ("seconds", "peak_mib"))
+    heads = sorted({point[what] for points in curves.values() for point in points})
+    rows = []
+    for title, points in curves.items():
+        by_head = {point[what]: f"{point['seconds']:.1f} s, {point['peak_mib']:,}" for point in points}
+        slope = record["slopes"][half][title]
+        power = f"{slope['seconds']:.2f}, {slope['peak_mib']:.2f}"
+        rows.append([f"`{title}`", *(by_head.get(head, "") for head in heads), power])
+    named = [f"{head / 1e6:,.0f} M" if what == "parameters" else f"{head:,}" for head in heads]
+    return markdown_table([f"seconds, MiB at {what}", *named, "power"], rows)
+
+
+def growth_size_table(record: dict[str, Any]) -> str:
+    return growth_table(record, "size")
+
+
+def growth_window_table(record: dict[str, Any]) -> str:
+    return growth_table(record, "window")
+
+
 def clients_table(record: dict[str, Any]) -> str:
     """Return tokens a second that clients of both servers are written at once."""
     rows = []
@@ -399,6 +422,7 @@ _SEVERAL = {
     "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "kv": kv_table,
     "clients": clients_table, "streams": streams_table, "served": served_table, "opens-in": opens_in_table,
     "scalings": scalings_table, "short-real": short_real_table,
+    "growth-size": growth_size_table, "growth-window": growth_window_table,
 }  # fmt: skip
 
 
