@@ -110,19 +110,17 @@ def plan(
     """
     tune, spread_options = take(TuneOptions, options), take(SpreadOptions, options)
     machine = _machine(on, device, context, tune)
-    checkpoint = load_checkpoint(as_folder(model, weights=False, tokenizer=False), config_only=True)
+    original = load_checkpoint(as_folder(model, weights=False, tokenizer=False), config_only=True)
     known = spelled(quant, BITS_PER_WEIGHT)
     if known is None:
         raise OptionError(
             f"quant must be one of {', '.join(BITS_PER_WEIGHT)} to be planned, got {quant}",
             "convert --dry-run gives the exact size of any type, from the weights",
         )
-    own, untrained = checkpoint.rope, ""
-    if context is not None:
-        checkpoint = checkpoint.extended(context, tune.method)
+    checkpoint = original if context is None else original.extended(context, tune.method)
     rope = checkpoint.rope
     training, seconds, memory, activations, elsewhere = None, 0.0, 0, ACTIVATIONS[0], None
-    command, start = convert_command(model, context, known), ""
+    command, instead = convert_command(model, context, known), dict[str, str]()
     n = checkpoint.n_parameters()
     if context is not None and tune.steps:
         training, spread = plan_run(checkpoint, tune, spread_options, machine)
@@ -132,11 +130,10 @@ def plan(
         seconds = training_seconds(checkpoint, training, machine, spread)
         if machine.card:
             elsewhere = placed(checkpoint, training, spread, activations, machine, seconds)
+        elif seconds > _A_DAY:
+            untrained = f"{command} --method yarn" if takes_yarn(original.rope, context) else ""
+            instead = {"start": _start(model, context, checkpoint, tune, machine), "untrained": untrained}
         command = start_command(model, context, tune, spread_options, training, spread, machine)
-        if machine.card is None and seconds > _A_DAY:
-            start = _start(model, context, checkpoint, tune, machine)
-            if takes_yarn(own, context):
-                untrained = f"{convert_command(model, context, known)} --method yarn"
     output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
     unquantized = 0 if known in ("F32", "F16", "BF16") else 4 * n
@@ -160,8 +157,7 @@ def plan(
         loss=tune.loss,
         elsewhere=elsewhere,
         command=command,
-        start=start,
-        untrained=untrained,
+        **instead,
     )
 
 

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     import torch
 
 
+CPU_CHUNK = 2**24
+"""Logits of a chunk on a CPU, 64 MiB. Every chunk reads the head and adds to its gradient: in chunks of as many logits
+as there are hidden states, 24 tokens of SmolLM2's 2048, a CPU waits for its memory."""
+
+
+def chunk_tokens(tokens: int, width: int, vocabulary: int, device: str) -> int:
+    """Return how many tokens' logits exist at a time: as many logits as hidden states, on a CPU `CPU_CHUNK` or more."""
+    logits = max(tokens * width, CPU_CHUNK if device == "cpu" else 0)
+    return min(tokens, max(1, logits // vocabulary))
+
+
 def loss_is_chunked(config: Any) -> bool:
     """Tell whether a model's logits are a linear function of its last hidden states.
 
@@ -83,38 +94,51 @@ def _cross_entropy(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = getattr(head, "bias", None)
+    there = targets != -100
+    if weights is not None:
+        weights = weights.reshape(-1).to(hidden.device, torch.float32) * there
+        if dtype == torch.float32 and bool(((weights == 0) | (weights == 1)).all()):  # what does not count is not there
+            targets, scale, weights = targets.masked_fill(weights == 0, -100), there.sum() / weights.sum(), None
+        else:
+            scale = there.sum() / weights.sum()
+    else:
+        scale = torch.ones((), device=hidden.device)
+    # In 16 bits a sum would be rounded to 8 bits, and the gradient is computed again in the backward pass.
+    reduction = "sum" if dtype == torch.float32 and weights is None else "none"
     losses = _linear_losses(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
         head.weight.to(dtype),
         targets,
         None if bias is None else bias.to(dtype),
-    )
-    there = targets != -100
-    losses = losses.float()
+        reduction,
+    ).float()
     if weights is not None:
-        weights = weights.reshape(-1).to(losses) * there
-        losses = losses * weights * (there.sum() / weights.sum())
-    return losses.sum() / (there.sum() if count is None else count)
+        losses = losses * weights
+    return losses.sum() * scale / (there.sum() if count is None else count)
 
 
 def _linear_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, reduction: str
 ) -> torch.Tensor:
-    """Return the loss of each target, (T): not reduced, as the sum would be rounded to the 8 bits of bfloat16.
+    """Return the loss of each target, (T), or their sum.
 
     Args:
         hidden: (T, D).
         weight: (V, D).
         targets: (T).
         bias: (V).
+        reduction: `none` or `sum`; of a sum the gradient is computed along with it, once.
     """
     import torch
     from torch.nn import functional
 
+    chunk = chunk_tokens(len(hidden), hidden.shape[1], len(weight), hidden.device.type)
     if hasattr(functional, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
+        if hidden.device.type == "cpu":
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
         found: torch.Tensor = functional.linear_cross_entropy(
-            hidden, weight, targets, linear_bias=bias, reduction="none", options=options
+            hidden, weight, targets, linear_bias=bias, reduction=reduction, options=options
         )
         return found
     from torch.utils.checkpoint import checkpoint
@@ -122,6 +146,5 @@ def _linear_losses(
     def losses(some: torch.Tensor, their: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(functional.linear(some, weight, bias).float(), their, reduction="none")
 
-    chunk = max(1, hidden.numel() // len(weight))  # as many logits as hidden states
     parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import Machine
 from pi_gguf.tune import tiles
-from pi_gguf.tune.losses import loss_is_chunked
+from pi_gguf.tune.losses import chunk_tokens, loss_is_chunked
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import Spread
 
@@ -112,8 +112,9 @@ def memory_of_windows(
     if activations.recompute and not activations.offload:
         kept = float(layer_inputs_bytes(checkpoint, tokens, train, machine))
     at_once = (layer if activations.recompute else 0) + (0 if train == "full" else 4 * (hidden + tile * inner))
-    # Logits, their gradient and a copy in 32 bits; in chunks as large together as the hidden states.
-    logits = 12 * (hidden if loss_is_chunked(checkpoint.hf_config) else tokens * checkpoint.vocab_size)
+    # Logits, their gradient and a copy in 32 bits, of a chunk or of all.
+    chunk = chunk_tokens(tokens, checkpoint.hidden_size, checkpoint.vocab_size, machine.device)
+    logits = 12 * checkpoint.vocab_size * (chunk if loss_is_chunked(checkpoint.hf_config) else tokens)
     trained, frozen = _weights(checkpoint, train, rank, machine)
     shards = spread.shards
     copies = 2 * trained if train == "full" and machine.fast_bf16 and shards == 1 else 0  # for products in 16 bits

@@ -244,7 +244,7 @@ def test_an_adapter_file_says_what_it_is(models, adapter, tmp_path, cli):
     assert code == 0 and f"next: pi-gguf run BASE.gguf --lora {out}" in said
     keys = ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha")
     assert [info.metadata[key] for key in keys] == ["adapter", "llama", "lora", 6.0]
-    assert info.tensors[0].name == "blk.0.attn_q.weight.lora_a" and {t.type for t in info.tensors} == {"F16"}
+    assert info.tensors[0].name == "blk.0.ffn_down.weight.lora_a" and {t.type for t in info.tensors} == {"F16"}
     pi_gguf.convert(str(models["llama"]), tmp_path / "base.gguf", quant="F32", check="none")
     run = ("run", tmp_path / "base.gguf", "--prompt", "The captain", "--max-tokens", "20", "--n-ctx", "64")
     pi_gguf.convert(str(models["llama"]), tmp_path / "merged.gguf", quant="F32", check="none", lora=[str(adapter)])
@@ -539,7 +539,7 @@ def test_an_adapter_file_needs_one_adapter(models, adapter, tmp_path, cli):
             {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
             "changes as a whole model.layers.0.input_layernorm",
         ),
-        ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}, "changes as a whole model.layers.0.self_attn.q_proj"),
+        ("qwen2", {"target_modules": ["q_proj"], "bias": "all"}, "changes as a whole model.layers.0.self_attn.k_proj"),
         ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}, "changes as a whole model.layers.0.self_attn.q"),
         ("llama", {"target_modules": ["q_proj"], "use_dora": True}, "(DoRA) sets the length of the rows of"),
         ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "(pissa) counts from other values of"),

@@ -253,10 +253,10 @@ def test_a_tensor_is_unknown(cli, llama_copy, out_folder):
 @pytest.mark.parametrize(
     ("changes", "name", "wanted", "hint"),
     [
-        ({"intermediate_size": 97}, "model.layers.0.mlp.gate_proj.weight", [97, 64], "config.json and weights"),
-        ({"vocab_size": 411}, "model.embed_tokens.weight", [411, 64], "set vocab_size to 410"),
+        ({"intermediate_size": 97}, "model.layers.0.mlp.down_proj.weight", [64, 97], "config.json and weights"),
+        ({"vocab_size": 411}, "lm_head.weight", [411, 64], "set vocab_size to 410"),
         ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight", [128, 64], "config.json and weights"),
-        ({"head_dim": ABSENT}, "model.layers.0.self_attn.q_proj.weight", [64, 64], "config.json and weights"),
+        ({"head_dim": ABSENT}, "model.layers.0.self_attn.k_proj.weight", [32, 64], "config.json and weights"),
     ],
 )
 def test_a_shape_contradicts_the_config(cli, llama_copy, out_folder, changes, name, wanted, hint):

@@ -27,6 +27,7 @@ from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.common.machine import Machine, fast_bf16
 from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
+from pi_gguf.tune import losses
 from pi_gguf.tune.choose import default_recipe, plan_training
 from pi_gguf.tune.lora import add_adapters, parts
 from pi_gguf.tune.losses import chunked_loss
@@ -65,7 +66,8 @@ def training_plan(model, device="cpu", readers=1, **options):
 
 @pytest.fixture(params=["this torch", "a torch before 2.13"])
 def any_torch(request, monkeypatch):
-    """Take away what only newer versions of torch have."""
+    """Take away what only newer versions of torch have; chunks are small, as a small model's logits fit in one."""
+    monkeypatch.setattr(losses, "CPU_CHUNK", 0)
     if request.param != "this torch":
         monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
 
@@ -104,6 +106,25 @@ def test_the_loss_in_chunks_is_right_in_16_bits(llama, any_torch):
         errors = [(g[name] - expected[name]).norm() / expected[name].norm() for g in (rounded, gradients)]
         assert errors[1] < 0.05 and errors[1] < 2 * errors[0] + 0.01, name
         assert gradient.dtype == torch.float32
+
+
+def test_on_a_cpu_the_head_is_read_few_times(tmp_path):
+    """A chunk reads it twice and adds to its gradient once; weights that are no 0 or 1 compute the logits again."""
+    assert losses.chunk_tokens(2048, 576, 49152, "cpu") == 341 and losses.chunk_tokens(2048, 576, 49152, "cuda") == 24
+    assert losses.chunk_tokens(100, 64, 410, "cpu") == 100 and losses.chunk_tokens(8, 4, 10**9, "cuda") == 1
+    hidden, head, targets = torch.randn(1, 96, 16), torch.nn.Linear(16, 500, bias=False), torch.randint(0, 500, (1, 96))
+
+    expected = torch.nn.functional.cross_entropy(head(hidden)[0], targets[0])
+    for weights, most in ((None, 9), (torch.ones(1, 96), 9), (torch.full((1, 96), 0.5), 12)):
+        for size, products in ((500 * 32, most), (500 * 96, most // 3)):
+            given = hidden.clone().requires_grad_()
+            with pytest.MonkeyPatch.context() as patch, torch.profiler.profile() as seen:
+                patch.setattr(losses, "CPU_CHUNK", size)
+                loss = losses._cross_entropy(given, head, targets, None, weights)
+                loss.backward()
+            torch.testing.assert_close(loss, expected)
+            names = [event.name for event in seen.events()]
+            assert sum(names.count(f"aten::{name}") for name in ("mm", "addmm", "addmm_")) == products, (size, names)
 
 
 def test_logits_of_all_tokens_never_exist(llama, any_torch):

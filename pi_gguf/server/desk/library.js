@@ -23,15 +23,18 @@ export class Library {
     this.adding = [];
     this.chosen = "";
     this.watched = null;
+    this.heard = new Map(); // when a stream told last of a document
     this.timer = null;
   }
 
   async load() {
+    const asked = performance.now();
     const { data, kept_bytes: kept, limit_bytes: limit } = await getJson("v1/documents");
     const there = new Set(data.map((entry) => entry.id));
     for (const id of [...this.entries.keys()]) if (!there.has(id)) this.forget(id);
-    // of the watched document its stream knows more than this list, which may have been on its way for a while
-    for (const entry of data) if (entry.id !== this.watched?.id) this.take(entry);
+    // a document's stream knows more than this list, which may have been on its way for a while
+    const known = (id) => id === this.watched?.id || this.heard.get(id) > asked;
+    for (const entry of data) if (!known(entry.id)) this.take(entry);
     byId("kept").textContent = kept > 0
       ? `${size(kept)} kept${limit ? ` of at most ${size(limit)}` : ""}` : "";
     this.draw();
@@ -56,6 +59,7 @@ export class Library {
 
   forget(id) {
     this.entries.delete(id);
+    this.heard.delete(id);
     this.rows.get(id)?.row.remove();
     this.rows.delete(id);
     if (this.watched?.id === id) this.unwatch();
@@ -85,6 +89,7 @@ export class Library {
     try {
       for await (const entry of events(documentPath(id, "/progress"), { signal: mine.controller.signal })) {
         last = entry;
+        this.heard.set(id, performance.now());
         this.take(entry);
       }
     } catch (error) {
