@@ -19,10 +19,9 @@ CPU_CHUNK = 2**24
 as there are hidden states, 24 tokens of SmolLM2's 2048, a CPU waits for its memory."""
 
 
-def chunk_tokens(tokens: int, width: int, vocabulary: int, device: str) -> int:
-    """Return how many tokens' logits exist at a time: as many logits as hidden states, on a CPU `CPU_CHUNK` or more."""
-    logits = max(tokens * width, CPU_CHUNK if device == "cpu" else 0)
-    return min(tokens, max(1, logits // vocabulary))
+def chunk_logits(tokens: int, width: int, vocabulary: int, device: str) -> int:
+    """Return how many logits exist at a time: as many as hidden states, on a CPU `CPU_CHUNK` or more, if there are."""
+    return min(tokens * vocabulary, max(tokens * width, CPU_CHUNK if device == "cpu" else 0))
 
 
 def loss_is_chunked(config: Any) -> bool:
@@ -132,7 +131,8 @@ def _linear_losses(
     import torch
     from torch.nn import functional
 
-    chunk = chunk_tokens(len(hidden), hidden.shape[1], len(weight), hidden.device.type)
+    tokens, width = hidden.shape
+    chunk = max(1, chunk_logits(tokens, width, len(weight), hidden.device.type) // len(weight))
     if hasattr(functional, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
         if hidden.device.type == "cpu":

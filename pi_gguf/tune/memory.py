@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import Machine
 from pi_gguf.tune import tiles
-from pi_gguf.tune.losses import chunk_tokens, loss_is_chunked
+from pi_gguf.tune.losses import chunk_logits, loss_is_chunked
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import Spread
 
@@ -113,8 +113,9 @@ def memory_of_windows(
         kept = float(layer_inputs_bytes(checkpoint, tokens, train, machine))
     at_once = (layer if activations.recompute else 0) + (0 if train == "full" else 4 * (hidden + tile * inner))
     # Logits, their gradient and a copy in 32 bits, of a chunk or of all.
-    chunk = chunk_tokens(tokens, checkpoint.hidden_size, checkpoint.vocab_size, machine.device)
-    logits = 12 * checkpoint.vocab_size * (chunk if loss_is_chunked(checkpoint.hf_config) else tokens)
+    vocabulary, chunked = checkpoint.vocab_size, loss_is_chunked(checkpoint.hf_config)
+    some = chunk_logits(tokens, checkpoint.hidden_size, vocabulary, machine.device)
+    logits = 12 * (some if chunked else tokens * vocabulary)
     trained, frozen = _weights(checkpoint, train, rank, machine)
     shards = spread.shards
     copies = 2 * trained if train == "full" and machine.fast_bf16 and shards == 1 else 0  # for products in 16 bits
