@@ -32,7 +32,7 @@ def test_it_runs_at_toy_size(tmp_path):
     for half, what in (("size", "parameters"), ("window", "tokens")):
         for title, points in record[half].items():
             assert len(points) == 2 and points[0][what] < points[1][what], title
-            assert all(point["seconds"] > 0 and point["peak_mib"] > 0 for point in points), title
+            assert all(point["seconds"] >= 0 and point["peak_mib"] > 0 for point in points), title
         assert (tmp_path / f"growth-{half}.png").stat().st_size > 10_000
         table = write_tables.growth_table(record, half)
         assert all(f"`{title}`" in table for title in record[half])
