@@ -398,13 +398,15 @@ def run(recipe: Recipe, tasks: Sequence[Task], jobs: int) -> list[str]:
     return failed
 
 
-_all_cores: set[int] = os.sched_getaffinity(0)
+_all_cores: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # Linux
 _share = _all_cores
 
 
 def _take_share(numbers: Any, jobs: int) -> None:
     """Give a process of the pool its share of the cores: llama.cpp's threads spin."""
     global _share
+    if not _all_cores:
+        return
     with numbers.get_lock():
         number, numbers.value = numbers.value, numbers.value + 1
     cores = sorted(_all_cores)
@@ -415,7 +417,8 @@ def _take_share(numbers: Any, jobs: int) -> None:
 def _do(recipe: Recipe, title: str, suite: str, row: Row) -> str:
     """Make a row's model, or measure it by a suite, and log what that prints; return what went wrong."""
     started, error = time.time(), ""
-    os.sched_setaffinity(0, _all_cores if row.model in LABELS and not suite else _share)
+    if _all_cores:
+        os.sched_setaffinity(0, _all_cores if row.model in LABELS and not suite else _share)
     with (recipe.out / "logs" / f"{_plain(title)}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             if suite:

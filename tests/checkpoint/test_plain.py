@@ -17,7 +17,7 @@ import pytest
 import torch
 from small_families import SHAPES, VARIANTS, make_config, odd_shape
 
-from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from pi_gguf.checkpoint.checkpoint import Checkpoint, in_order, load_checkpoint
 from pi_gguf.checkpoint.config import note
 from pi_gguf.checkpoint.plain import open_plain
 from pi_gguf.errors import PiGgufError
@@ -282,3 +282,10 @@ def test_a_config_at_random_is_opened_as_with_transformers_or_not_at_all(family,
             opened += 1
             scaled += full.rope.rope_type not in ("default", "alibi") or full.rope.own is not None
     assert rounds < 60 or (opened > 15 and (scaled or FAMILIES[family].alibi))
+
+
+def test_tensors_are_in_order_of_their_layers():
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 2, 9, 10, 11)]
+    assert sorted(["model.norm.weight", *reversed(names), "lm_head.weight"], key=in_order) == [
+        "lm_head.weight", *names, "model.norm.weight",
+    ]  # fmt: skip

@@ -95,6 +95,17 @@ def test_stories_become_conversations_and_summaries(tmp_path, monkeypatch):
         recipe._stories(tmp_path, "dev")
 
 
+def test_what_is_made_waits_for_what_it_is_made_of(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "smollm2-32k"))
+    from run import Recipe
+
+    needs = {name: Recipe.needs(Recipe, name) for name in ("base", "linear", "ntk", "yarn", "base-Q8_0.gguf")}
+    assert needs == {
+        "base": set(), "linear": set(), "ntk": {"linear"}, "yarn": {"linear", "ntk"}, "base-Q8_0.gguf": {"base"}
+    }  # fmt: skip
+    assert Recipe.needs(Recipe, "linear-Q4_K_M-imatrix.gguf") == {"linear", "linear-F16.gguf"}
+
+
 @pytest.mark.slow
 def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path):
     """On the bundled model, whose window stands for SmolLM2's."""

@@ -61,12 +61,14 @@ def test_a_greedy_answer_that_repeats_is_ended_and_a_drawn_one_is_not(f32_gguf, 
     with pi_gguf.open(f32_gguf) as model, model.read(path) as book:
         (*_, token) = model.tokenize(" the", add_special=False)
         answers = []
-        for settings in ({}, {"temperature": 1.0}):
-            parts = book.ask("Who?", max_tokens=REPEATED + 8, logit_bias={token: 100.0}, **settings)
+        for settings in ({}, {"temperature": 1.0}, {"grammar": 'root ::= "a"+'}):
+            bias = {} if "grammar" in settings else {token: 100.0}
+            parts = book.ask("Who?", max_tokens=REPEATED + 8, logit_bias=bias, **settings)
             while True:
                 try:
                     next(parts)
                 except StopIteration as end:
                     answers.append(end.value)
                     break
-    assert [(one.ended, one.tokens) for one in answers] == [("repeats", REPEATED), ("length", REPEATED + 8)]
+    whole = ("length", REPEATED + 8)
+    assert [(one.ended, one.tokens) for one in answers] == [("repeats", REPEATED), whole, whole]
