@@ -128,6 +128,33 @@ def test_on_a_cpu_the_head_is_read_few_times(tmp_path):
             assert sum(names.count(f"aten::{name}") for name in ("mm", "addmm", "addmm_")) == products, (size, names)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["answers", "several weights"])
+@pytest.mark.parametrize("count", [None, 50])
+def test_a_loss_counts_targets_by_their_weights(dtype, kind, count):
+    """Those that count alike or not at all go another way in 32 bits."""
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(16, 500, bias=False).to(dtype), torch.randint(0, 500, (1, 96))
+    targets[0, ::7] = -100
+    weights = (torch.rand(1, 96) < 0.3).float() * (1 if kind == "answers" else torch.arange(96) / 7)
+    there, hidden = targets[0] != -100, torch.randn(1, 96, 16)
+    found = {}
+    for way in ("ours", "by hand"):
+        given = hidden.clone().requires_grad_()
+        if way == "ours":
+            loss = losses._cross_entropy(given.to(dtype), head, targets, count, weights)
+        else:
+            each = torch.nn.functional.cross_entropy(given[0] @ head.weight.float().T, targets[0], reduction="none")
+            counted = weights[0] * there
+            mean = (each * counted).sum() / counted.sum()
+            loss = mean if count is None else mean * there.sum() / count
+        (gradient,) = torch.autograd.grad(loss, given)
+        found[way] = loss.detach().float(), gradient
+    near = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 1e-3}
+    for ours, theirs in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, **near)
+
+
 def test_logits_of_all_tokens_never_exist(llama, any_torch):
     model = load_checkpoint(str(llama)).load_model(dtype=torch.float32)
     batch = a_batch(300)
