@@ -3,7 +3,8 @@
 In: nothing; a random bf16 Llama of about 2 GB is made. Out: `benchmarks/convert.json`, with every run and the ratios of
 medians. The peers are the converter of llama-cpp-python's source distribution and llama.cpp's quantizer; `cp` of the
 checkpoint's folder is the physical limit of a conversion that changes nothing. All are whole commands, the start of
-Python and its imports included; the checkpoint is in the page cache.
+Python and its imports included; the checkpoint is in the page cache, and numba's search of K-quants was compiled before
+(`benchmarks/quantizer.py` says what that takes).
 
 Example (about 10 minutes on 2 cores, 9 GB of disk):
     python benchmarks/convert.py --rounds 2
@@ -29,6 +30,7 @@ from compare_with_reference import REFERENCE, fetch_reference  # noqa: E402
 
 from pi_gguf import bundled  # noqa: E402
 from pi_gguf.common.provenance import provenance  # noqa: E402
+from pi_gguf.write import kquants  # noqa: E402
 
 REFERENCE_ONCE = REFERENCE.replace("for line in sys.stdin:", "for line in [sys.argv[2]]:")
 
@@ -57,6 +59,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "convert.json")
     args = parser.parse_args()
     vendor = fetch_reference()
+    if not all(kquants.gives_ggml_bytes(kind) for kind in kquants.KINDS):
+        print("note: this machine's ggml has other arithmetic; K-quants are its own")
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder, out, exact = Path(scratch) / "model", Path(scratch) / "out.gguf", Path(scratch) / "exact.gguf"
@@ -73,6 +77,7 @@ def main() -> None:
             "Q8_0, llama.cpp": [theirs, [*quantize, "Q8_0"]],
             "Q4_K_M, pi-gguf": [[*ours, "Q4_K_M"]],
             "Q4_K_M, llama.cpp": [theirs, [*quantize, "Q4_K_M"]],
+            "Q4_K_M by ggml, pi-gguf": [[*ours, "Q4_K_M", "--quantizer", "ggml"]],
         }
         for turn in range(args.rounds):
             for name, commands in contenders.items():
@@ -86,9 +91,10 @@ def main() -> None:
         name: {key: statistics.median(run[key] for run in all_runs) for key in ("seconds", "peak_mib")}
         for name, all_runs in runs.items()
     }
+    theirs_by_ours = {quant: quant for quant in ("F16", "Q8_0", "Q4_K_M")} | {"Q4_K_M by ggml": "Q4_K_M"}
     ratios: dict[str, Any] = {
-        f"{quant}, {key}": round(medians[f"{quant}, pi-gguf"][key] / medians[f"{quant}, llama.cpp"][key], 3)
-        for quant in ("F16", "Q8_0", "Q4_K_M")
+        f"{quant}, {key}": round(medians[f"{quant}, pi-gguf"][key] / medians[f"{peer}, llama.cpp"][key], 3)
+        for quant, peer in theirs_by_ours.items()
         for key in ("seconds", "peak_mib")
     }
     ratios["F16, seconds, pi-gguf / cp"] = round(medians["F16, pi-gguf"]["seconds"] / medians["cp"]["seconds"], 2)

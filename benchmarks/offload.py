@@ -207,7 +207,7 @@ def write_random(path: Path, shape: Shape, kind: str, pattern: Path, window: int
     tensors = [TensorInfo(n, s, k, tensor_nbytes(k, s)) for n, (s, k) in shape.tensors(kind).items()]
     values = np.random.default_rng(0).normal(0, 0.02, (256, 4096)).astype(np.float32)
     block = np.empty(tensor_nbytes(kind, values.shape), np.uint8)
-    quantize_rows(kind, values, "F32", block)
+    quantize_rows(kind, values, block)
     sources = {kind: block.tobytes() * max(1, 2**25 // block.nbytes), "F32": np.ones(2**16, np.float32).tobytes()}
     write_header(path, "llama", metadata, tensors)
     with path.open("ab") as file:

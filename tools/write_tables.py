@@ -229,6 +229,18 @@ def kv_table(record: dict[str, Any]) -> str:
     return markdown_table(["file", "tokens", "cache", "MiB", "read", "write", "perplexity", "passkeys"], rows)
 
 
+def quantizers_table(record: dict[str, Any]) -> str:
+    """Return millions of weights a second of both searches of K-quants."""
+    rows = [
+        [
+            kind, *(f"{run['medians'][who]:,.0f}" for who in ("ggml", "numba")), f"{run['ratio']:.1f}",
+            f"{run['bytes that differ']:,} of {run['bytes']:,}",
+        ]
+        for kind, run in record["quantizers"].items()
+    ]  # fmt: skip
+    return markdown_table(["M weights/s", "ggml", "numba", "times", "bytes that differ"], rows)
+
+
 def growth_table(record: dict[str, Any], half: str) -> str:
     """Return seconds and peak memory of each command by what grows, and the power of the last step."""
     curves = record[half]
@@ -422,7 +434,7 @@ _SEVERAL = {
     "divergence": divergence_table, "loops": loops_table, "waits": waits_table, "kv": kv_table,
     "clients": clients_table, "streams": streams_table, "served": served_table, "opens-in": opens_in_table,
     "scalings": scalings_table, "short-real": short_real_table,
-    "growth-size": growth_size_table, "growth-window": growth_window_table,
+    "quantizers": quantizers_table, "growth-size": growth_size_table, "growth-window": growth_window_table,
 }  # fmt: skip
 
 

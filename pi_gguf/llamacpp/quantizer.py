@@ -152,27 +152,33 @@ def _importance_list(importance: Mapping[str, np.ndarray]) -> Any:
     return entries
 
 
-def quantize_rows(
-    kind: str, rows: np.ndarray, dtype: str, out: np.ndarray, importance: np.ndarray | None = None
-) -> None:
+def widened(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Return weights as float32.
+
+    Args:
+        rows: weights (rows, columns): float32, or 16-bit floats as uint16.
+        dtype: what they are: F32, F16 or BF16.
+    """
+    if dtype == "F32":
+        return rows
+    widen = ggml_base().ggml_bf16_to_fp32_row if dtype == "BF16" else ggml_base().ggml_fp16_to_fp32_row
+    wide = np.empty(rows.shape, np.float32)
+    widen(rows.ctypes.data, wide.ctypes.data, rows.size)
+    return wide
+
+
+def quantize_rows(kind: str, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None) -> None:
     """Quantize rows of weights; several threads may do so at once.
 
     Args:
         kind: tensor type, e.g. Q4_K.
-        rows: weights (rows, columns): float32, or 16-bit floats as uint16.
-        dtype: what they are: F32, F16 or BF16.
+        rows: weights (rows, columns), float32.
         out: uint8 of the quantized rows' size, written to.
         importance: weight of each column, float32; none when None.
     """
-    library = ggml_base()
     count, columns = rows.shape
-    if dtype != "F32":
-        widen = library.ggml_bf16_to_fp32_row if dtype == "BF16" else library.ggml_fp16_to_fp32_row
-        wide = np.empty(rows.shape, np.float32)
-        widen(rows.ctypes.data, wide.ctypes.data, rows.size)
-        rows = wide
     weights = None if importance is None else importance.ctypes.data
-    written = library.ggml_quantize_chunk(
+    written = ggml_base().ggml_quantize_chunk(
         tensor_types()[kind], rows.ctypes.data, out.ctypes.data, 0, count, columns, weights
     )
     assert written == out.nbytes, (kind, rows.shape, written, out.nbytes)

@@ -399,7 +399,7 @@ def _write(
     proof = wanted.proof
     try:
         for plan, partial in zip(plans, partials, strict=True):
-            write_file(plan, partial, overwrite=overwrite)
+            write_file(plan, partial, overwrite=overwrite, quantizer=wanted.write.quantizer)
         if proof.check == "none" or wanted.write.adapter_only:
             return []
         report = check_gguf(partials[0], Reference(checkpoint, proof.check, strict_tokenizer=proof.strict_tokenizer))

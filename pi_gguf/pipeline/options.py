@@ -20,6 +20,7 @@ class ConvertKeywords(TuneKeywords, total=False):
     quant: str
     tensor_type: Sequence[str]
     imatrix: str | None
+    quantizer: str
     split_max_size: str | None
     lora: Sequence[str]
     adapter_only: bool

@@ -30,6 +30,12 @@ class WriteOptions(Options):
         "importance matrix, a file of pi-gguf imatrix or of llama.cpp; IQ2, IQ3_XXS and the like need one.",
         default=None,
     )
+    quantizer: str = option(
+        "of Q4_K, Q5_K and Q6_K, which make the same bytes: numba (several times as fast, and compiled at its first "
+        "use; extra fast), ggml, or auto: numba where it is installed and the model large enough to be worth it.",
+        default="auto",
+        choices=("auto", "ggml", "numba"),
+    )
     split_max_size: str | None = option(
         "of a file, e.g. 4G or 500M (decimal): larger models become OUT-00001-of-00003.gguf and so on; one file when "
         "left out.",

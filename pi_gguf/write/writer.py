@@ -12,7 +12,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from pi_gguf.common.progress import progress_bar, say, stage
 from pi_gguf.errors import CheckpointError, OptionError
 from pi_gguf.gguf.file import padded
 from pi_gguf.gguf.header import read_header
-from pi_gguf.llamacpp.quantizer import quantize_rows
+from pi_gguf.llamacpp.quantizer import quantize_rows, widened
 from pi_gguf.llamacpp.trial import trust
 from pi_gguf.write.layout import FilePlan, Output
 
@@ -48,8 +49,12 @@ _CHUNK_ELEMENTS = 2**18
 """Weights that a core quantizes at once: 1 MiB as 32-bit floats, so that they stay in its cache."""
 
 
+_WORTH_COMPILING = 2**28
+"""Weights of K-quants from which on numba's compiler, a quarter of a minute once a machine, is worth its time."""
+
+
 @stage("write {path}")
-def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
+def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False, quantizer: str = "auto") -> None:
     """Write a planned file to `path`; go on where a run of the same plan stopped.
 
     Beside it, `path` with .state holds what was planned and a checksum of each tensor that is there.
@@ -57,12 +62,14 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
     Args:
         path: a name that is not the final one.
         overwrite: begin anew where the file there is of another plan or source.
+        quantizer: of K-quants: auto, ggml or numba; the bytes are the same.
 
     Raises:
         CheckpointError: a weight is not a number, or beyond F16; or the source changed while it was read.
         OptionError: the file there is of another plan, or the source changed since; it stays.
         ResourceError: not enough disk; what was written stays.
     """
+    quantizers = _quantizers(plan, quantizer)
     identity = _identity(plan)
     done = _resume(plan, path, identity, overwrite)
     if done:
@@ -101,7 +108,7 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False) -> None:
         for output in left:
             assert coming is not None
             values, coming = coming.result(), next(reading, None)
-            data = _encode(values, output, plan.importance.get(output.name), workers)
+            data = _encode(values, output, quantizers[output.type], plan.importance.get(output.name), workers)
             if writing:
                 writing.result()
             writing = writer.submit(put, output, data)
@@ -220,10 +227,43 @@ def _load(source: TensorSource, kind: str, files: dict[Path, Any]) -> torch.Tens
     return tensor
 
 
-def _encode(values: torch.Tensor, output: Output, importance: np.ndarray | None, workers: Executor) -> np.ndarray:
+RowQuantizer = Callable[[str, np.ndarray, np.ndarray, "np.ndarray | None"], None]
+
+
+def _quantizers(plan: FilePlan, wanted: str) -> dict[str, RowQuantizer]:
+    """Return what quantizes rows, by tensor type.
+
+    Raises:
+        OptionError: numba is asked for and not installed.
+    """
+    weights = Counter[str]()
+    for output in plan.outputs:
+        weights[output.type] += math.prod(output.shape)
+    found: dict[str, RowQuantizer] = dict.fromkeys(weights, quantize_rows)
+    k_quants = [kind for kind in weights if kind.endswith("_K")]
+    if wanted == "numba" or (wanted == "auto" and sum(weights[kind] for kind in k_quants) >= _WORTH_COMPILING):
+        try:
+            from pi_gguf.write import kquants
+        except ImportError as error:
+            if wanted == "numba":
+                raise OptionError("quantizer numba: numba is not installed", "pip install 'pi-gguf[fast]'") from error
+        else:
+            kinds = [kind for kind in k_quants if kind in kquants.KINDS]
+            with progress_bar("compile the quantizer, unless it is kept from before", len(kinds), "types") as advance:
+                for kind in kinds:
+                    if kquants.gives_ggml_bytes(kind):
+                        found[kind] = kquants.quantize_rows
+                    advance(1)
+    return found
+
+
+def _encode(
+    values: torch.Tensor, output: Output, quantizer: RowQuantizer, importance: np.ndarray | None, workers: Executor
+) -> np.ndarray:
     """Convert or quantize a tensor, on all cores; return its bytes.
 
     Args:
+        quantizer: of its rows.
         importance: weight of each column, of each of the tensor's matrices; none when None.
     """
     import torch
@@ -243,6 +283,10 @@ def _encode(values: torch.Tensor, output: Output, importance: np.ndarray | None,
         for i, weight in enumerate(weights)
         for start in range(i * matrix, (i + 1) * matrix, step)
     ]
-    for future in [workers.submit(quantize_rows, output.type, rows[p], dtype, out[p], w) for p, w in parts]:
+
+    def quantize(part: slice, weight: np.ndarray | None) -> None:
+        quantizer(output.type, widened(rows[part], dtype), out[part], weight)
+
+    for future in [workers.submit(quantize, part, weight) for part, weight in parts]:
         future.result()
     return out.reshape(-1)

@@ -1,0 +1,439 @@
+"""K-quants by ggml's search, many blocks at a time: one to a SIMD lane, compiled by numba.
+
+In: rows of weights as 32-bit floats, and what each column weighs. Out: the bytes of ggml's `quantize_q4_K`, `q5_K` and
+`q6_K`. A block of 32 weights (16 of Q6_K) is quantized by trying some twenty scales, for each of which ggml adds up the
+error weight by weight; no compiler may do that for several weights at once, as sums of floats depend on their order.
+Here 64 blocks lie side by side, and each sum has ggml's order. Whether this machine's ggml was compiled to the same
+arithmetic is tried once for each type (`gives_ggml_bytes`): a compiler may have fused multiplications and additions.
+
+Source: ggml's block formats and its search, `ggml-quants.c`; needs the extra `fast`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numba import njit
+
+from pi_gguf.llamacpp import quantizer as ggml
+
+KINDS = ("Q4_K", "Q5_K", "Q6_K")
+"""Types that are quantized here."""
+
+_LANES = 64
+_BLOCK = 256
+_TINY = np.float32(1e-15)
+_MAGIC = np.float32(12582912)  # 1.5 * 2**23: what is added to it is rounded to a whole number
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+F = TypeVar("F", bound=Callable[..., None])
+Array: TypeAlias = Any
+"""Of float32, where nothing else is said; numba finds the types."""
+
+Value: TypeAlias = Any
+
+
+def _jit(function: F) -> F:
+    compiled: F = njit(cache=True, nogil=True, error_model="numpy")(function)  # x / 0 is no exception, but infinite
+    return compiled
+
+
+@cache
+def gives_ggml_bytes(kind: str) -> bool:
+    """Tell whether ggml on this machine makes the same bytes of 64 rows, weighed by their columns and not."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((64, 2 * _BLOCK), np.float32) * np.exp2(rng.uniform(-12, 2, (64, 1))).astype(np.float32)
+    weights = rng.random((rows.shape[1],)).astype(np.float32)
+    for importance in (None, weights):
+        ours, theirs = (np.empty((len(rows), 2 * _SIZES[kind]), np.uint8) for _ in range(2))
+        quantize_rows(kind, rows, ours, importance)
+        ggml.quantize_rows(kind, rows, theirs, importance)
+        if not np.array_equal(ours, theirs):
+            return False
+    return True
+
+
+def quantize_rows(kind: str, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None) -> None:
+    """Quantize rows of weights; several threads may do so at once.
+
+    Args:
+        kind: one of `KINDS`.
+        rows: weights (rows, columns), float32; columns a multiple of 256.
+        out: uint8 of the quantized rows' size, written to.
+        importance: weight of each column, float32; none when None.
+    """
+    blocks = np.ascontiguousarray(rows).reshape(-1, _BLOCK)
+    columns = np.empty((0, _BLOCK), np.float32) if importance is None else importance.reshape(-1, _BLOCK)
+    with np.errstate(all="ignore"):  # blocks of zeros
+        if kind == "Q6_K":
+            _quantize_q6(blocks, columns, out.reshape(len(blocks), -1))
+        else:
+            _quantize_q45(kind, blocks, columns, out.reshape(len(blocks), -1))
+
+
+_SIZES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
+"""Bytes of 256 weights."""
+
+
+def _quantize_q45(kind: str, blocks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    """Quantize blocks (n, 256) to scale and minimum of each 32 weights, in 6 bits of the block's largest each.
+
+    What was found, (n, 8) each: scale, minimum (positive), the scale's inverse that gave it with the least weight
+    (for blocks whose scale is rounded to nothing), and the sum of what the weights weigh.
+    """
+    top = np.float32(15 if kind == "Q4_K" else 31)
+    if len(columns):
+        first, step, steps = -0.9, 0.05, 36
+    else:
+        first, step, steps = (-1.0, 0.1, 20) if kind == "Q4_K" else (-0.5, 0.1, 15)
+    found = np.empty((5, len(blocks), 8), np.float32)
+    _search_q45(blocks, columns, top, np.float32(first), np.float32(step), steps, found.reshape(5, -1))
+    scale, minimum, inverse, least, weight = found
+    if len(columns):
+        levels = np.empty((2, len(blocks), 8), np.uint8)
+        largest = np.empty((2, len(blocks)), np.float32)
+        for of, values in enumerate((scale, minimum)):
+            _quantize_weighed(values, weight, levels[of], largest[of])
+    else:
+        most = np.maximum(np.stack([scale.max(1), minimum.max(1)]), 0)
+        inverses = np.where(most > 0, np.float32(63) / most, _ZERO)
+        raw = np.rint(inverses[:, :, None] * np.stack([scale, minimum])).astype(np.int64).astype(np.uint8)
+        levels, largest = np.minimum(raw, 63), most / np.float32(63)
+    if kind == "Q5_K":
+        levels = np.minimum(levels, 63)
+    halves = largest.astype(np.float16)
+    out[:, :4] = halves.T.copy().view(np.uint8)
+    scales, minima = levels
+    out[:, 4:8] = scales[:, :4] | (scales[:, 4:] >> 4 << 6)
+    out[:, 8:12] = minima[:, :4] | (minima[:, 4:] >> 4 << 6)
+    out[:, 12:16] = scales[:, 4:] & 15 | (minima[:, 4:] & 15) << 4
+    wide = halves.astype(np.float32)[:, :, None] * (levels & 63)
+    pack = _pack_q4 if kind == "Q4_K" else _pack_q5
+    pack(blocks, np.stack([wide[0], wide[1], inverse, least], 2), out)
+
+
+def _quantize_q6(blocks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    """Quantize blocks (n, 256) to the scale of each 16 weights, in 8 bits of the block's largest."""
+    found = np.empty((2, len(blocks), 16), np.float32)
+    _search_q6(blocks, columns, found.reshape(2, -1))
+    scale, inverse = found
+    largest = np.take_along_axis(scale, np.abs(scale).argmax(1)[:, None], 1)
+    empty = np.abs(largest[:, 0]) < _TINY
+    over = np.float32(-128) / largest
+    half = (_ONE / over).astype(np.float16)
+    levels = np.minimum(np.rint(over * scale), 127).astype(np.int8)
+    half[empty], levels[empty], inverse[empty] = 0, 0, 0
+    out[:, 192:208] = levels.view(np.uint8)
+    out[:, 208:] = half.view(np.uint8)
+    nothing = np.zeros_like(scale)
+    _pack_q6(blocks, np.stack([half.astype(np.float32) * levels, nothing, inverse, nothing], 2), out)
+
+
+@_jit
+def _transpose(blocks: Array, first: int, each: int, x: Array) -> None:
+    """Lay groups of `each` weights side by side in x (each, lanes), from a block on; the last one is repeated."""
+    groups = _BLOCK // each
+    for lane in range(_LANES):
+        block, group = min(first + lane // groups, len(blocks) - 1), lane % groups
+        for i in range(each):
+            x[i, lane] = blocks[block, group * each + i]
+
+
+@_jit
+def _search_q45(blocks: Array, columns: Array, top: Value, begin: Value, step: Value, steps: int, found: Array) -> None:
+    x, w = np.empty((32, _LANES), np.float32), np.empty((32, _LANES), np.float32)
+    levels, lanes = np.empty((32, _LANES), np.float32), np.empty((16, _LANES), np.float32)
+    mean = np.empty(_LANES, np.float32)
+    for first in range(0, len(blocks), _LANES // 8):
+        _transpose(blocks, first, 32, x)
+        if len(columns):
+            for group in range(_LANES // 8):
+                block = min(first + group, len(blocks) - 1)
+                squares = _ZERO
+                for value in blocks[block]:
+                    squares += value * value
+                mean[group * 8 : group * 8 + 8] = np.float32(2) * squares / np.float32(_BLOCK)
+                for lane in range(group * 8, group * 8 + 8):
+                    for i in range(32):
+                        w[i, lane] = columns[block % len(columns), lane % 8 * 32 + i]
+            for i in range(32):
+                for v in range(_LANES):
+                    w[i, v] = w[i, v] * np.sqrt(mean[v] + x[i, v] * x[i, v])
+        else:
+            mean[:] = _ZERO
+            for i in range(32):
+                for v in range(_LANES):
+                    mean[v] += x[i, v] * x[i, v]
+            for v in range(_LANES):
+                mean[v] = np.sqrt(mean[v] / np.float32(32))
+            for i in range(32):
+                for v in range(_LANES):
+                    w[i, v] = mean[v] + abs(x[i, v])
+        _try_scales(x, w, levels, lanes, top, begin, step, steps)
+        for v in range(min(_LANES, (len(blocks) - first) * 8)):
+            for of in range(5):
+                found[of, first * 8 + v] = lanes[of, v]
+
+
+@_jit
+def _try_scales(
+    x: Array, w: Array, levels: Array, lanes: Array, top: Value, begin: Value, step: Value, steps: int
+) -> None:
+    """Find scale and minimum of each lane of x (32, lanes), the error of each weight weighed by w.
+
+    Row by row, lanes get: scale, minimum (positive), the inverse and the least weight that gave the levels, sum of w;
+    and for the search sum of weighed x, the best minimum so far, its error, the largest weight.
+    """
+    scale, minimum, inverse, least, sum_w = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
+    sum_x, low, best, high = lanes[5], lanes[6], lanes[7], lanes[8]
+    for v in range(_LANES):
+        low[v] = high[v] = x[0, v]
+        sum_w[v], sum_x[v] = w[0, v], w[0, v] * x[0, v]
+    for i in range(1, 32):
+        for v in range(_LANES):
+            low[v], high[v] = min(low[v], x[i, v]), max(high[v], x[i, v])
+            sum_w[v] += w[i, v]
+            sum_x[v] += w[i, v] * x[i, v]
+    flat = np.empty(_LANES, np.bool_)
+    for v in range(_LANES):
+        low[v] = min(low[v], _ZERO)
+        flat[v] = high[v] == low[v]
+        inverse[v], least[v] = top / (high[v] - low[v]), low[v]
+        scale[v], best[v] = _ONE / inverse[v], _ZERO
+    for i in range(32):
+        for v in range(_LANES):
+            level = min(top, max(_ZERO, np.rint(inverse[v] * (x[i, v] - low[v]))))
+            off = scale[v] * level + low[v] - x[i, v]
+            best[v] += w[i, v] * (off * off)
+    for trial in range(steps + 1):
+        _try_scale(x, w, levels, lanes, top, begin + step * np.float32(trial) + top)
+    for v in range(_LANES):
+        scale[v] = _ZERO if flat[v] else scale[v]
+        inverse[v] = _ZERO if flat[v] else inverse[v]
+        minimum[v] = -low[v]
+
+
+@_jit
+def _try_scale(x: Array, w: Array, levels: Array, lanes: Array, top: Value, wanted: Value) -> None:
+    """Round each lane from its minimum so far to `wanted` levels, fit a line to that, and keep it if it is better."""
+    scale, inverse, least, sum_w = lanes[0], lanes[2], lanes[3], lanes[4]
+    sum_x, low, best, high = lanes[5], lanes[6], lanes[7], lanes[8]
+    over, sum_l, sum_l2, sum_xl, slope, base, error = (
+        lanes[9], lanes[10], lanes[11], lanes[12], lanes[13], lanes[14], lanes[15],
+    )  # fmt: skip
+    for v in range(_LANES):
+        over[v] = wanted / (high[v] - low[v])
+        sum_l[v] = sum_l2[v] = sum_xl[v] = error[v] = _ZERO
+    for i in range(32):
+        for v in range(_LANES):
+            level = min(top, max(_ZERO, np.rint(over[v] * (x[i, v] - low[v]))))
+            levels[i, v] = level
+            weighed = w[i, v] * level
+            sum_l[v] += weighed
+            sum_l2[v] += weighed * level
+            sum_xl[v] += weighed * x[i, v]
+    for v in range(_LANES):
+        spread = sum_w[v] * sum_l2[v] - sum_l[v] * sum_l[v]
+        fitted = (sum_l2[v] * sum_x[v] - sum_l[v] * sum_xl[v]) / spread
+        both = (sum_w[v] * sum_xl[v] - sum_x[v] * sum_l[v]) / spread
+        alone = sum_xl[v] / sum_l2[v]
+        slope[v] = alone if fitted > _ZERO else both
+        base[v] = _ZERO if fitted > _ZERO else fitted
+        sum_l[v] = spread
+    for i in range(32):
+        for v in range(_LANES):
+            off = slope[v] * levels[i, v] + base[v] - x[i, v]
+            error[v] += w[i, v] * (off * off)
+    for v in range(_LANES):
+        better = (sum_l[v] > _ZERO) & (error[v] < best[v])
+        best[v] = error[v] if better else best[v]
+        scale[v] = slope[v] if better else scale[v]
+        least[v] = low[v] if better else least[v]
+        low[v] = base[v] if better else low[v]
+        inverse[v] = over[v] if better else inverse[v]
+
+
+@_jit
+def _search_q6(blocks: Array, columns: Array, found: Array) -> None:
+    x, w = np.empty((16, _LANES), np.float32), np.empty((16, _LANES), np.float32)
+    lanes = np.empty((8, _LANES), np.float32)
+    for first in range(0, len(blocks), _LANES // 16):
+        _transpose(blocks, first, 16, x)
+        if len(columns):
+            for lane in range(_LANES):
+                block = min(first + lane // 16, len(blocks) - 1)
+                for i in range(16):
+                    w[i, lane] = columns[block % len(columns), lane % 16 * 16 + i]
+        else:
+            for i in range(16):
+                for v in range(_LANES):
+                    w[i, v] = x[i, v] * x[i, v]
+        _try_symmetric(x, w, lanes)
+        for v in range(min(_LANES, (len(blocks) - first) * 16)):
+            for of in range(2):
+                found[of, first * 16 + v] = lanes[of, v]
+
+
+@_jit
+def _try_symmetric(x: Array, w: Array, lanes: Array) -> None:
+    """Find the scale of each lane of x (16, lanes), from levels -32 to 31; lanes get scale and inverse."""
+    scale, inverse, largest, size, best, over, sum_lx, sum_l2 = (
+        lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5], lanes[6], lanes[7],
+    )  # fmt: skip
+    low, high = np.float32(-32), np.float32(31)
+    largest[:] = _ZERO
+    size[:] = _ZERO
+    for i in range(16):
+        for v in range(_LANES):
+            larger = abs(x[i, v]) > size[v]
+            size[v] = abs(x[i, v]) if larger else size[v]
+            largest[v] = x[i, v] if larger else largest[v]
+    for trial in range(-10, 10):
+        if trial == 0:
+            continue
+        wanted = np.float32(32) if trial == -10 else np.float32(32) + np.float32(0.1) * np.float32(trial)
+        for v in range(_LANES):
+            over[v] = -wanted / largest[v]
+        for v in range(_LANES):
+            lx, l2 = _ZERO, _ZERO
+            for i in range(16):
+                level = min(high, max(low, np.rint(over[v] * x[i, v])))
+                lx += w[i, v] * x[i, v] * level
+                l2 += w[i, v] * level * level
+            sum_lx[v], sum_l2[v] = lx, l2
+        for v in range(_LANES):
+            fitted = sum_lx[v] / sum_l2[v] if sum_l2[v] != _ZERO else _ZERO
+            better = (sum_l2[v] > _ZERO) & (sum_lx[v] * sum_lx[v] > best[v] * sum_l2[v])
+            better = better if trial > -10 else True
+            scale[v] = fitted if better else scale[v]
+            best[v] = fitted * sum_lx[v] if better else best[v]
+            inverse[v] = over[v] if better else inverse[v]
+    for v in range(_LANES):
+        empty = size[v] < _TINY
+        scale[v] = _ZERO if empty else scale[v]
+        inverse[v] = _ZERO if empty else inverse[v]
+
+
+@_jit
+def _quantize_weighed(values: Array, weights: Array, levels: Array, largest: Array) -> None:
+    """Quantize each row of values (n, 8), scales or minima, to 0 to 63 of one scale, weighed; `make_qp_quants`."""
+    top: Value = 63
+    for row in range(len(values)):
+        x, w, out = values[row], weights[row], levels[row]
+        most = _ZERO
+        for value in x:
+            most = max(most, value)
+        if most < _TINY:
+            out[:] = 0
+            largest[row] = _ZERO
+            continue
+        inverse, best = np.float32(top) / most, _ZERO
+        for trial in range(-5, 5):  # the first is the plain one
+            if trial == 0:
+                continue
+            tried = inverse if trial == -5 else (np.float32(0.1) * np.float32(trial) + np.float32(top)) / most
+            scale, error = _ONE / tried, _ZERO
+            for i in range(8):
+                level = np.rint(tried * x[i])
+                level = np.float32(np.uint8(np.int32(level))) if trial == -5 else min(np.float32(top), level)
+                off = x[i] - scale * level
+                error += w[i] * off * off
+            if trial == -5 or error < best:
+                best = error
+                chosen = tried
+        sum_lx, sum_l2 = _ZERO, _ZERO
+        for i in range(8):
+            level = min(top, np.int32(np.rint(chosen * x[i])))
+            out[i] = np.uint8(level)
+            sum_lx += w[i] * x[i] * np.float32(level)
+            sum_l2 += w[i] * np.float32(level) * np.float32(level)
+        for _ in range(5):
+            changed = False
+            for i in range(8):
+                old = np.float32(out[i])
+                lx, l2 = sum_lx - w[i] * x[i] * old, sum_l2 - w[i] * old * old
+                if lx > _ZERO and l2 > _ZERO:
+                    level = min(top, np.int32(np.rint(x[i] * l2 / lx)))
+                    if level != out[i]:
+                        new = np.float32(level)
+                        lx += w[i] * x[i] * new
+                        l2 += w[i] * new * new
+                        if lx * lx * sum_l2 > sum_lx * sum_lx * l2:
+                            out[i] = np.uint8(level)
+                            sum_lx, sum_l2, changed = lx, l2, True
+            if not changed:
+                break
+        largest[row] = sum_lx / sum_l2 if sum_l2 > _ZERO else _ZERO
+
+
+@_jit
+def _levels(x: Array, line: Array, low: Value, high: Value, rounded: Array, out: Array) -> None:
+    """Round weights to levels, 0 standing for `low`.
+
+    Args:
+        x: weights of one scale.
+        line: scale and minimum as they are written, and the inverse and least weight that the search ended with, which
+            count where the scale was rounded to nothing.
+        rounded: as many float32 to work in.
+    """
+    scale, minimum, inverse, least = line[0], line[1], line[2], line[3]
+    if scale != _ZERO:
+        whole = rounded.view(np.int32)
+        for i in range(len(x)):
+            rounded[i] = (x[i] + minimum) / scale + _MAGIC
+        for i in range(len(x)):
+            out[i] = max(low, min(high, (whole[i] & 0x7FFFFF) - 0x400000)) - low
+    elif inverse != _ZERO:
+        for i in range(len(x)):
+            out[i] = max(low, min(high, np.int32(np.rint(inverse * (x[i] - least))))) - low
+    else:
+        out[:] = 0
+
+
+@_jit
+def _pack_q4(blocks: Array, lines: Array, out: Array) -> None:
+    rounded, levels = np.empty(32, np.float32), np.empty(_BLOCK, np.uint8)
+    for b in range(len(blocks)):
+        for j in range(8):
+            part = slice(32 * j, 32 * j + 32)
+            _levels(blocks[b, part], lines[b, j], 0, 15, rounded, levels[part])
+        for j in range(4):
+            for i in range(32):
+                out[b, 16 + 32 * j + i] = levels[64 * j + i] | levels[64 * j + 32 + i] << 4
+
+
+@_jit
+def _pack_q5(blocks: Array, lines: Array, out: Array) -> None:
+    rounded, levels = np.empty(32, np.float32), np.empty(_BLOCK, np.uint8)
+    for b in range(len(blocks)):
+        for j in range(8):
+            part = slice(32 * j, 32 * j + 32)
+            _levels(blocks[b, part], lines[b, j], 0, 31, rounded, levels[part])
+        for i in range(32):
+            high = 0
+            for j in range(8):
+                high |= levels[32 * j + i] >> 4 << j
+            out[b, 16 + i] = high
+        for j in range(4):
+            for i in range(32):
+                out[b, 48 + 32 * j + i] = levels[64 * j + i] & 15 | (levels[64 * j + 32 + i] & 15) << 4
+
+
+@_jit
+def _pack_q6(blocks: Array, lines: Array, out: Array) -> None:
+    rounded, levels = np.empty(16, np.float32), np.empty(_BLOCK, np.uint8)
+    for b in range(len(blocks)):
+        for j in range(16):
+            part = slice(16 * j, 16 * j + 16)
+            _levels(blocks[b, part], lines[b, j], -32, 31, rounded, levels[part])
+        for half in range(2):
+            for i in range(32):
+                q1, q2 = levels[128 * half + i], levels[128 * half + 32 + i]
+                q3, q4 = levels[128 * half + 64 + i], levels[128 * half + 96 + i]
+                out[b, 64 * half + i] = q1 & 15 | (q3 & 15) << 4
+                out[b, 64 * half + 32 + i] = q2 & 15 | (q4 & 15) << 4
+                out[b, 128 + 32 * half + i] = q1 >> 4 | q2 >> 4 << 2 | q3 >> 4 << 4 | q4 >> 4 << 6
