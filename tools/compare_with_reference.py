@@ -95,7 +95,7 @@ def fetch_reference() -> Path:
     folder = CACHE / f"llama-cpp-python-{version}"
     if not folder.exists():
         with tempfile.TemporaryDirectory() as download:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             command += ["--no-binary", "llama-cpp-python", "--dest", download, f"llama-cpp-python=={version}"]
             subprocess.run(command, check=True)
             with tarfile.open(next(Path(download).glob("*.tar.gz"))) as archive:

@@ -110,26 +110,34 @@ def _split_sentences(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if part.strip()]
 
 
-def training_mixture(seed: int, window_tokens: int, far_share: float = 0.6) -> Iterator[str]:
+def training_mixture(
+    seed: int,
+    window_tokens: int,
+    far_share: float = 0.6,
+    recall_share: float = RECALL_SHARE,
+    characters_per_token: float = CHARACTERS_PER_TOKEN,
+) -> Iterator[str]:
     """Yield documents of the bundled model's training mixture, without end.
 
-    Half are passages of the training novels, half recall tasks of all lengths up to the window. The same seed
-    and window give the same documents.
+    Passages of the training novels, and recall tasks of all lengths up to the window. The same arguments give the same
+    documents.
 
     Args:
         seed: of the random generator.
         window_tokens: no recall task is meant to be longer than this.
         far_share: share of the recall tasks that fill the window and hide their keys near its start.
+        recall_share: share of the documents that are recall tasks.
+        characters_per_token: of the tokenizer, no more than it has in these texts, so that a document fits its window.
     """
     rng = random.Random(seed)
     texts = list(novels("train").values())
     while True:
-        if rng.random() < RECALL_SHARE:
+        if rng.random() < recall_share:
             far = far_share > 0 and rng.random() < far_share
             tokens = window_tokens if far else rng.uniform(min(96, window_tokens), window_tokens)
-            yield _recall_document(rng, texts, int(tokens * CHARACTERS_PER_TOKEN), far)
+            yield _recall_document(rng, texts, int(tokens * characters_per_token), far)
         else:
-            yield _passage(rng, texts, int(rng.uniform(0.5, 2) * window_tokens * CHARACTERS_PER_TOKEN))
+            yield _passage(rng, texts, int(rng.uniform(0.5, 2) * window_tokens * characters_per_token))
 
 
 def _passage(rng: random.Random, texts: list[str], characters: int) -> str:

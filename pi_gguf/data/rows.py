@@ -39,6 +39,7 @@ class RowSource:
         packing: `isolate`, where rows above `MASKED_TOKENS` hold one document each, or `join`.
         longest_first: pack documents in order of falling length, and take the first rows only.
         no_mask: no row may hold documents that a mask must keep apart.
+        recall: share of the tokens that are recall tasks, beside the corpora.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +48,7 @@ class RowSource:
     packing: str = "join"
     longest_first: bool = False
     no_mask: bool = False
+    recall: float = 0.0
 
     def rows(self, stage: int, window: int, need: int) -> Iterator[Row]:
         """Yield rows without end, in each of which something is predicted.
@@ -60,13 +62,16 @@ class RowSource:
             TextError: no row can be made of a source.
         """
         alone = self.packing == "isolate" and (self.no_mask or window > MASKED_TOKENS)
+        pack_rows, seed = pack_alone if alone else pack, self.seed + 1 + 1000 * stage
         if not self.corpora:
-            pack_rows = pack_alone if alone else pack
-            found = pack_rows(_mixture(self.checkpoint, self.seed + 1 + 1000 * stage, window), window)
+            found = pack_rows(_mixture(self.checkpoint, seed, window), window)
         else:
-            shares = shares_of(self.corpora)
+            shares = [share * (1 - self.recall) for share in shares_of(self.corpora)]
             first = [math.ceil(share * need) if self.longest_first else None for share in shares]
             each = [_turns(*some, alone, window, self.seed, stage) for some in zip(self.corpora, first, strict=True)]
+            if self.recall:
+                each.append(pack_rows(_recall_tasks(self.checkpoint, seed, window), window))
+                shares.append(self.recall)
             found = each[0] if len(each) == 1 else _by_shares(each, shares)
         for row in found:
             pieces = _joined(row) if self.packing == "join" else row
@@ -75,11 +80,24 @@ class RowSource:
 
 
 def _mixture(checkpoint: Checkpoint, seed: int, window: int) -> Iterator[np.ndarray]:
-    """Yield documents of the bundled mixture as `TOKEN`, the answers of recall tasks weighed by the window."""
+    """Yield documents of the bundled model's training mixture as `TOKEN`."""
+    return _with_answers(checkpoint, bundled.training_mixture(seed, window), window)
+
+
+def _recall_tasks(checkpoint: Checkpoint, seed: int, window: int) -> Iterator[np.ndarray]:
+    """Yield recall tasks of the sample as `TOKEN`, as long as the window by the model's own tokenizer."""
+    novel = max(bundled.novels("train").values(), key=len)[:20000]
+    tokens = len(checkpoint.load_tokenizer()(novel, verbose=False)["input_ids"])
+    texts = bundled.training_mixture(seed, window, recall_share=1, characters_per_token=0.9 * len(novel) / tokens)
+    return _with_answers(checkpoint, texts, window)
+
+
+def _with_answers(checkpoint: Checkpoint, documents: Iterable[str], window: int) -> Iterator[np.ndarray]:
+    """Yield documents as `TOKEN`, the answers of recall tasks weighed by the window."""
     tokenizer: Any = checkpoint.load_tokenizer()
     end = [] if tokenizer.eos_token_id is None else [(tokenizer.eos_token_id, 1.0)]
     weight = max(1.0, window / bundled.TOKENS_PER_WEIGHT)
-    for texts in _together(bundled.training_mixture(seed, window)):
+    for texts in _together(documents):
         encoded = tokenizer(texts, verbose=False, return_offsets_mapping=True)
         for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             answers = [at for match in bundled.ANSWER.finditer(text) for at in range(*match.span(1))]

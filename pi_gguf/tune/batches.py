@@ -34,6 +34,7 @@ def training_batches(
     *,
     packing: str = "join",
     longest_first: bool = False,
+    recall: float = 0.0,
 ) -> list[list[Row]]:
     """Pack enough text for the run.
 
@@ -44,6 +45,7 @@ def training_batches(
         packing: `isolate` or `join`, as `RowSource` has it.
         longest_first: pack documents in order of falling length, and train on the first rows only, as many as the run
             has room for.
+        recall: share of the tokens that are recall tasks, beside the documents.
 
     Returns:
         Micro-batches in the order they are trained on; each a list of rows of at most the stage's window of ids or of
@@ -59,7 +61,7 @@ def training_batches(
         for one in corpora:
             say(describe_corpus(one, window, sum(each.weight for each in corpora)))
     no_mask = training.attention_group is not None or not takes_block_mask(checkpoint)
-    source = RowSource(checkpoint, corpora, seed, packing, longest_first, no_mask)
+    source = RowSource(checkpoint, corpora, seed, packing, longest_first, no_mask, recall)
     counts = [stage.steps * training.accumulation for stage in training.stages]
     stages = [(i, stage) for i, stage in enumerate(training.stages) for _ in range(counts[i])]
     need: dict[int, int] = {}

@@ -106,6 +106,9 @@ def extend_checkpoint(
     texts = _texts(checkpoint, tune.data)
     if not texts and tune.longest_first:
         raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
+    if not texts and tune.recall:
+        raise OptionError(f"recall is beside texts, got {tune.recall}: half of the bundled mixture is recall tasks",
+                          "leave it out, or give --data")  # fmt: skip
     packing = tune.packing or ("isolate" if texts else "join")
     evaluated = validation.text if tune.eval_text else (None, None)
     record = replace(
@@ -172,8 +175,9 @@ def _batches(
     try:
         corpora = [load_corpus(checkpoint, some, work_dir, training.tokens, tune.loss) for some in texts]
         return training_batches(
-            checkpoint, training, corpora or None, tune.seed, packing=packing, longest_first=tune.longest_first
-        )
+            checkpoint, training, corpora or None, tune.seed, packing=packing, longest_first=tune.longest_first,
+            recall=tune.recall,
+        )  # fmt: skip
     except PiGgufError:
         if is_first_process() and not any(work_dir.glob("checkpoint-*")):
             _clear(work_dir)

