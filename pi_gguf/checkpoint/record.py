@@ -50,6 +50,7 @@ class Record:
         data: names of the texts, without folders.
         data_sha256: of what is in them.
         data_weights: of each, in their order, where weights were given.
+        recall: share of the tokens that were recall tasks beside the texts; None where none were.
         counted: what counts of conversations; None where there were none.
         adapter_only: whether the adapter alone was written.
         packing: of documents into rows.
@@ -103,6 +104,7 @@ class Record:
     data: str | list[str] | None = None
     data_sha256: str | None = None
     data_weights: list[float] | None = None
+    recall: float | None = None
     counted: str | None = None
     adapter_only: bool | None = None
     packing: str | None = None

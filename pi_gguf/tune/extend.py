@@ -112,7 +112,8 @@ def extend_checkpoint(
     packing = tune.packing or ("isolate" if texts else "join")
     evaluated = validation.text if tune.eval_text else (None, None)
     record = replace(
-        record, tokens=training.tokens, **_recorded(texts, tune.loss), adapter_only=adapter_only, packing=packing,
+        record, tokens=training.tokens, **_recorded(texts, tune.loss), recall=tune.recall or None,
+        adapter_only=adapter_only, packing=packing,
         longest_first=tune.longest_first, eval_steps=tune.eval_steps, early_stop=tune.early_stop,
         eval_text=evaluated[0], eval_text_sha256=evaluated[1], **asdict(training),
     )  # fmt: skip

@@ -534,6 +534,21 @@ def test_recall_tasks_are_beside_texts(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_run_with_recall_tasks_says_so_and_is_another_one(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
+    run = {"context": 4096, "steps": 1, "train_window": 128, "batch_tokens": 1024, "device": "cpu"}
+    run |= {"data": [str(tmp_path / "text.txt")], "report_to": "none"}
+    losses = []
+    for share in (0.0, 0.5):
+        out = pi_gguf.extend("bundled:tiny", tmp_path / f"out-{share}", recall=share, **run)
+        record = json.loads((out / "pi_gguf.json").read_text())
+        assert record.get("recall") == (share or None) and "options" not in record
+        losses.append(record["loss"])
+    assert losses[0] != losses[1]
+    with pytest.raises(OptionError, match=r"out-0.5"):
+        pi_gguf.extend("bundled:tiny", tmp_path / "out-0.5", recall=0.25, **run)
+
+
 def test_a_row_of_which_nothing_is_predicted_is_left_out(llama):
     corpus = corpus_of(llama, ["a b c d e f " * 20])
     corpus = type(corpus)(corpus[0][:65], np.array([0, 65]), "text")  # rows of 64 tokens and of one
