@@ -38,7 +38,11 @@ Value: TypeAlias = Any
 
 
 def _jit(function: F) -> F:
-    compiled: F = njit(cache=True, nogil=True, error_model="numpy")(function)  # x / 0 is no exception, but infinite
+    how = {"nogil": True, "error_model": "numpy"}  # x / 0 is no exception, but infinite
+    try:
+        compiled: F = njit(cache=True, **how)(function)
+    except RuntimeError:  # there is no folder that what was compiled could be kept in
+        compiled = njit(**how)(function)
     return compiled
 
 
@@ -50,7 +54,10 @@ def gives_ggml_bytes(kind: str) -> bool:
     weights = rng.random((rows.shape[1],)).astype(np.float32)
     for importance in (None, weights):
         ours, theirs = (np.empty((len(rows), 2 * _SIZES[kind]), np.uint8) for _ in range(2))
-        quantize_rows(kind, rows, ours, importance)
+        try:
+            quantize_rows(kind, rows, ours, importance)
+        except OSError:  # what was compiled could not be kept: the disk is full
+            return False
         ggml.quantize_rows(kind, rows, theirs, importance)
         if not np.array_equal(ours, theirs):
             return False

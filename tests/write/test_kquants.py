@@ -1,5 +1,6 @@
 """K-quants searched side by side: the bytes of ggml, for whatever weights and whatever they weigh."""
 
+import os
 import subprocess
 import sys
 
@@ -120,6 +121,17 @@ except OptionError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "quantizer numba: numba is not installed pip install 'pi-gguf[fast]'"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["auto.gguf"]
+
+
+def test_where_nothing_can_be_kept():
+    """In a read-only folder of a machine without a home it is compiled each time."""
+    code = """
+from pi_gguf.write import kquants
+assert kquants.gives_ggml_bytes("Q4_K")
+assert not kquants._search_q45.stats.cache_path
+"""
+    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": "/proc/none"}
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **nowhere}, check=True)
 
 
 def test_a_name_that_is_none(tmp_path):
