@@ -219,8 +219,7 @@ def _try_scales(
     for trial in range(steps + 1):
         _try_scale(x, w, levels, lanes, top, begin + step * np.float32(trial) + top)
     for v in range(_LANES):
-        scale[v] = _ZERO if flat[v] else scale[v]
-        inverse[v] = _ZERO if flat[v] else inverse[v]
+        inverse[v] = _ZERO if flat[v] else inverse[v]  # it is infinite, and the scale nothing
         minimum[v] = -low[v]
 
 
