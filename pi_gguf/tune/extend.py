@@ -107,8 +107,10 @@ def extend_checkpoint(
     if not texts and tune.longest_first:
         raise OptionError("longest-first is for documents of yours, the bundled mixture has no end", "give --data")
     if not texts and tune.recall:
-        raise OptionError(f"recall is beside texts, got {tune.recall}: half of the bundled mixture is recall tasks",
-                          "leave it out, or give --data")  # fmt: skip
+        raise OptionError(
+            f"recall is beside texts, got {tune.recall}: half of the bundled mixture is recall tasks",
+            "leave it out, or give --data",
+        )
     packing = tune.packing or ("isolate" if texts else "join")
     evaluated = validation.text if tune.eval_text else (None, None)
     record = replace(

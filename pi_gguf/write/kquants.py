@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numba import njit
 
+from pi_gguf.gguf.file import tensor_nbytes
 from pi_gguf.llamacpp import quantizer as ggml
 
 KINDS = ("Q4_K", "Q5_K", "Q6_K")
@@ -53,7 +54,7 @@ def gives_ggml_bytes(kind: str) -> bool:
     rows = rng.standard_normal((64, 2 * _BLOCK), np.float32) * np.exp2(rng.uniform(-12, 2, (64, 1))).astype(np.float32)
     weights = rng.random((rows.shape[1],)).astype(np.float32)
     for importance in (None, weights):
-        ours, theirs = (np.empty((len(rows), 2 * _SIZES[kind]), np.uint8) for _ in range(2))
+        ours, theirs = (np.empty((len(rows), tensor_nbytes(kind, (rows.shape[1],))), np.uint8) for _ in range(2))
         try:
             quantize_rows(kind, rows, ours, importance)
         except OSError:  # what was compiled could not be kept: the disk is full
@@ -80,10 +81,6 @@ def quantize_rows(kind: str, rows: np.ndarray, out: np.ndarray, importance: np.n
             _quantize_q6(blocks, columns, out.reshape(len(blocks), -1))
         else:
             _quantize_q45(kind, blocks, columns, out.reshape(len(blocks), -1))
-
-
-_SIZES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-"""Bytes of 256 weights."""
 
 
 def _quantize_q45(kind: str, blocks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
@@ -119,8 +116,14 @@ def _quantize_q45(kind: str, blocks: np.ndarray, columns: np.ndarray, out: np.nd
     out[:, 8:12] = minima[:, :4] | (minima[:, 4:] >> 4 << 6)
     out[:, 12:16] = scales[:, 4:] & 15 | (minima[:, 4:] & 15) << 4
     wide = halves.astype(np.float32)[:, :, None] * (levels & 63)
-    pack = _pack_q4 if kind == "Q4_K" else _pack_q5
-    pack(blocks, np.stack([wide[0], wide[1], inverse, least], 2), out)
+    weights = np.empty(blocks.shape, np.uint8)
+    _levels(blocks, np.stack([wide[0], wide[1], inverse, least], 2), 0, int(top), weights)
+    pairs = weights.reshape(-1, 4, 2, 32)
+    if kind == "Q5_K":  # the fifth bit of each
+        out[:, 16:48] = np.bitwise_or.reduce(
+            weights.reshape(-1, 8, 32) >> 4 << np.arange(8, dtype=np.uint8)[:, None], 1
+        )
+    out[:, -128:] = (pairs[:, :, 0] & 15 | pairs[:, :, 1] << 4).reshape(-1, 128)
 
 
 def _quantize_q6(blocks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
@@ -137,7 +140,12 @@ def _quantize_q6(blocks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> No
     out[:, 192:208] = levels.view(np.uint8)
     out[:, 208:] = half.view(np.uint8)
     nothing = np.zeros_like(scale)
-    _pack_q6(blocks, np.stack([half.astype(np.float32) * levels, nothing, inverse, nothing], 2), out)
+    weights = np.empty(blocks.shape, np.uint8)
+    _levels(blocks, np.stack([half.astype(np.float32) * levels, nothing, inverse, nothing], 2), -32, 31, weights)
+    quarters = weights.reshape(-1, 2, 4, 32)
+    low, high = quarters & 15, quarters >> 4 << np.array([[0], [2], [4], [6]], np.uint8)
+    out[:, :128] = (low[:, :, :2] | low[:, :, 2:] << 4).reshape(-1, 128)
+    out[:, 128:192] = np.bitwise_or.reduce(high, 2).reshape(-1, 64)
 
 
 @_jit
@@ -377,69 +385,30 @@ def _quantize_weighed(values: Array, weights: Array, levels: Array, largest: Arr
 
 
 @_jit
-def _levels(x: Array, line: Array, low: Value, high: Value, rounded: Array, out: Array) -> None:
-    """Round weights to levels, 0 standing for `low`.
+def _levels(blocks: Array, lines: Array, low: Value, high: Value, out: Array) -> None:
+    """Round the weights of blocks (n, 256) to levels, 0 standing for `low`.
 
     Args:
-        x: weights of one scale.
-        line: scale and minimum as they are written, and the inverse and least weight that the search ended with, which
-            count where the scale was rounded to nothing.
-        rounded: as many float32 to work in.
+        lines: by block and group of weights (n, groups, 4): scale and minimum as they are written, and the inverse and
+            least weight that the search ended with, which count where the scale was rounded to nothing.
+        out: uint8 (n, 256).
     """
-    scale, minimum, inverse, least = line[0], line[1], line[2], line[3]
-    if scale != _ZERO:
-        whole = rounded.view(np.int32)
-        for i in range(len(x)):
-            rounded[i] = (x[i] + minimum) / scale + _MAGIC
-        for i in range(len(x)):
-            out[i] = max(low, min(high, (whole[i] & 0x7FFFFF) - 0x400000)) - low
-    elif inverse != _ZERO:
-        for i in range(len(x)):
-            out[i] = max(low, min(high, np.int32(np.rint(inverse * (x[i] - least))))) - low
-    else:
-        out[:] = 0
-
-
-@_jit
-def _pack_q4(blocks: Array, lines: Array, out: Array) -> None:
-    rounded, levels = np.empty(32, np.float32), np.empty(_BLOCK, np.uint8)
-    for b in range(len(blocks)):
-        for j in range(8):
-            part = slice(32 * j, 32 * j + 32)
-            _levels(blocks[b, part], lines[b, j], 0, 15, rounded, levels[part])
-        for j in range(4):
-            for i in range(32):
-                out[b, 16 + 32 * j + i] = levels[64 * j + i] | levels[64 * j + 32 + i] << 4
-
-
-@_jit
-def _pack_q5(blocks: Array, lines: Array, out: Array) -> None:
-    rounded, levels = np.empty(32, np.float32), np.empty(_BLOCK, np.uint8)
-    for b in range(len(blocks)):
-        for j in range(8):
-            part = slice(32 * j, 32 * j + 32)
-            _levels(blocks[b, part], lines[b, j], 0, 31, rounded, levels[part])
-        for i in range(32):
-            high = 0
-            for j in range(8):
-                high |= levels[32 * j + i] >> 4 << j
-            out[b, 16 + i] = high
-        for j in range(4):
-            for i in range(32):
-                out[b, 48 + 32 * j + i] = levels[64 * j + i] & 15 | (levels[64 * j + 32 + i] & 15) << 4
-
-
-@_jit
-def _pack_q6(blocks: Array, lines: Array, out: Array) -> None:
-    rounded, levels = np.empty(16, np.float32), np.empty(_BLOCK, np.uint8)
-    for b in range(len(blocks)):
-        for j in range(16):
-            part = slice(16 * j, 16 * j + 16)
-            _levels(blocks[b, part], lines[b, j], -32, 31, rounded, levels[part])
-        for half in range(2):
-            for i in range(32):
-                q1, q2 = levels[128 * half + i], levels[128 * half + 32 + i]
-                q3, q4 = levels[128 * half + 64 + i], levels[128 * half + 96 + i]
-                out[b, 64 * half + i] = q1 & 15 | (q3 & 15) << 4
-                out[b, 64 * half + 32 + i] = q2 & 15 | (q4 & 15) << 4
-                out[b, 128 + 32 * half + i] = q1 >> 4 | q2 >> 4 << 2 | q3 >> 4 << 4 | q4 >> 4 << 6
+    each = _BLOCK // lines.shape[1]
+    rounded = np.empty(each, np.float32)
+    whole = rounded.view(np.int32)
+    for block in range(len(blocks)):
+        for group in range(lines.shape[1]):
+            x = blocks[block, group * each : group * each + each]
+            to = out[block, group * each : group * each + each]
+            line = lines[block, group]
+            scale, minimum, inverse, least = line[0], line[1], line[2], line[3]
+            if scale != _ZERO:
+                for i in range(each):
+                    rounded[i] = (x[i] + minimum) / scale + _MAGIC
+                for i in range(each):
+                    to[i] = max(low, min(high, (whole[i] & 0x7FFFFF) - 0x400000)) - low
+            elif inverse != _ZERO:
+                for i in range(each):
+                    to[i] = max(low, min(high, np.int32(np.rint(inverse * (x[i] - least))))) - low
+            else:
+                to[:] = 0

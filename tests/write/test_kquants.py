@@ -151,6 +151,17 @@ assert not kquants._search_q45.stats.cache_path
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **nowhere}, check=True)
 
 
+def test_where_the_disk_is_full(tmp_path):
+    """It is ggml's work then: what was compiled cannot be kept, and how far that went is not known."""
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+from pi_gguf.write import kquants
+assert not kquants.gives_ggml_bytes("Q4_K")
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}, check=True)
+
+
 def test_a_name_that_is_none(tmp_path):
     with pytest.raises(OptionError, match="quantizer must be one of auto, ggml, numba, got fast"):
         _convert(tmp_path / "x.gguf", quantizer="fast")
