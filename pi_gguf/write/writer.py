@@ -50,7 +50,7 @@ _CHUNK_ELEMENTS = 2**18
 
 
 _WORTH_COMPILING = 2**28
-"""Weights of K-quants from which on numba's compiler, a quarter of a minute once a machine, is worth its time."""
+"""Weights of K-quants from which on numba's compiler, ten seconds once a machine, is worth its time."""
 
 
 @stage("write {path}")
