@@ -52,6 +52,7 @@ class ChatEncoder:
     def __init__(self, checkpoint: Checkpoint, loss: str) -> None:
         self._tokenizer: Any = checkpoint.load_tokenizer()
         self._name, self._loss = f"{checkpoint.tokenizer_dir}: chat_template", loss
+        self._told = False  # that answers do not count
         self._templates = chat_templates(self._tokenizer)
         if "default" not in self._templates:
             raise CheckpointError(
@@ -121,6 +122,13 @@ class ChatEncoder:
                     raise TextError(
                         f"{chats[i].where}: the model's chat template: {rendered.error}",
                         "correct or remove the row; --loss all needs no template that can be split",
+                    )
+                if rendered.others and not self._told:
+                    self._told = True
+                    say(
+                        f"note: {chats[i].where}: {rendered.others} answers do not count: the model's chat template "
+                        "writes earlier ones otherwise than they were given, without their thoughts perhaps; so with "
+                        "other rows"
                     )
                 found[i] = rendered
         return found

