@@ -443,6 +443,8 @@ def with_tables(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         path, _, which = match[1].partition("#")
+        if path.endswith(".md"):  # a table that a recipe has made
+            return f"<!-- table {match[1]} -->\n{(ROOT / path).read_text()}<!-- end -->"
         record = json.loads((ROOT / path).read_text())
         if which:
             made = _SEVERAL[which](record)

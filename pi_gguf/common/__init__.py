@@ -7,6 +7,7 @@ endings: how a command ends, by a signal, a closed output, an error of other cod
 tables: tables for people
 provenance: versions, commit, hashes and times of a result
 machine: memory, cores, GPUs, and how fast these compute
+products: torch's matrix products on a CPU that is not Intel's
 cards: GPUs by name
 children: a module of the package in a child process
 private: what other libraries keep to themselves and we need, with the reasons

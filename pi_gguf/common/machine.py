@@ -112,6 +112,11 @@ def _has_amx() -> bool:
     return "amx_bf16" in _cpu_flags()
 
 
+def is_another_makers_x86() -> bool:
+    """Tell whether Linux says of the CPU that it is an x86 and not Intel's."""
+    return "vendor_id" in _cpu_flags() and "GenuineIntel" not in _cpu_flags()
+
+
 @cache
 def _cpu_flags() -> str:
     """Return what Linux says of the CPU; nothing elsewhere."""

@@ -7,7 +7,10 @@ alone.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def tied_weights(model: Any) -> dict[str, str]:
@@ -55,6 +58,14 @@ def shared_state() -> dict[str, Any]:
 
     state: dict[str, Any] = PartialState._shared_state
     return state
+
+
+def onednn_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return a b + bias in 32 bits by oneDNN: torch's own way to it is taken for other types alone."""
+    import torch
+
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return found
 
 
 def ggml_library() -> ctypes.CDLL:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import torch_device
+from pi_gguf.common.products import fast_products
 from pi_gguf.measure.language_model import LanguageModel, common_prefix
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class HfModel(HfTokens):
         step = _CHUNK if known else len(ids)
         for start in range(known, len(ids), step):
             part = list(ids[start : start + step])
-            with torch.inference_mode():
+            with torch.inference_mode(), fast_products(self.device):
                 hidden = self._model.base_model(
                     torch.tensor([part], device=self.device), past_key_values=self._cache, use_cache=True
                 ).last_hidden_state[0]
@@ -91,7 +92,7 @@ class HfModel(HfTokens):
         base = self._model.base_model
         whole, base.forward = base.forward, lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), fast_products(self.device):
                 logits: torch.Tensor = self._model(
                     torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
                 ).logits

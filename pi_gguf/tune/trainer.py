@@ -23,6 +23,7 @@ from pi_gguf.common.endings import handled_signals
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.machine import peak_memory
 from pi_gguf.common.private import use_one_device
+from pi_gguf.common.products import fast_products
 from pi_gguf.common.progress import progress_bar, say
 from pi_gguf.data.packing import Row
 from pi_gguf.errors import Interrupted, OptionError, ResourceError
@@ -104,7 +105,7 @@ def run_training(run: Run) -> Trained:
     model = _open_model(run.checkpoint, training, run.seed, "cpu" if spread.fsdp or spread.deepspeed else device)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     stop = _StopOnInterrupt(spread.processes)
-    with progress_bar("fine-tune", training.steps, "steps") as advance, stop:
+    with fast_products(device), progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         trainer = _trainer(run, model, arguments)
         progress = Progress(
             trainer, advance, run.validation, device=device, accumulation=training.accumulation,

@@ -37,6 +37,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -65,8 +66,7 @@ class Scale:
         tune: options of `pi_gguf.extend`, the same for every method.
         methods: that are trained; files are written of the first.
         chats: share of the texts' tokens that are conversations about stories, where there are any.
-        windows: whose perplexity is measured, as shares of the new one.
-        task_windows: of needles and RULER's tasks, as such shares.
+        windows: that perplexity, needles and RULER's tasks are measured at, as parts of the new one.
         perplexity, passkey, needle, ruler, summarize, short: options of each suite.
         certify: whether files are certified, which reads the whole window several times.
     """
@@ -74,8 +74,7 @@ class Scale:
     tune: dict[str, Any]
     methods: tuple[str, ...]
     chats: float
-    windows: tuple[int, ...]
-    task_windows: tuple[int, ...]
+    windows: dict[str, tuple[int, ...]]
     perplexity: dict[str, Any]
     passkey: dict[str, Any]
     needle: dict[str, Any]
@@ -88,18 +87,19 @@ class Scale:
 SCALES = {
     "full": Scale(
         {"steps": 100, "train_window": 2048, "mix": 0.5, "batch_tokens": 65536, "learning_rate": 3e-4, "recall": 0.3},
-        ("linear", "ntk", "yarn"), 0.15, (16, 8, 4, 2, 1), (16, 8, 4, 2, 1),
+        ("linear", "ntk", "yarn"), 0.15, dict.fromkeys(("perplexity", "needle", "ruler"), (16, 8, 4, 2, 1)),
         {"samples": 2}, {"distances": 16, "keys": 5}, {"depths": 10}, {"items": 5},
         {"documents": 10, "max_tokens": 400}, {"limit": 200},
     ),
     "cpu": Scale(
         {"steps": 150, "train_window": 512, "batch_tokens": 1024, "learning_rate": 1e-4, "recall": 0.5},
-        ("yarn",), 0, (16, 4, 1), (16, 4), {"samples": 2, "documents": 1}, {"distances": 16, "keys": 1}, {"depths": 5},
-        {"items": 1}, {"documents": 5, "max_tokens": 300}, {"limit": 200}, certify=False,
+        ("yarn",), 0, {"perplexity": (16, 4, 1), "needle": (2,), "ruler": (8,)},
+        {"samples": 1, "documents": 1}, {"distances": 16, "keys": 1}, {"depths": 5}, {"items": 1},
+        {"documents": 5, "max_tokens": 300}, {"limit": 200}, certify=False,
     ),
     "toy": Scale(
         {"steps": 2, "train_window": 128, "batch_tokens": 256, "learning_rate": 1e-4, "recall": 0.3},
-        ("linear",), 0.15, (2, 1), (2, 1),
+        ("linear",), 0.15, dict.fromkeys(("perplexity", "needle", "ruler"), (2, 1)),
         {"samples": 1, "documents": 1, "stride": 32}, {"distances": 2, "keys": 1}, {"depths": 2}, {"items": 1},
         {"documents": 1, "max_tokens": 8, "document_tokens": 128}, {"limit": 2}, certify=False,
     ),
@@ -165,8 +165,7 @@ class Recipe:
             pi_gguf.unpack(str(self.gguf), self.path("base"))
         self.original = load_checkpoint(str(self.path("base"))).rope.max_position_embeddings
         self.context = FACTOR * self.original
-        self.windows = [self.context // part for part in self.scale.windows]
-        self.task_windows = [self.context // part for part in self.scale.task_windows]
+        self.windows = {suite: [self.context // part for part in parts] for suite, parts in self.scale.windows.items()}
         for folder, split in ((self.heldout, "heldout"), (self.training, "train")):
             folder.mkdir(exist_ok=True)
             for name, text in bundled.novels(split).items():
@@ -253,7 +252,7 @@ class Recipe:
         options = dict(self.scale.perplexity)
         novels = sorted(self.heldout.glob("*.txt"))[: options.pop("documents", None)]
         model, how = self.target("perplexity", row)
-        how |= {"text": [str(path) for path in novels], "windows": self.windows}
+        how |= {"text": [str(path) for path in novels], "windows": self.windows["perplexity"]}
         return pi_gguf.evaluate_perplexity(model, **options, **how)
 
     def passkey(self, row: Row) -> Any:
@@ -262,11 +261,11 @@ class Recipe:
 
     def needle(self, row: Row) -> Any:
         model, how = self.target("needle", row)
-        return pi_gguf.evaluate_needle(model, windows=self.task_windows, **self.scale.needle, **how)
+        return pi_gguf.evaluate_needle(model, windows=self.windows["needle"], **self.scale.needle, **how)
 
     def ruler(self, row: Row) -> Any:
         model, how = self.target("ruler", row)
-        return pi_gguf.evaluate_ruler(model, windows=self.task_windows, **self.scale.ruler, **how)
+        return pi_gguf.evaluate_ruler(model, windows=self.windows["ruler"], **self.scale.ruler, **how)
 
     def kl(self, row: Row) -> Any:
         model, how = self.target("kl", row)
@@ -466,9 +465,21 @@ def _plain(name: str) -> str:
 def tables(results: dict[str, Any]) -> str:
     """Return the tables in Markdown: perplexity and k_max by row, then what else was measured."""
     parts = [_main_table(results)]
+    if needle := results.get("needle"):
+        windows = sorted({cell["window"] for one in needle.values() for cell in one["cells"]})
+        rows = [[name, *(_needles_found(one["cells"], window) for window in windows)] for name, one in needle.items()]
+        parts.append(markdown_table(["needles found in", *(f"{window:,}" for window in windows)], rows))
     if ruler := results.get("ruler"):
-        rows = [[name, str(next(iter(one["effective_length"].values())))] for name, one in ruler.items()]
-        parts.append(markdown_table(["RULER tasks", "effective length"], rows))
+        windows = sorted({row["window"] for one in ruler.values() for row in one["rows"]})
+        rows = [
+            [
+                name, *(f"{fmean(row['score'] for row in one['rows'] if row['window'] == w):.1f}" for w in windows),
+                f"{next(iter(one['effective_length'].values())):,}",
+            ]
+            for name, one in ruler.items()
+        ]  # fmt: skip
+        heads = [f"{window:,}" for window in windows]
+        parts.append(markdown_table(["RULER's tasks, mean in percent at", *heads, "effective length"], rows))
     if kl := results.get("kl"):
         spans = [f"{row['begin']}-{row['end'] - 1}" for row in next(iter(kl.values()))["rows"][:-1]]
         rows = [[name, *(f"{row['mean']:.2g}" for row in one["rows"][:-1])] for name, one in kl.items()]
@@ -485,25 +496,35 @@ def tables(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _needles_found(cells: list[dict[str, Any]], window: int) -> str:
+    found, asked = (sum(cell[key] for cell in cells if cell["window"] == window) for key in ("found", "needles"))
+    return f"{found} of {asked}" if asked else ""
+
+
 def _main_table(results: dict[str, Any]) -> str:
     perplexity, passkey = results.get("perplexity", {}), results.get("passkey", {})
     windows = sorted({row["window"] for one in perplexity.values() for row in one["rows"]})
     cells = []
     for name in results["rows"]:
-        measured = {p["window"]: f"{p['perplexity']:.2f}" for p in perplexity.get(name, {"rows": []})["rows"]}
-        reached = passkey.get(name, {"k_max": {"": ""}})["k_max"]
-        if measured or name in passkey:
-            cells.append([name, *(measured.get(w, "") for w in windows), str(next(iter(reached.values())))])
-    return markdown_table(["perplexity at", *map(str, windows), "k_max"], cells)
+        measured = {p["window"]: f"{p['perplexity']:,.2f}" for p in perplexity.get(name, {"rows": []})["rows"]}
+        reached = f"{next(iter(passkey[name]['k_max'].values())):,}" if name in passkey else ""
+        if measured or reached:
+            cells.append([name, *(measured.get(w, "") for w in windows), reached])
+    return markdown_table(["perplexity at", *(f"{window:,}" for window in windows), "k_max"], cells)
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    """Draw what was measured; the curves of folders alone, as those of their files lie on them."""
+    """Draw what was measured; of curves those of folders, where there are any: those of their files lie on them."""
     folders = {name for name, model in results["rows"].items() if not model.endswith(".gguf")}
-    if perplexity := {name: one for name, one in results.get("perplexity", {}).items() if name in folders}:
+
+    def shown(suite: str) -> dict[str, Any]:
+        every = results.get(suite, {})
+        return {name: one for name, one in every.items() if name in folders} or every
+
+    if perplexity := shown("perplexity"):
         curves = {name: PerplexityReport.from_json(_report(one)).rows for name, one in perplexity.items()}
         plot_perplexity(curves, folder / "perplexity.png", original=results["original"])
-    if passkey := {name: one for name, one in results.get("passkey", {}).items() if name in folders}:
+    if passkey := shown("passkey"):
         reports = {name: PasskeyReport.from_json(_report(one)) for name, one in passkey.items()}
         cells = [replace(cell, model=name) for name, report in reports.items() for cell in report.cells]
         plot_passkeys(PasskeyReport([*reports], cells, {}, growing=True), folder / "passkey.png")

@@ -24,6 +24,8 @@ import pi_gguf
 from pi_gguf.adapters.adapted import with_adapters
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.checkpoint.tensors import open_files
+from pi_gguf.common import machine
+from pi_gguf.common import products as fast
 from pi_gguf.common.machine import Machine, fast_bf16
 from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
@@ -355,6 +357,20 @@ def test_recomputed_activations_give_the_same_losses(train, llama, tmp_path, tex
         out = pi_gguf.extend(str(llama), tmp_path / name, data=[str(text)], train=train, **OPTIONS)
         losses[name] = json.loads((out / "losses.json").read_text())
     assert len(losses["kept"]) == 4 and losses["kept"] == pytest.approx(losses["recomputed"], rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_products_of_another_library_give_the_same_losses(llama, tmp_path, text, monkeypatch):
+    found, asked, product = [], [], fast.onednn_product
+    monkeypatch.setattr(fast, "_LEAST", 0)
+    monkeypatch.setattr(fast, "onednn_product", lambda *given: asked.append(1) or product(*given))
+    for maker in ("GenuineIntel", "AuthenticAMD"):
+        monkeypatch.setattr(machine, "_cpu_flags", lambda maker=maker: f"vendor_id : {maker}")
+        out = pi_gguf.extend(str(llama), tmp_path / maker, data=[str(text)], report_to="none", **OPTIONS)
+        found.append((json.loads((out / "losses.json").read_text()), len(asked)))
+    (theirs, none), (ours, many) = found
+    assert none == 0 and many > 100
+    assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == OPTIONS["steps"]
 
 
 def test_tiles_and_the_hosts_memory_when_a_gpu_is_full(llama, monkeypatch):
