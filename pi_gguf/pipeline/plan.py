@@ -36,9 +36,12 @@ BITS_PER_WEIGHT = {
 
 _A_DAY = 86400.0
 
-_START_WINDOW, _START_RATE, _START_TOKENS = 1024, 3e-4, 100_000
-"""What a CPU trains in an hour: short sequences, few tokens a step at a high rate, by which SmolLM2 learned fastest
-(docs/log.md), and how many tokens there must be at least."""
+_START_WINDOW, _START_RATE, _START_TOKENS = 512, 1e-4, 100_000
+_START: dict[str, Any] = {
+    "mix": None, "schedule": "decay", "factor_warmup": 0, "attention": TuneOptions.attention, "recall": 0.5,
+}  # fmt: skip
+"""What a CPU trains in an hour: short sequences, few tokens a step, half of them recall tasks. By YaRN SmolLM2 finds a
+key at 32,768 tokens after half of that (`recipes/smollm2-32k`). And how many tokens there must be at least."""
 
 _READING = 0.9
 """Time of an operation in reading by its time in training as planned: small models in windows of 2048 to 32768 read
@@ -132,7 +135,8 @@ def plan(
             elsewhere = placed(checkpoint, training, spread, activations, machine, seconds)
         elif seconds > _A_DAY:
             untrained = f"{command} --method yarn" if takes_yarn(original.rope, context) else ""
-            instead = {"start": _start(model, context, checkpoint, tune, machine), "untrained": untrained}
+            start = replace(tune, method="yarn") if untrained and tune.method == "linear" else tune
+            instead = {"start": _start(model, context, checkpoint, start, machine), "untrained": untrained}
         command = start_command(model, context, tune, spread_options, training, spread, machine)
     output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
@@ -164,8 +168,7 @@ def plan(
 def _start(model: str, context: int, checkpoint: Checkpoint, tune: TuneOptions, machine: Machine) -> str:
     """Return the command of what this machine trains in an hour; nothing where that is too little to be a start."""
     window = min(_START_WINDOW, checkpoint.rope.original_max_position_embeddings)
-    tune = replace(tune, steps=1, train_window=window, batch_tokens=2 * window, learning_rate=_START_RATE, mix=None,
-                   schedule="decay", factor_warmup=0, attention=TuneOptions.attention)  # fmt: skip
+    tune = replace(tune, steps=1, train_window=window, batch_tokens=2 * window, learning_rate=_START_RATE, **_START)
     training, spread = plan_run(checkpoint, tune, SpreadOptions(), machine)
     steps = int(3600 / training_seconds(checkpoint, training, machine, spread))
     if steps * training.tokens < _START_TOKENS:

@@ -128,6 +128,8 @@ def test_what_takes_days_here_has_a_start_of_an_hour_or_a_card(tmp_path, monkeyp
     words = shlex.split(plan.start)
     options = dict(zip((word[2:].replace("-", "_") for word in words[4::2]), words[5::2], strict=True))
     assert words[:3] == ["pi-gguf", "extend", str(tmp_path / "small")] and options.pop("context") == "32768"
+    assert options["method"] == "yarn" and float(options.pop("recall")) == 0.5, "what finds keys after an hour"
+    assert "--method ntk" in planned(tmp_path / "small", SMALL, method="ntk").start, "as it was asked for"
     again = planned(
         tmp_path / "small", SMALL, steps=int(options.pop("steps")), train_window=int(options.pop("train_window")),
         batch_tokens=int(options.pop("batch_tokens")), learning_rate=float(options.pop("learning_rate")), **options,
@@ -141,6 +143,7 @@ def test_what_takes_days_here_has_a_start_of_an_hour_or_a_card(tmp_path, monkeyp
     assert untrained[-6:] == ["--steps", "0", "--quant", "Q4_K_M", "--method", "yarn"]
     scaled = planned(tmp_path / "scaled", {**SMALL, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert scaled.training_seconds > 86400 and scaled.untrained == "", "YaRN does not compose with a scaling"
+    assert scaled.start and "yarn" not in scaled.start
 
 
 def test_what_is_not_trained_is_converted_next(tmp_path):
