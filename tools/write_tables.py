@@ -1,7 +1,8 @@
 """Write the recorded tables into `PAGES`, between the marks `<!-- table FILE -->` and `<!-- end -->`.
 
 In: `recipes/*/results.json`, as `pi-gguf demo` writes them, `recipes/report/report.json`, `recipes/gpu/*.json` and
-`benchmarks/*.json`. Out: the texts with their tables. Where a file has several, the mark names one behind a `#`.
+`benchmarks/*.json`. Out: the texts with their tables. Where a file has several, the mark names one behind a `#`; a
+file of Markdown, as a recipe writes its tables, is put in as it is.
 
 Example:
     python tools/write_tables.py

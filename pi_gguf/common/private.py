@@ -61,7 +61,7 @@ def shared_state() -> dict[str, Any]:
 
 
 def onednn_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return a b + bias in 32 bits by oneDNN: torch's own way to it is taken for other types alone."""
+    """Return a b + bias in 32 bits by oneDNN, which torch itself takes for other types only."""
     import torch
 
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")

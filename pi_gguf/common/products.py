@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pi_gguf.common.machine import is_another_makers_x86
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 _LEAST = 2**22
 """Multiplications below which a call costs more than it gains."""
 
-_lock, _open, _library = threading.Lock(), 0, None
+_lock, _open = threading.Lock(), 0
 
 
 @contextmanager
 def fast_products(device: str) -> Iterator[None]:
     """Multiply by oneDNN where torch has it and MKL is slow; else change nothing. It may be opened within itself."""
-    global _open, _library
+    global _open
     if device != "cpu" or not is_another_makers_x86():
         yield
         return
@@ -38,20 +39,18 @@ def fast_products(device: str) -> Iterator[None]:
         yield
         return
     with _lock:
+        _register()
         _open += 1
-        if _open == 1:
-            _library = _registered()
     try:
         yield
     finally:
         with _lock:
             _open -= 1
-            if not _open:
-                _library = None  # torch has its own again
 
 
-def _registered() -> Any:
-    """Put our products in the place of torch's on the CPU, as long as what is returned lives."""
+@cache
+def _register() -> Any:
+    """Put our products in the place of torch's on the CPU, for good; while none is open, they hand on to torch's."""
     import torch
 
     library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
@@ -68,21 +67,24 @@ def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     if _suits(a, b):
         return onednn_product(a, b, None)
-    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    return torch.mm(a, b, out=a.new_empty(0))
 
 
 def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
     """Return beta bias + alpha a b; bias of (n) or what spreads to (m, n)."""
     import torch
 
-    if beta == alpha == 1 and bias.dtype == a.dtype and bias.shape == b.shape[1:] and _suits(a, b):
+    plain = beta == alpha == 1 and bias.dtype == a.dtype and bias.shape == b.shape[1:] and bias.is_contiguous()
+    if plain and _suits(a, b):
         return onednn_product(a, b, bias)
-    return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1]))
+    return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(0))
 
 
 def _suits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether oneDNN is faster: it would copy a transposed a."""
     import torch
 
-    both = a.dtype == b.dtype == torch.float32
-    return both and a.is_contiguous() and a.shape[1:] == b.shape[:1] and a.shape[0] * b.numel() >= _LEAST
+    if not (_open and a.dtype == b.dtype == torch.float32 and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0]):
+        return False
+    dense = a.is_contiguous() and (b.is_contiguous() or b.t().is_contiguous())
+    return dense and a.shape[0] * b.numel() >= _LEAST

@@ -255,6 +255,8 @@ def _write(texts: Texts, folder: Path, documents: _Documents, partly: bool) -> N
             os.fsync(one.fileno())
     if not partly:
         (folder / "counted.bin").unlink()
+    if documents.chats:
+        documents.chats.tell(texts.name)
     if without:
         say(f"{texts.name}: {without:,} conversations without an answer that counts are left out")
     if len(offsets) == 1:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Unpack
 
+from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.common.machine import Machine, operations_a_second, torch_device
 from pi_gguf.common.options import flat, take
@@ -36,12 +37,13 @@ BITS_PER_WEIGHT = {
 
 _A_DAY = 86400.0
 
-_START_WINDOW, _START_RATE, _START_TOKENS = 512, 1e-4, 100_000
-_START: dict[str, Any] = {
-    "mix": None, "schedule": "decay", "factor_warmup": 0, "attention": TuneOptions.attention, "recall": 0.5,
-}  # fmt: skip
+_START_WINDOW, _START_RATE, _START_RECALL = 512, 1e-4, 0.5
 """What a CPU trains in an hour: short sequences, few tokens a step, half of them recall tasks. By YaRN SmolLM2 finds a
-key at 32,768 tokens after half of that (`recipes/smollm2-32k`). And how many tokens there must be at least."""
+key at 32,768 tokens after half an hour (`recipes/smollm2-32k`)."""
+
+
+_START_TOKENS = 100_000
+"""An hour in which fewer tokens are trained is no start."""
 
 _READING = 0.9
 """Time of an operation in reading by its time in training as planned: small models in windows of 2048 to 32768 read
@@ -168,7 +170,10 @@ def plan(
 def _start(model: str, context: int, checkpoint: Checkpoint, tune: TuneOptions, machine: Machine) -> str:
     """Return the command of what this machine trains in an hour; nothing where that is too little to be a start."""
     window = min(_START_WINDOW, checkpoint.rope.original_max_position_embeddings)
-    tune = replace(tune, steps=1, train_window=window, batch_tokens=2 * window, learning_rate=_START_RATE, **_START)
+    mixed = model == bundled.TINY and not tune.data  # its own mixture has recall tasks
+    tune = replace(tune, steps=1, train_window=window, batch_tokens=2 * window, learning_rate=_START_RATE, mix=None,
+                   schedule="decay", factor_warmup=0, attention=TuneOptions.attention,
+                   recall=tune.recall or (0 if mixed else _START_RECALL))  # fmt: skip
     training, spread = plan_run(checkpoint, tune, SpreadOptions(), machine)
     steps = int(3600 / training_seconds(checkpoint, training, machine, spread))
     if steps * training.tokens < _START_TOKENS:

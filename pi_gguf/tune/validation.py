@@ -157,6 +157,10 @@ class Validation:
                 f"{human_bytes(free)} are free"
             )
             return None
+        say(
+            f"measure what the old window pays: {yardstick.SAMPLES} stretches of {self._original} tokens, read by the "
+            "model as it was and as it is now"
+        )
         perplexities: list[float] = []
         for checkpoint in (self._before, after):
             lm = HfModel(checkpoint, device=device)

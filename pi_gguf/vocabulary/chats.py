@@ -52,7 +52,7 @@ class ChatEncoder:
     def __init__(self, checkpoint: Checkpoint, loss: str) -> None:
         self._tokenizer: Any = checkpoint.load_tokenizer()
         self._name, self._loss = f"{checkpoint.tokenizer_dir}: chat_template", loss
-        self._told = False  # that answers do not count
+        self.answers, self.others, self._first = 0, 0, ""
         self._templates = chat_templates(self._tokenizer)
         if "default" not in self._templates:
             raise CheckpointError(
@@ -61,9 +61,9 @@ class ChatEncoder:
             )
         for name, template in self._templates.items():
             check_template(template, f"{self._name} {name!r}")
-        special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special} - {""}
-        longest_first = sorted(special, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._special = _any_of({token.content for token in added if token.special})
+        self._added = _any_of({token.content for token in added})  # DeepSeek R1 ends turns by what is not special
 
     @property
     def sha256(self) -> str:
@@ -81,7 +81,8 @@ class ChatEncoder:
             characters: of its text, so many are taken at most.
 
         Raises:
-            TextError: a row is no conversation, or its template does not take it or cannot be split into turns.
+            TextError: a row is no conversation, or its template does not take it; or it has been split into turns
+                nowhere so far.
         """
         rendered = self._rendered(chats)
         for chat, one in zip(chats, rendered, strict=True):
@@ -115,7 +116,7 @@ class ChatEncoder:
             some = [cut(asked[i], self._special) for i in places]
             texts = render_chats(
                 self._templates[name], some, self._tokenizer.special_tokens_map, self._name,
-                special=self._special if self._loss == "assistant" else None,
+                special=self._added if self._loss == "assistant" else None,
             )  # fmt: skip
             for i, rendered in zip(places, texts, strict=True):
                 if rendered.error:
@@ -123,15 +124,34 @@ class ChatEncoder:
                         f"{chats[i].where}: the model's chat template: {rendered.error}",
                         "correct or remove the row; --loss all needs no template that can be split",
                     )
-                if rendered.others and not self._told:
-                    self._told = True
-                    say(
-                        f"note: {chats[i].where}: {rendered.others} answers do not count: the model's chat template "
-                        "writes earlier ones otherwise than they were given, without their thoughts perhaps; so with "
-                        "other rows"
-                    )
+                self._count(rendered, chats[i].where)
                 found[i] = rendered
+        if self.others and not self.answers:
+            raise TextError(
+                f"{self._first}: the model's chat template cannot be split into turns: it does not write an answer "
+                "behind the prompt to answer",
+                "mark the answers by {% generation %} in chat_template.jinja, or take --loss all",
+            )
         return found
+
+    def _count(self, rendered: Rendered, where: str) -> None:
+        self.answers += len(rendered.spans)
+        self.others += rendered.others
+        if rendered.others and not self._first:
+            self._first = where
+
+    def tell(self, name: str) -> None:
+        """Say how many of the answers so far do not count, if any.
+
+        Args:
+            name: of the texts.
+        """
+        if self.others:
+            say(
+                f"{name}: {self.others:,} of {self.answers + self.others:,} answers do not count: the model's chat "
+                f"template does not write them as they were given, without their thoughts perhaps; the first in "
+                f"{self._first}"
+            )
 
     def _counted(self, rendered: Rendered, places: np.ndarray) -> np.ndarray:
         """Return which tokens count, by their characters: (tokens, 2)."""
@@ -143,6 +163,12 @@ class ChatEncoder:
             # tokenizers that trim blanks off give a token of blanks alone an empty place behind them
             counted |= np.where(first < last, (begin <= first) & (first < end), (begin < first) & (first <= end))
         return counted
+
+
+def _any_of(words: set[str]) -> re.Pattern[str]:
+    """Return what finds any of these words, the longest first."""
+    longest_first = sorted(words - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _as_templates_take_it(chat: Conversation) -> dict[str, Any]:

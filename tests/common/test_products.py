@@ -77,9 +77,15 @@ def test_whatever_else_is_multiplied_is_torchs(asked):
         assert torch.allclose(torch.addmm(c, a, b, beta=2, alpha=3).double(), exact, rtol=1e-4, atol=1e-3)
         assert torch.allclose(torch.addmm(c, a, b).double(), c.double() + a.double() @ b.double(), atol=1e-3)
         assert not asked
-        for wrong in (random(255, 300), random(300, 300).bfloat16()):
+        for wrong in (random(255, 300), random(300, 300).bfloat16(), random(256)):
             with pytest.raises(RuntimeError):
-                a @ wrong
+                torch.mm(a, wrong)
+        for b in (random(256, 512)[:, ::2], random(512, 256)[::2].t(), random(256, 1).expand(256, 256)):
+            assert torch.allclose((a @ b).double(), a.double() @ b.double(), atol=1e-3)
+            assert torch.allclose(torch.addmm(c[0, ::2].repeat(2), a, b).double(),
+                                  c[0, ::2].repeat(2).double() + a.double() @ b.double(), atol=1e-3)  # fmt: skip
+        assert torch.allclose(torch.addmm(random(512)[::2], a, c).double(),
+                              random(512)[::2].double() + a.double() @ c.double(), atol=1e-3)  # fmt: skip
         assert torch.vmap(torch.mv)(random(4, 8, 8), random(4, 8)).shape == (4, 8)
     assert not asked
 

@@ -129,6 +129,9 @@ def test_what_takes_days_here_has_a_start_of_an_hour_or_a_card(tmp_path, monkeyp
     options = dict(zip((word[2:].replace("-", "_") for word in words[4::2]), words[5::2], strict=True))
     assert words[:3] == ["pi-gguf", "extend", str(tmp_path / "small")] and options.pop("context") == "32768"
     assert options["method"] == "yarn" and float(options.pop("recall")) == 0.5, "what finds keys after an hour"
+    assert "--recall 0.2" in planned(tmp_path / "small", SMALL, recall=0.2).start
+    tiny = pi_gguf.plan("bundled:tiny", context=2**20, steps=10**5, device="cpu")
+    assert "--method yarn" in tiny.start and "recall" not in tiny.start, "the bundled mixture has such tasks"
     assert "--method ntk" in planned(tmp_path / "small", SMALL, method="ntk").start, "as it was asked for"
     again = planned(
         tmp_path / "small", SMALL, steps=int(options.pop("steps")), train_window=int(options.pop("train_window")),

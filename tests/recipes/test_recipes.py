@@ -106,6 +106,23 @@ def test_what_is_made_waits_for_what_it_is_made_of(monkeypatch):
     assert Recipe.needs(Recipe, "linear-Q4_K_M-imatrix.gguf") == {"linear", "linear-F16.gguf"}
 
 
+def test_files_are_written_and_measured_of_the_first_method_of_a_scale(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "smollm2-32k"))
+    import run as recipe
+
+    for scale, label, trained in (("full", "PI", 3), ("cpu", "YaRN", 1)):
+        scale = recipe.SCALES[scale]
+        rows = recipe.all_rows(scale)
+        names = [row.name for row in rows]
+        assert len({*names}) == len(names) and sum(name.endswith(" trained") for name in names) == trained
+        assert sum(row.model.startswith(scale.methods[0]) for row in rows) == 5, "the folder and four files"
+        by_suite = {suite: [row.name for row in rows if recipe.suits(suite, row, scale)] for suite in recipe.SUITES}
+        assert by_suite["perplexity"] == by_suite["passkey"] == names
+        assert by_suite["kl"] == [name for name in names if name.startswith(f"{label} trained, ")]
+        few = ["base, no scaling", f"{label} trained", f"{label} trained, Q8_0", f"{label} trained, Q4_K_M"]
+        assert by_suite["needle"] == by_suite["ruler"] == by_suite["short"] == few
+
+
 @pytest.mark.slow
 def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path):
     """On the bundled model, whose window stands for SmolLM2's."""
@@ -147,5 +164,5 @@ def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path
         refused = subprocess.run([*command, wrong, "perplexty"], capture_output=True, text=True)
         assert refused.returncode == 2 and field in refused.stderr
     table = (tmp_path / "report" / "table.md").read_text()
-    assert all(f"| {name} | {measured[name]:.2f} |" in table for name in names)
+    assert all(f"| {name} | {measured[name]:,.2f} |" in table for name in names)
     assert {"perplexity.png", "kl-PI-trained-Q8_0.png"} <= {path.name for path in (tmp_path / "report").iterdir()}

@@ -189,27 +189,53 @@ THOUGHTS = (
     "{% if m.role == 'assistant' and late.on %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""As Qwen 3 does it: thoughts are written of answers to the last question only."""
+"""As Qwen 3 does it: thoughts, or their place, are written of answers to the last question only."""
 
 
-def test_answers_whose_thoughts_are_left_out_do_not_count(llama_copy, capfd):
-    form = FORMS["chatml"]
-    messages = conversation(form)
-    for message in messages:
-        message["reasoning_content"] = f"Of {len(message['content'])} letters."
-    checkpoint = load_checkpoint(str(chat_model(llama_copy, form, THOUGHTS)))
-    encoder, tokenizer = ChatEncoder(checkpoint, "assistant"), checkpoint.load_tokenizer()
-    found = encoder.encode([Conversation("x:1", messages[:3]), *[Conversation("x:2", messages)] * 2], LONGEST)
-    for (ids, counted), turns, answer in zip(found, (messages[:3], messages), (ANSWERS[0], ANSWERS[2]), strict=False):
-        assert tokenizer.decode(ids) == rendered(form, turns, THOUGHTS)
-        thoughts = f"<think>\nOf {len(answer)} letters.\n</think>\n\n"
-        assert tokenizer.decode(ids[counted]) == f"{thoughts}{answer}<|im_end|>"
-    said = capfd.readouterr().err
-    assert said.count("note: x:2: 2 answers do not count: ") == 1 and "x:1" not in said
+@pytest.fixture
+def thinking(llama_copy):
+    return load_checkpoint(str(chat_model(llama_copy, FORMS["chatml"], THOUGHTS)))
+
+
+def with_thoughts(turns):
+    return [{**turn, "reasoning_content": f"Of {len(turn['content'])} letters."} for turn in turns]
+
+
+def test_answers_whose_thoughts_are_left_out_do_not_count(thinking, capfd):
+    form, messages = FORMS["chatml"], with_thoughts(conversation(FORMS["chatml"]))
+    encoder, tokenizer = ChatEncoder(thinking, "assistant"), thinking.load_tokenizer()
+    encoder.tell("chats.jsonl")
+    assert capfd.readouterr().err == ""
+    unanswered = messages[:4]  # of its one answer the thoughts are left out
+    rows = [Conversation(f"x:{i}", turns) for i, turns in enumerate((messages[:3], unanswered, messages, messages), 1)]
+    found = encoder.encode(rows, LONGEST)
+    for (ids, counted), row in zip(found, rows, strict=True):
+        assert tokenizer.decode(ids) == rendered(form, row.turns, THOUGHTS)
+        answer = "" if row.turns is unanswered else row.turns[-1]["content"]
+        thoughts = f"<think>\nOf {len(answer)} letters.\n</think>\n\n{answer}<|im_end|>" if answer else ""
+        assert tokenizer.decode(ids[counted]) == thoughts
+    encoder.tell("chats.jsonl")
+    assert re.match(r"chats.jsonl: 5 of 8 answers do not count: .* the first in x:2\n", capfd.readouterr().err)
     # a call of a tool and what follows it belong to one question
     both = [*messages[:3], {"role": "assistant", "content": "More.", "reasoning_content": "On."}]
     ((ids, counted),) = encoder.encode([Conversation("x:3", both)], LONGEST)
     assert tokenizer.decode(ids[counted]).count("<think>") == 2
+    with pytest.raises(TextError, match=r"x:1: the model's chat template cannot be split into turns") as refused:
+        ChatEncoder(thinking, "assistant").encode([Conversation("x:1", unanswered)], LONGEST)
+    assert "--loss all" in refused.value.hint
+
+
+def test_earlier_answers_without_thoughts_count_though_the_last_is_written_otherwise(thinking):
+    messages = conversation(FORMS["chatml"])
+    encoder, tokenizer = ChatEncoder(thinking, "assistant"), thinking.load_tokenizer()
+    ((ids, counted),) = encoder.encode([Conversation("x:1", messages)], LONGEST)
+    first, second, third = (f"{answer}<|im_end|>" for answer in ANSWERS)
+    assert tokenizer.decode(ids[counted]) == f"{first}{second}<think>\n\n</think>\n\n{third}"
+    assert (encoder.answers, encoder.others) == (3, 0)
+    # what an answer says may stand in the question, too
+    echo = [{"role": "user", "content": "No. Say it."}, {"role": "assistant", "content": "No."}, *messages[1:3]]
+    ((ids, counted),) = encoder.encode([Conversation("x:2", echo)], LONGEST)
+    assert tokenizer.decode(ids[counted]).startswith("No.<|im_end|><think>") and counted.sum() < len(ids) - 20
 
 
 @pytest.mark.parametrize("opening", ["<think>\n", "<|im_end|>", "thinking: "])
@@ -225,14 +251,29 @@ def test_an_answer_begins_where_a_prompt_has_thoughts_that_it_lacks(opening, ans
     assert [one.text[a:b] for a, b in one.spans] == [f"{answer}<|im_end|>", f"{ANSWERS[0]}<|im_end|>"]
 
 
+@pytest.mark.parametrize(("blank", "word"), [("\n", "assistant: "), (" ", "assistant: "), ("\n", "</think>")])
+def test_what_stands_before_an_answer_is_no_part_of_it(blank, word):
+    line = f"{{{{ m.role if m.role != 'assistant' else '{word.strip(': ')}' }}}}"
+    rest = ": " if ":" in word else ""
+    template = (
+        f"{{% for m in messages %}}{line}{{% if m.role != 'assistant' %}}: {{% else %}}{rest}{{% endif %}}"
+        f"{{{{ m.content }}}}{blank}{{% endfor %}}{{% if add_generation_prompt %}}"
+        f"{'assistant: ' if rest else ''}<think>{{% endif %}}"
+    )
+    chat = {"messages": conversation(FORMS["mistral"]), "tools": None}
+    (one,) = render_chats(template, [chat], {}, "x", special=re.compile("</?think>"))
+    assert one.text.count(word) == 3 and not one.others
+    assert [one.text[a:b] for a, b in one.spans] == [*ANSWERS]
+
+
 UNSPLIT = {
     "the last answer is written otherwise": (
         "{% for m in messages %}{{ m.role }}: {% if loop.last %}[last] {% endif %}{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     ),
-    "nothing stands between a question and its answer": (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
-        "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    "the prompt names another role": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
     ),
     "the number of messages stands first": (
         "{{ messages | length }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -250,7 +291,7 @@ def test_a_template_that_cannot_be_split_is_refused_with_the_row(case, llama_cop
     form, template = FORMS["chatml"], UNSPLIT[case]
     checkpoint = load_checkpoint(str(chat_model(llama_copy, form, template)))
     row = Conversation("chats.jsonl:7", conversation(form))
-    with pytest.raises(TextError, match=r"chats\.jsonl:7: the model's chat template: ") as refused:
+    with pytest.raises(TextError, match=r"chats\.jsonl:7: the model's chat template") as refused:
         ChatEncoder(checkpoint, "assistant").encode([row], LONGEST)
     assert ("split into turns" in str(refused.value)) == ("marks" not in case) and "\n" not in str(refused.value)
     assert "--loss all" in refused.value.hint
