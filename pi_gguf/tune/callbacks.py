@@ -6,6 +6,7 @@ In: a run's settings. Out: a Trainer, and a callback of it. Imported when a run 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         stop_asked: tells whether the run is to end after this step.
 
     Attributes:
-        loss: of the last step, nats a token; None before the first.
+        loss: of the last step here, nats a token; None before the first.
         reached: whether the validation has ended the run.
 
     Raises:
@@ -68,9 +69,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.reached = False
         self._trainer, self._advance, self._validation, self._device = trainer, advance, validation, device
         self._accumulation, self._stop_asked, self._done = accumulation, stop_asked, 0
+        self._since = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._done = state.global_step
+        self._done, self._since = state.global_step, time.monotonic()
         self._advance(state.global_step, earlier=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -100,3 +102,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                     f"{last} of the run, is not a number",
                     "lower --learning-rate; if it is step 1, the checkpoint is damaged",
                 )
+        if "loss" in (logs or {}):  # kept with the step, so that a run that goes on knows of those before
+            now = time.monotonic()
+            state.log_history[-1]["seconds"], self._since = now - self._since, now

@@ -50,7 +50,8 @@ class Trained:
         adapter_dir: the adapters as peft saves them, in the run's folder; None without.
         losses: of each step, nats a token, those before a resume too.
         validations: what was measured on the way, with its step, those before a resume too.
-        measured: last loss, steps done, seconds, device, peak memory and what was predicted, in bytes.
+        measured: last loss, steps done, their seconds, those before a resume too, device, peak memory and what was
+            predicted, in bytes.
     """
 
     model: PreTrainedModel | None
@@ -112,14 +113,12 @@ def run_training(run: Run) -> Trained:
             stop_asked=lambda: stop.asked,
         )  # fmt: skip
         trainer.add_callback(progress)
-        result = _train(trainer, run, activations)
+        _train(trainer, run, activations)
     if stop.asked and trainer.state.global_step < training.steps and not progress.reached:
         say(f"stopped at step {trainer.state.global_step}; the same command goes on from {run.work_dir}")
         raise Interrupted(stop.number)
     measured = {
-        "loss": round(progress.loss or result.training_loss, 4),
         "steps_done": trainer.state.global_step,
-        "seconds": round(result.metrics["train_runtime"], 1),
         "device": device,
         "peak_memory_bytes": peak_memory(device),
         "predicted_memory_bytes": need,
@@ -196,8 +195,8 @@ def _trainer(run: Run, model: Any, arguments: Any) -> Any:
     return trainer
 
 
-def _train(trainer: Any, run: Run, activations: Activations) -> Any:
-    """Train from the last checkpoint, with a loss in chunks, the rest as planned; return Trainer's result."""
+def _train(trainer: Any, run: Run, activations: Activations) -> None:
+    """Train from the last checkpoint, with a loss in chunks, the rest as planned."""
     from transformers.trainer_utils import get_last_checkpoint
 
     last = get_last_checkpoint(str(run.work_dir))
@@ -211,13 +210,16 @@ def _train(trainer: Any, run: Run, activations: Activations) -> Any:
     with chunked_loss(trainer.model), tiled, sparse, warnings.catch_warnings():
         # The head hands a view through, and nothing is done to it in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        return trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last)
 
 
 def _trained(run: Run, trainer: Any, measured: dict[str, Any]) -> Trained:
     """Return what a run ended with: its history, and the model or the adapters; every process calls this."""
     history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
+    steps = [entry for entry in history if "loss" in entry]
+    losses = [entry["loss"] for entry in steps]
+    seconds = sum(entry.get("seconds", 0) for entry in steps)
+    measured = {"loss": round(losses[-1], 4), "seconds": round(seconds, 1), **measured}
     validations = [
         {name: value for name, value in entry.items() if name == "step" or name.startswith("eval_")}
         for entry in history

@@ -506,6 +506,23 @@ def test_a_killed_run_goes_on_to_the_same_losses(train, llama, tmp_path, text):
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+def test_a_run_that_ended_behind_its_last_step_tells_of_all_of_them(llama, tmp_path, text, monkeypatch):
+    def ended(*_):
+        raise KeyError
+
+    options = {"data": [str(text)], "report_to": "none", **OPTIONS}
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("pi_gguf.tune.validation.Validation.price", ended)
+        pi_gguf.extend(str(llama), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    (last,) = (tmp_path / "out.partial").glob(f"checkpoint-{OPTIONS['steps']}")
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    record = load_checkpoint(str(pi_gguf.extend(str(llama), tmp_path / "out", **options))).record
+    assert record.loss == round(history[-1]["loss"], 4) > 1 and record.steps_done == len(history) == OPTIONS["steps"]
+    assert record.seconds == round(sum(entry["seconds"] for entry in history), 1)
+    assert all(entry["seconds"] > 0 for entry in history)
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run_and_names_the_batch(llama_copy, tmp_path, text):
     weights = load_file(llama_copy / "model.safetensors")
     weights["model.norm.weight"][0] = torch.nan
