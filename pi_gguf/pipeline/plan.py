@@ -137,8 +137,7 @@ def plan(
             elsewhere = placed(checkpoint, training, spread, activations, machine, seconds)
         elif seconds > _A_DAY:
             untrained = f"{command} --method yarn" if takes_yarn(original.rope, context) else ""
-            start = replace(tune, method="yarn") if untrained and tune.method == "linear" else tune
-            instead = {"start": _start(model, context, checkpoint, start, machine), "untrained": untrained}
+            instead = {"start": _start(model, context, checkpoint, tune, machine), "untrained": untrained}
         command = start_command(model, context, tune, spread_options, training, spread, machine)
     output = int(n * BITS_PER_WEIGHT[known] / 8)
     extended = training_disk_bytes(checkpoint, training) if training else 0
@@ -171,9 +170,12 @@ def _start(model: str, context: int, checkpoint: Checkpoint, tune: TuneOptions, 
     """Return the command of what this machine trains in an hour; nothing where that is too little to be a start."""
     window = min(_START_WINDOW, checkpoint.rope.original_max_position_embeddings)
     mixed = model == bundled.TINY and not tune.data  # its own mixture has recall tasks
-    tune = replace(tune, steps=1, train_window=window, batch_tokens=2 * window, learning_rate=_START_RATE, mix=None,
-                   schedule="decay", factor_warmup=0, attention=TuneOptions.attention,
-                   recall=tune.recall or (0 if mixed else _START_RECALL))  # fmt: skip
+    yarn = tune.method == "linear" and takes_yarn(checkpoint.original.rope, context)
+    tune = replace(
+        tune, method="yarn" if yarn else tune.method, steps=1, train_window=window, batch_tokens=2 * window,
+        learning_rate=_START_RATE, mix=None, schedule="decay", factor_warmup=0, attention=TuneOptions.attention,
+        recall=tune.recall or (0 if mixed else _START_RECALL),
+    )  # fmt: skip
     training, spread = plan_run(checkpoint, tune, SpreadOptions(), machine)
     steps = int(3600 / training_seconds(checkpoint, training, machine, spread))
     if steps * training.tokens < _START_TOKENS:
