@@ -48,7 +48,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         stop_asked: tells whether the run is to end after this step.
 
     Attributes:
-        loss: of the last step here, nats a token; None before the first.
         reached: whether the validation has ended the run.
 
     Raises:
@@ -65,7 +64,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         accumulation: int,
         stop_asked: Callable[[], bool],
     ) -> None:
-        self.loss: float | None = None
+        self._loss: float | None = None
         self.reached = False
         self._trainer, self._advance, self._validation, self._device = trainer, advance, validation, device
         self._accumulation, self._stop_asked, self._done = accumulation, stop_asked, 0
@@ -76,7 +75,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._advance(state.global_step, earlier=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._advance(state.global_step - self._done, text=f"loss {self.loss:.3f}" if self.loss else None)
+        self._advance(state.global_step - self._done, text=f"loss {self._loss:.3f}" if self._loss else None)
         self._done = state.global_step
         if self._validation.is_due(state.global_step):
             self._validate(state.global_step, control)
@@ -93,8 +92,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.reached = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
-        for what, value in {"loss": self.loss, "gradient": (logs or {}).get("grad_norm")}.items():
+        self._loss = (logs or {}).get("loss", self._loss)
+        for what, value in {"loss": self._loss, "gradient": (logs or {}).get("grad_norm")}.items():
             if value is not None and not math.isfinite(value):
                 last = self._accumulation * state.global_step
                 raise PiGgufError(

@@ -76,6 +76,9 @@ def test_whatever_else_is_multiplied_is_torchs(asked):
         a, b, c = random(256, 256), random(256, 256), random(256, 256)
         exact = 2 * c.double() + 3 * a.double() @ b.double()
         assert torch.allclose(torch.addmm(c, a, b, beta=2, alpha=3).double(), exact, rtol=1e-4, atol=1e-3)
+        row = random(256)
+        exact = 2 * row.double() + 3 * a.double() @ b.double()
+        assert torch.allclose(torch.addmm(row, a, b, beta=2, alpha=3).double(), exact, rtol=1e-4, atol=1e-3)
         assert torch.allclose(torch.addmm(c, a, b).double(), c.double() + a.double() @ b.double(), atol=1e-3)
         assert not asked
         for wrong in (random(255, 300), random(300, 300).bfloat16(), random(256)):

@@ -149,6 +149,20 @@ def test_the_mask_is_bits_beside_the_ids_and_a_torn_one_is_made_again(model, sou
     assert (cache / "ids.bin").stat().st_ino == inode, "a sound one is used"
 
 
+def test_answers_that_the_template_writes_otherwise_later_are_counted(model, tmp_path, capfd):
+    """One that leaves earlier answers out, as Qwen 3 does with thoughts."""
+    shortened = TEMPLATE.replace("m.content", "(m.content if loop.last or m.role != 'assistant' else '')")
+    assert shortened != TEMPLATE
+    other = make_chat_model(
+        shutil.copytree(model, tmp_path / "other"), shortened, ("<|im_start|>", "<|im_end|>"), None, "<|im_end|>"
+    )
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    texts = open_texts([str(write_jsonl(tmp_path / "a.jsonl", [{"messages": turns[:2]}, {"messages": turns}]))])
+    assert len(cached(load_checkpoint(str(other)), texts, tmp_path / "work")) == 2
+    said = capfd.readouterr().err
+    assert "1 of 3 answers do not count: " in said and "a.jsonl:2" in said
+
+
 def test_another_template_or_loss_is_another_cache(model, sources, tmp_path):
     texts, folder = open_texts([str(sources["messages"])]), tmp_path / "work"
     other = shutil.copytree(model, tmp_path / "other")

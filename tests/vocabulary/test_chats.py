@@ -163,6 +163,24 @@ def test_the_tokens_that_count_lie_in_the_answers(family, llama_copy):
     assert same.tolist() == ids.tolist() and everything.all()
 
 
+def test_a_turn_may_end_with_a_token_that_is_not_called_special(llama_copy):
+    """As DeepSeek R1's tokenizer has the words of its template."""
+    form = FORMS["phi 3"]
+    path = chat_model(llama_copy, form)
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
+        stated = json.loads((path / name).read_text())
+        tokens = stated.get(key, [])
+        for token in tokens if isinstance(tokens, list) else tokens.values():
+            token["special"] &= token["content"] == form.eos
+        (path / name).write_text(json.dumps(stated))
+    checkpoint = load_checkpoint(str(path))
+    tokenizer = checkpoint.load_tokenizer()
+    assert {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} == {form.eos}
+    encoder = ChatEncoder(checkpoint, "assistant")
+    rendered_by = encoder._rendered([Conversation("row", conversation(form))])[0]
+    assert [rendered_by.text[a:b] for a, b in rendered_by.spans] == [f"{answer}<|end|>" for answer in ANSWERS]
+
+
 MARKED = (
     "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}"
     "<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}\n{% endfor %}{{ eos_token }}"
