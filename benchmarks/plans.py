@@ -30,11 +30,11 @@ from pi_gguf.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from pi_gguf.common.files import write_json
 from pi_gguf.common.machine import Machine
 from pi_gguf.pipeline.plan import Plan, plan
-from pi_gguf.pipeline.speed import training_seconds
 from pi_gguf.tune.choose import plan_run
 from pi_gguf.tune.memory import ACTIVATIONS, estimate_training_memory, memory_of_windows
 from pi_gguf.tune.options import SpreadOptions, TuneOptions
 from pi_gguf.tune.processes import Spread
+from pi_gguf.tune.speed import training_seconds
 
 ROOT = Path(__file__).parent.parent
 

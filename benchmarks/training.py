@@ -9,16 +9,17 @@ Three contenders, in turn on each case, each in a process of its own that stays:
     pi-gguf: `run_training`, as `extend` calls it; its adapters come with embeddings and norms trained whole.
     Trainer: transformers', sdpa attention, gradient checkpointing, bf16, fused AdamW, peft's usual adapters.
     loop: the same without Trainer, the loss in chunks of 2048 tokens.
-A run is a short step (memory for Adam's moments), a full one to warm up, and TIMED full ones, of which the median
+A run is a short step (memory for Adam's moments), a full one to warm up, and --timed full ones, of which the median
 counts. Of the 7B and 8B shapes a few layers are run, two counts of them; time and memory of the whole are the line
 through both ("extrapolated"). The activations are then kept or computed again as they would be in the whole model.
 
-A case is SHAPE:TRAIN at --context, or SHAPE:TRAIN:CONTEXT:LAYERS for the least memory: pi-gguf alone, with all that
-saves memory, on so many layers (fewer than all: on half of them too, for the line).
+A case is SHAPE:TRAIN at --context or SHAPE:TRAIN:CONTEXT, or SHAPE:TRAIN:CONTEXT:LAYERS for the least memory: pi-gguf
+alone, with all that saves memory, on so many layers (fewer than all: on half of them too, for the line).
 
-Example (a card; then a trial of two minutes anywhere):
+Examples (a card; a trial of two minutes anywhere; what two cores take):
     python benchmarks/training.py --limit 300
     python benchmarks/training.py --device cpu --scale toy --out /tmp/training.json
+    python benchmarks/training.py --device cpu --cases 135m:full:2048,135m:full:8192 --limit 2000
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -79,7 +81,7 @@ CASES = "7b:full,8b:qlora,1b:full,8b:qlora:32768:32,8b:qlora:81920:8,1b:lora,135
 CONTENDERS = ("pi-gguf", "Trainer", "loop")
 MEMORY_GOALS = {("8b:qlora", 32768): 16e9, ("8b:qlora", 81920): 24e9}
 """Bytes, of cases of the least memory."""
-TIMED, TIMED_LEAST = 3, 1
+TIMED_LEAST = 1
 CHUNK = 2048
 LEFT_BYTES = 2**28
 """A process that holds more after a run is replaced before the next."""
@@ -106,9 +108,9 @@ class Case:
     @classmethod
     def of(cls, name: str, context: int) -> Case:
         shape, train, *least = name.split(":")
-        if shape not in SHAPES or train not in ("full", "lora", "qlora") or len(least) not in (0, 2):
-            raise SystemExit(f"a case is SHAPE:TRAIN or SHAPE:TRAIN:CONTEXT:LAYERS, got {name}")
-        return cls(name, shape, train, int(least[0]) if least else context, int(least[1]) if least else 0)
+        if shape not in SHAPES or train not in ("full", "lora", "qlora") or len(least) > 2:
+            raise SystemExit(f"a case is SHAPE:TRAIN, SHAPE:TRAIN:CONTEXT or SHAPE:TRAIN:CONTEXT:LAYERS, got {name}")
+        return cls(name, shape, train, int(least[0]) if least else context, int(least[1]) if least[1:] else 0)
 
 
 # What a step computes
@@ -299,6 +301,7 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     import torch
 
     from pi_gguf.common.machine import Machine
+    from pi_gguf.tune import compiled
     from pi_gguf.tune import trainer as module
     from pi_gguf.tune.memory import Activations, estimate_training_memory, fit_activations
     from pi_gguf.tune.processes import Spread
@@ -317,10 +320,11 @@ def run_ours(job: dict[str, Any], device: str, clock: Clock, found: dict[str, An
     found |= {"predicted_memory_bytes": predicted, "predicted_whole_bytes": predicted_whole, "activations": way.name}
     found["again"] = {
         "recomputed": way.recompute, "tiled": way.tiled,
-        "head_again": not hasattr(torch.nn.functional, "linear_cross_entropy"),
+        "head_again": device == "cuda" and hasattr(torch.nn.functional, "linear_cross_entropy"),
     }  # fmt: skip
     module.fit_activations = lambda *_, **__: (way, predicted)
     batches = [[[row.astype(np.int32)]] for row in job["rows"]]
+    compiled.LEAST_OPERATIONS = 0  # as in a run that is long
     run = module.Run(checkpoint, training, batches, Path(job["work_dir"]), 0, device, [], Spread(), clock)
     module.run_training(run)
 
@@ -463,6 +467,8 @@ def measure(who: str, device: str, job: dict[str, Any]) -> dict[str, Any]:
     run = {"pi-gguf": run_ours, "Trainer": run_trainer, "loop": run_loop}[who]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
     try:
         run(job, device, clock, found)
     except Done:
@@ -479,7 +485,15 @@ def measure(who: str, device: str, job: dict[str, Any]) -> dict[str, Any]:
     if device == "cuda":
         found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         found["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+    else:
+        found["peak_memory_bytes"] = resident_peak()
     return found
+
+
+def resident_peak() -> int:
+    """Return the most memory of this process since that was last set back, in bytes."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024
 
 
 class Worker:
@@ -624,6 +638,7 @@ def main() -> None:
     parser.add_argument("--cases", default=CASES, help="separated by commas, in order of worth")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="separated by commas")
     parser.add_argument("--context", type=int, help="tokens of a sequence; 32768 when left out, 256 of toys")
+    parser.add_argument("--timed", type=int, default=3, help="steps of a run that are timed")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which no run is begun")
     parser.add_argument("--scale", choices=("full", "toy"), default="full", help="toy: 2 or 4 layers of 64")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -680,7 +695,7 @@ def bench(args: argparse.Namespace, cases: list[Case], contenders: list[str], pl
         folder = partial(make_config, place, case.shape, shape, window=min(2048, case.context // 16))
         counts = measured_layers(case, shape, folder, device)
         whole = shape.num_hidden_layers
-        steps = 1 + (TIMED_LEAST if case.least else TIMED)
+        steps = 1 + (TIMED_LEAST if case.least else args.timed)
         lengths = [max(16, case.context // 16)] + [case.context] * steps
         random = np.random.default_rng(0)
         job = {

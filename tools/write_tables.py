@@ -96,13 +96,13 @@ def methods_table(record: dict[str, Any]) -> str:
 
 
 def training_table(record: dict[str, Any]) -> str:
-    """Return speed and memory of training on a card, a row for each contender."""
+    """Return speed and memory of training, a row for each contender."""
     header = [
         "model, weights trained",
         "by",
         "seconds a step",
         "tokens/s",
-        "of the card's speed",
+        "of the device's speed",
         "peak, GB",
         "x Trainer",
     ]

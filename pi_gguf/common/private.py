@@ -7,6 +7,8 @@ alone.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,6 +68,22 @@ def onednn_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) 
 
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return found
+
+
+@contextmanager
+def forgiving_compiler() -> Iterator[Callable[[Any], None]]:
+    """Let torch compute as ever what it cannot compile, while this is open: no public setting says so.
+
+    Yields:
+        What takes a module's compiled form from it, as `torch.nn.Module.compile` cannot be undone.
+    """
+    import torch._dynamo
+
+    def undo(module: Any) -> None:
+        module._compiled_call_impl = None
+
+    with torch._dynamo.config.patch(suppress_errors=True):
+        yield undo
 
 
 def ggml_library() -> ctypes.CDLL:

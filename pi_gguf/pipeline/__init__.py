@@ -3,7 +3,6 @@
 options: the options of all concerns together
 rescale: a GGUF file at another window: a new header before the same data
 ollama: a GGUF file as a model of Ollama: its Modelfile
-speed: operations of a fine-tune, and how long they take on a machine
 elsewhere: a plan for a machine that is not here
 plan: what a run will do and cost
 convert: extend, write, quantize, check, under one name at the end

@@ -18,7 +18,6 @@ from pi_gguf.errors import OptionError
 from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes
 from pi_gguf.llamacpp.quantizer import spelled
 from pi_gguf.pipeline.elsewhere import Elsewhere, convert_command, placed, start_command, too_large
-from pi_gguf.pipeline.speed import train_operations, training_seconds
 from pi_gguf.restore.models import as_folder
 from pi_gguf.scaling.methods import takes_yarn
 from pi_gguf.texts import shares
@@ -26,6 +25,7 @@ from pi_gguf.tune.choose import plan_run
 from pi_gguf.tune.memory import ACTIVATIONS, fit_activations, training_disk_bytes
 from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneOptions
 from pi_gguf.tune.plan import TrainingPlan
+from pi_gguf.tune.speed import train_operations, training_seconds
 
 BITS_PER_WEIGHT = {
     "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.57, "Q5_K_M": 5.70, "Q5_K_S": 5.57, "Q5_1": 6.0,

@@ -116,11 +116,13 @@ def memory_of_windows(
     vocabulary, chunked = checkpoint.vocab_size, loss_is_chunked(checkpoint.hf_config)
     some = chunk_logits(tokens, checkpoint.hidden_size, vocabulary, machine.device)
     logits = 12 * (some if chunked else tokens * vocabulary)
+    # A CPU has the gradient of the head, and a chunk's of it in 16 bits, before all others (`head`).
+    first = 6 * vocabulary * checkpoint.hidden_size if chunked and machine.device == "cpu" else 0
     trained, frozen = _weights(checkpoint, train, rank, machine)
     shards = spread.shards
     copies = 2 * trained if train == "full" and machine.fast_bf16 and shards == 1 else 0  # for products in 16 bits
     gradients, kept = 4 * trained / shards, kept + copies
-    held = 12 * trained / shards + frozen + (gradients + kept if accumulated else max(gradients, kept))
+    held = 12 * trained / shards + frozen + (gradients + kept if accumulated else max(gradients, kept + first))
     return int(held + _of_processes(checkpoint, trained, machine, spread) + at_once + logits)
 
 

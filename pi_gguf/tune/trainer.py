@@ -21,6 +21,7 @@ from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common import machine
 from pi_gguf.common.endings import handled_signals
 from pi_gguf.common.files import human_bytes
+from pi_gguf.common.heap import kept_heap
 from pi_gguf.common.machine import peak_memory
 from pi_gguf.common.private import use_one_device
 from pi_gguf.common.products import fast_products
@@ -29,6 +30,7 @@ from pi_gguf.data.packing import Row
 from pi_gguf.errors import Interrupted, OptionError, ResourceError
 from pi_gguf.tune import tiles
 from pi_gguf.tune.batches import BatchDataset
+from pi_gguf.tune.compiled import compiled_layers, compiling_pays
 from pi_gguf.tune.lora import add_adapters, save_adapter
 from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.memory import Activations, fit_activations
@@ -106,7 +108,7 @@ def run_training(run: Run) -> Trained:
     model = _open_model(run.checkpoint, training, run.seed, "cpu" if spread.fsdp or spread.deepspeed else device)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     stop = _StopOnInterrupt(spread.processes)
-    with fast_products(device), progress_bar("fine-tune", training.steps, "steps") as advance, stop:
+    with fast_products(device), kept_heap(device), progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         trainer = _trainer(run, model, arguments)
         progress = Progress(
             trainer, advance, run.validation, device=device, accumulation=training.accumulation,
@@ -207,7 +209,9 @@ def _train(trainer: Any, run: Run, activations: Activations) -> None:
     tiled = tiles.tiled_mlps(trainer.model, tiles.TILE) if activations.tiled else nullcontext()
     group = run.training.attention_group
     sparse = sparse_attention(trainer.model, group) if group else nullcontext()
-    with chunked_loss(trainer.model), tiled, sparse, warnings.catch_warnings():
+    pays = compiling_pays(run.checkpoint, run.training, run.device, run.spread.processes)
+    compiled = compiled_layers(trainer.model) if pays else nullcontext()
+    with chunked_loss(trainer.model), tiled, sparse, compiled, warnings.catch_warnings():
         # The head hands a view through, and nothing is done to it in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         trainer.train(resume_from_checkpoint=last)

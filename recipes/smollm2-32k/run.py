@@ -92,7 +92,10 @@ SCALES = {
         {"documents": 10, "max_tokens": 400}, {"limit": 200},
     ),
     "cpu": Scale(
-        {"steps": 150, "train_window": 512, "batch_tokens": 1024, "learning_rate": 1e-4, "recall": 0.5},
+        {
+            "steps": 132, "train_window": "2048x120,8192x12", "batch_tokens": 2048, "learning_rate": 1e-4,
+            "recall": 0.5,
+        },
         ("yarn",), 0, {"perplexity": (16, 4, 1), "needle": (2,), "ruler": (8,)},
         {"samples": 1, "documents": 1}, {"distances": 16, "keys": 1}, {"depths": 5}, {"items": 1},
         {"documents": 5, "max_tokens": 300}, {"limit": 200}, certify=False,

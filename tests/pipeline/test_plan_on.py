@@ -19,11 +19,11 @@ from pi_gguf.common.cards import CARDS, parse_cards
 from pi_gguf.common.machine import Machine
 from pi_gguf.errors import OptionError, ResourceError
 from pi_gguf.pipeline.plan import plan
-from pi_gguf.pipeline.speed import training_seconds
 from pi_gguf.tune.choose import plan_run
 from pi_gguf.tune.memory import fit_activations, memory_of_windows
 from pi_gguf.tune.options import SpreadOptions, TuneOptions
 from pi_gguf.tune.processes import Spread
+from pi_gguf.tune.speed import training_seconds
 
 ROOT = Path(__file__).parents[2]
 _SPEC = importlib.util.spec_from_file_location("plans_benchmark", ROOT / "benchmarks" / "plans.py")

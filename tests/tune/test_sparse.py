@@ -15,11 +15,10 @@ from steps import loss_and_gradients
 import pi_gguf
 from pi_gguf.bundled import novels
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
-from pi_gguf.common.machine import Machine
+from pi_gguf.common.machine import Machine, fast_bf16
 from pi_gguf.errors import Interrupted, OptionError
 from pi_gguf.families import FAMILIES
 from pi_gguf.measure.perplexity import Yardstick
-from pi_gguf.pipeline.speed import train_operations, training_seconds
 from pi_gguf.tune import trainer
 from pi_gguf.tune.batches import training_batches
 from pi_gguf.tune.choose import plan_run, plan_training
@@ -27,6 +26,7 @@ from pi_gguf.tune.lora import add_adapters
 from pi_gguf.tune.options import SpreadOptions, TuneOptions
 from pi_gguf.tune.processes import Spread
 from pi_gguf.tune.sparse import attend_in_groups, check_sparse, sparse_attention
+from pi_gguf.tune.speed import train_operations, training_seconds
 
 CONTEXT = 4 * WINDOW
 OPTIONS = {
@@ -210,8 +210,9 @@ def test_what_is_measured_attends_fully(run, texts):
     )
     measured = [row.perplexity for row in report.rows]
     last = [record["validations"][-1][f"eval_perplexity_{window}"] for window in windows]
-    assert last == pytest.approx(measured, rel=1e-4)
-    assert record["price"]["after"] == pytest.approx(measured[0], rel=1e-4)
+    near = 1e-3 if fast_bf16("cpu") else 1e-4  # a run validates in the type it computes in
+    assert last == pytest.approx(measured, rel=near)
+    assert record["price"]["after"] == pytest.approx(measured[0], rel=near)
     model = load_checkpoint(str(run)).load_model(dtype=torch.float32).train()
     with torch.no_grad(), sparse_attention(model, 64):
         within = model(**inputs(CONTEXT)).loss

@@ -20,10 +20,7 @@ _ADAM_BYTES = 28
 
 def training_seconds(checkpoint: Checkpoint, training: TrainingPlan, machine: Machine, spread: Spread) -> float:
     """Return about how long a run takes."""
-    operations = sum(
-        tokens * train_operations(checkpoint, training.attended(window), training.train)
-        for window, tokens in training.tokens_by_window().items()
-    )
+    operations = training_operations(checkpoint, training)
     computing = machine.processes if machine.device == "cuda" else machine.nodes  # processes on a CPU share its cores
     seconds = operations / (machine.operations_a_second * computing)
     if machine.card is None:
@@ -32,6 +29,14 @@ def training_seconds(checkpoint: Checkpoint, training: TrainingPlan, machine: Ma
     sent = training.steps * _sent_bytes(checkpoint.n_parameters(), trained, training, spread)
     adam = training.steps * _ADAM_BYTES * trained / spread.shards / (machine.card.bandwidth * 1e9)
     return max(seconds, sent / _slowest_link(machine, machine.card)) + adam
+
+
+def training_operations(checkpoint: Checkpoint, training: TrainingPlan) -> float:
+    """Return the floating-point operations of a run, without those that are done again to save memory."""
+    return sum(
+        tokens * train_operations(checkpoint, training.attended(window), training.train)
+        for window, tokens in training.tokens_by_window().items()
+    )
 
 
 def _slowest_link(machine: Machine, card: Card) -> float:
