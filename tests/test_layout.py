@@ -28,7 +28,7 @@ LOADS_HEAVY = {
     "huggingface_hub",
 }  # fmt: skip
 
-MADE_OF_OTHERS = {"tune.callbacks", "evaluate.harness"}
+MADE_OF_OTHERS = {"tune.callbacks", "tune.head", "evaluate.harness"}
 """Modules whose classes are derived from those of a heavy library; they are imported when that is needed anyway."""
 
 

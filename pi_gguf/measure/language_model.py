@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+GAP = "[[pi-gguf text]]"
+"""What stands for a text in a message, see `LanguageModel.chat_around`."""
+
 
 class LanguageModel(ABC):
     """A model that reads token ids and predicts the next one."""
@@ -92,6 +95,11 @@ class LanguageModel(ABC):
             if stop and any(string in self.detokenize(written) for string in stop):
                 break
         return self.detokenize(written)
+
+    def chat_around(self, message: str) -> tuple[list[int], list[int]] | None:
+        """Return the ids before and behind `GAP` in what a user says, as the model's own chat template writes it up to
+        where the model answers; None where it has no template, or one that does not show the message as it is."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

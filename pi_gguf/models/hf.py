@@ -10,7 +10,9 @@ import numpy as np
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.products import fast_products
-from pi_gguf.measure.language_model import LanguageModel, common_prefix
+from pi_gguf.measure.language_model import GAP, LanguageModel, common_prefix
+from pi_gguf.vocabulary.chats import chat_templates
+from pi_gguf.vocabulary.templates import render_chat
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,7 @@ class HfModel(HfTokens):
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self._model: Any = checkpoint.load_model(dtype=dtype, device=self.device).eval()
         self._tokenizer: Any = checkpoint.load_tokenizer()
+        self._folder = str(checkpoint.tokenizer_dir)
         self._evaluated: list[int] = []
         self._cache: Any = None
 
@@ -99,6 +102,17 @@ class HfModel(HfTokens):
         finally:
             base.forward = whole
         return logits[0].float()
+
+    def chat_around(self, message: str) -> tuple[list[int], list[int]] | None:
+        template = chat_templates(self._tokenizer).get("default")
+        if template is None:
+            return None
+        messages = [{"role": "user", "content": message}]
+        text = render_chat(template, messages, self._tokenizer.special_tokens_map, self._folder)
+        before, _, behind = text.partition(GAP)
+        if not behind or GAP in behind:
+            return None
+        return self.tokenize(before, add_special=False), self.tokenize(behind, add_special=False)
 
     def close(self) -> None:
         self._model = self._cache = None

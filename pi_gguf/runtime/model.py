@@ -30,7 +30,7 @@ from pi_gguf.llamacpp.opening import apply_adapters, open_beside, open_llama
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED
 from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work, machine
 from pi_gguf.llamacpp.watch import Watch
-from pi_gguf.measure.language_model import LanguageModel
+from pi_gguf.measure.language_model import GAP, LanguageModel
 from pi_gguf.runtime.batch import Batch
 from pi_gguf.runtime.offload import choose_kv, choose_layers, gpu_memory
 from pi_gguf.runtime.reading import Reading
@@ -390,6 +390,12 @@ class Model(LanguageModel):
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """Return the tokens of a conversation, as `render` writes it."""
         return self.rendered_ids(self.render(messages, tools))
+
+    def chat_around(self, message: str) -> tuple[list[int], list[int]] | None:
+        if not self.has_chat_template:
+            return None
+        before, _, behind = self.render([{"role": "user", "content": message}]).partition(GAP)
+        return (self.rendered_ids(before), self.rendered_ids(behind)) if behind and GAP not in behind else None
 
     @cached_property
     def _controls(self) -> re.Pattern[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -11,7 +12,7 @@ import pi_gguf
 from pi_gguf import bundled
 from pi_gguf.checkpoint.checkpoint import load_checkpoint
 from pi_gguf.errors import OptionError, TextError
-from pi_gguf.evaluate.summarize import CUE, HEAD, rouge
+from pi_gguf.evaluate.summarize import CUE, HEAD, TASK, prompt, rouge
 from pi_gguf.models.hf import HfModel
 from pi_gguf.runtime.model import Model
 from pi_gguf.texts import read_pairs
@@ -114,3 +115,53 @@ def test_what_cannot_be_summarized_is_refused(cli, gguf_path, tmp_path):
         path.write_text(text)
         with pytest.raises(TextError, match=says):
             read_pairs(str(path))
+
+
+def give_template(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+
+
+@pytest.fixture(scope="module")
+def chatty(llama, tmp_path_factory):
+    """A folder with a chat template, and a file of it."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(llama, folder)
+    give_template(
+        folder,
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<answer>{% endif %}",
+    )
+    path = folder.with_suffix(".gguf")
+    pi_gguf.convert(str(folder), path, quant="F32", check="none", context=WINDOW, steps=0)
+    return folder, path
+
+
+def test_a_model_with_a_chat_template_is_told_in_a_chat(chatty, data):
+    folder, path = map(str, chatty)
+    options = {"data": str(data), "max_tokens": 12}
+    written = {}
+    for form in (None, "chat", "plain"):
+        of_file = pi_gguf.evaluate_summaries(path, form=form, **options).summaries[path]
+        of_folder = pi_gguf.evaluate_summaries(folder, context=WINDOW, form=form, **options).summaries[folder]
+        assert of_file == of_folder
+        written[form] = of_file
+    assert written[None] == written["chat"] != written["plain"]
+    with Model(path) as model:
+        before, behind = prompt(model, None)
+        texts = [model.tokenize(text, add_special=False) for text in (f"<s><user>{HEAD}", f"{TASK}\n<answer>")]
+        assert [before, behind] == texts and before[0] == model.bos[0]
+        assert prompt(model, "plain") == (model.tokenize(HEAD), model.tokenize(CUE, add_special=False))
+
+
+def test_a_chat_is_refused_where_no_template_shows_the_document(chatty, gguf_path, data, tmp_path, cli):
+    code, _, err = cli("eval", "summarize", gguf_path, "--data", data, "--max-tokens", 5, "--form", "chat")
+    assert code == 2 and "no chat template that shows a document" in err
+    code, _, err = cli("eval", "summarize", gguf_path, "--data", data, "--form", "question")
+    assert code == 2 and "form must be one of chat, plain, got question" in err
+    shutil.copytree(chatty[0], tmp_path / "other")
+    for template in ("{{ messages[0].content }}{{ messages[0].content }}", "{{ messages[0].content | upper }}:"):
+        give_template(tmp_path / "other", template)
+        lm = HfModel(load_checkpoint(str(tmp_path / "other")))
+        assert prompt(lm, None)[0] == lm.tokenize(HEAD), "the paper's prompt, then"
+        with pytest.raises(OptionError, match="no chat template that shows"):
+            prompt(lm, "chat")
