@@ -8,7 +8,6 @@ tables: tables for people
 provenance: versions, commit, hashes and times of a result
 machine: memory, cores, GPUs, and how fast these compute
 products: torch's matrix products on a CPU that is not Intel's
-heap: memory that is kept for what is asked for next
 cards: GPUs by name
 children: a module of the package in a child process
 private: what other libraries keep to themselves and we need, with the reasons

@@ -18,9 +18,10 @@ from pi_gguf.common.cards import Card, parse_cards
 from pi_gguf.common.progress import local_process_count, process_count
 from pi_gguf.errors import OptionError
 
-_CPU_EFFICIENCY, _AMX_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.1, 0.35
+_CPU_EFFICIENCY, _AMX_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.25, 0.35
 """Share of a plain matrix product's speed that training reaches. AMX multiplies at 0.6 to 1.1 T operations/s, and what
-is done between the products does not keep up: 15 M and 135 M parameters trained at 0.08 and 0.12 T (docs/log.md)."""
+is done between the products does not keep up: 135 M parameters train at 0.37 of it at 2048 tokens and 0.24 at 8192
+(`benchmarks/training-cpu.json`)."""
 
 _TORCH_BY_NUMPY = 0.88
 """Speed of torch's product of 32-bit matrices by that of numpy's, on a CPU with AVX2 (docs/log.md)."""

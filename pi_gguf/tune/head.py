@@ -84,6 +84,7 @@ class _HeadGradient:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, wanted: tuple[bool, ...]) -> None:
         self.weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
+        self._chunk: torch.Tensor | None = None  # the same memory each time: new pages take long
 
     def add(self, scores: torch.Tensor, states: torch.Tensor, share: torch.Tensor) -> None:
         """Add the gradients of a chunk.
@@ -98,6 +99,7 @@ class _HeadGradient:
             if scores.dtype == torch.float32:
                 self.weight.addmm_(scores.t(), states)
             else:
-                self.weight += scores.t() @ states
+                self._chunk = scores.new_empty(self.weight.shape) if self._chunk is None else self._chunk
+                self.weight += torch.mm(scores.t(), states, out=self._chunk)
         if self.bias is not None:
             self.bias += (scores * share).sum(0)

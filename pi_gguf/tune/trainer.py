@@ -21,7 +21,6 @@ from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common import machine
 from pi_gguf.common.endings import handled_signals
 from pi_gguf.common.files import human_bytes
-from pi_gguf.common.heap import kept_heap
 from pi_gguf.common.machine import peak_memory
 from pi_gguf.common.private import use_one_device
 from pi_gguf.common.products import fast_products
@@ -108,7 +107,7 @@ def run_training(run: Run) -> Trained:
     model = _open_model(run.checkpoint, training, run.seed, "cpu" if spread.fsdp or spread.deepspeed else device)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     stop = _StopOnInterrupt(spread.processes)
-    with fast_products(device), kept_heap(device), progress_bar("fine-tune", training.steps, "steps") as advance, stop:
+    with fast_products(device), progress_bar("fine-tune", training.steps, "steps") as advance, stop:
         trainer = _trainer(run, model, arguments)
         progress = Progress(
             trainer, advance, run.validation, device=device, accumulation=training.accumulation,

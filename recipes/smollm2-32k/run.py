@@ -158,7 +158,8 @@ class Recipe:
         """Fetch and unpack the model, and write the held-out novels as files; end where OUT is another run's."""
         self.gguf = self._given or self._fetched()
         self.sha256 = hashlib.sha256(self.gguf.read_bytes()).hexdigest()
-        settings = json.loads(json.dumps({"gguf": self.sha256, "squality": bool(self.squality), **asdict(self.scale)}))
+        told = {"gguf": self.sha256, "squality": bool(self.squality and self.scale.chats)}
+        settings = json.loads(json.dumps({**told, **asdict(self.scale)}))
         kept = self.path("settings.json")
         before = json.loads(kept.read_text()) if kept.exists() else settings
         if changed := [name for name, value in settings.items() if before.get(name) != value]:

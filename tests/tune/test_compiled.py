@@ -19,6 +19,7 @@ from pi_gguf.common.machine import Machine
 from pi_gguf.tune import compiled
 from pi_gguf.tune.choose import plan_training
 from pi_gguf.tune.compiled import compiled_layers, compiling_pays
+from pi_gguf.tune.memory import Activations
 from pi_gguf.tune.options import TuneOptions
 
 CONTEXT = 4 * WINDOW
@@ -51,14 +52,16 @@ def test_long_runs_on_a_cpu_with_fast_products_compile(tmp_path, fast, monkeypat
 
 
 @needs_compiler
-@pytest.mark.parametrize("train", ["full", "lora"])
-def test_a_compiled_run_has_the_losses_of_another(train, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("train", "recompute"), [("full", False), ("lora", False), ("full", True)])
+def test_a_compiled_run_has_the_losses_of_another(train, recompute, tmp_path, monkeypatch, capfd):
     model, texts = make_llama(tmp_path / "model"), tmp_path / "texts"
     texts.mkdir()
     (texts / "novel.txt").write_text(next(iter(novels("train").values()))[:30_000])
     options = {"context": CONTEXT, "steps": 4, "batch_tokens": 512, "learning_rate": 1e-3, "device": "cpu"}
     options |= {"data": [str(texts)], "report_to": "none", "train": train}
-    found = {}
+    found, way = {}, Activations("recomputed", recompute=True)
+    if recompute:
+        monkeypatch.setattr("pi_gguf.tune.trainer.fit_activations", lambda *_: (way, 0))
     for name, pays in (("as ever", False), ("compiled", True)):
         monkeypatch.setattr("pi_gguf.tune.trainer.compiling_pays", lambda *_, pays=pays: pays)
         out = pi_gguf.extend(str(model), tmp_path / name, **options)
