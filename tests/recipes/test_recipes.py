@@ -165,4 +165,8 @@ def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path
         assert refused.returncode == 2 and field in refused.stderr
     table = (tmp_path / "report" / "table.md").read_text()
     assert all(f"| {name} | {measured[name]:,.2f} |" in table for name in names)
-    assert {"perplexity.png", "kl-PI-trained-Q8_0.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+    steps = json.loads((tmp_path / "linear" / "losses.json").read_text())
+    curve = found["losses"]["linear"]
+    assert curve["loss"] == [round(steps[0], 4), round(sum(steps) / 2, 4)]
+    assert curve["tokens"] == [256, 512], "two steps of --batch-tokens"
+    assert {"perplexity.png", "losses.png", "kl-PI-trained-Q8_0.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
