@@ -169,4 +169,5 @@ def test_the_recipe_of_a_real_model_runs_goes_on_and_reports(tiny_gguf, tmp_path
     curve = found["losses"]["linear"]
     assert curve["loss"] == [round(steps[0], 4), round(sum(steps) / 2, 4)]
     assert curve["tokens"] == [256, 512], "two steps of --batch-tokens"
-    assert {"perplexity.png", "losses.png", "kl-PI-trained-Q8_0.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+    plots = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"perplexity.png", "losses.png", "kl-PI-trained-Q8_0.png"} <= plots
