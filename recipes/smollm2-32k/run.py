@@ -11,7 +11,7 @@ card that is large for the model has room for; the first model is trained alone.
 
 Each way to reach the window is trained on equally many tokens: Position Interpolation, NTK and YaRN, at factor 4.
 That is `--scale full`, meant for a card. `--scale cpu` trains YaRN alone, which loses least before it learns, for half
-an hour of two cores, and measures less of each.
+an hour of two cores with AMX (longer on others), and measures less of each.
 
     python recipes/smollm2-32k/run.py OUT --scale cpu --suites perplexity,passkey --rows "YaRN trained"
     python recipes/smollm2-32k/run.py OUT --device cuda --jobs 8 --squality SQUALITY/data --record

@@ -132,6 +132,22 @@ def test_on_a_cpu_the_head_is_read_few_times(tmp_path):
             assert sum(names.count(f"aten::{name}") for name in ("mm", "addmm", "addmm_")) == products, (size, names)
 
 
+def test_a_frozen_head_has_no_gradient_and_a_product_less():
+    hidden, head, targets = torch.randn(1, 96, 16), torch.nn.Linear(16, 500), torch.randint(0, 500, (1, 96))
+    gradients = {}
+    for frozen in (False, True):
+        head.requires_grad_(not frozen)
+        given = hidden.clone().requires_grad_()
+        with torch.profiler.profile() as seen:
+            losses._cross_entropy(given, head, targets, None, None).backward()
+        names = [event.name for event in seen.events()]
+        assert sum(names.count(f"aten::{name}") for name in ("mm", "addmm", "addmm_")) == (2 if frozen else 3), names
+        gradients[frozen] = given.grad
+        assert (head.weight.grad is None) == (head.bias.grad is None) == frozen
+        head.zero_grad()
+    torch.testing.assert_close(gradients[True], gradients[False])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["answers", "several weights"])
 @pytest.mark.parametrize("count", [None, 50])
