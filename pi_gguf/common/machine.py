@@ -23,8 +23,9 @@ _CPU_EFFICIENCY, _AMX_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.25, 0.35
 is done between the products does not keep up: 135 M parameters train at 0.37 of it at 2048 tokens and 0.24 at 8192
 (`benchmarks/training-cpu.json`)."""
 
-_TORCH_BY_NUMPY = 0.88
-"""Speed of torch's product of 32-bit matrices by that of numpy's, on a CPU with AVX2 (docs/log.md)."""
+_TORCH_BY_NUMPY, _AVX512_BF16_BY_NUMPY, _AMX_BY_NUMPY = 0.88, 2.0, 3.7
+"""Speed of torch's product by that of numpy's of 32-bit matrices: of such matrices on a CPU with AVX2, and of bf16 ones
+on a CPU with AMX (both measured, docs/log.md) or avx512_bf16 (twice, by its instructions)."""
 
 
 @dataclass(frozen=True)
@@ -137,17 +138,18 @@ def efficiency(device: str) -> float:
 @cache
 def operations_a_second(device: str) -> float:
     """Measure a matrix product on the device for a moment, and take training's usual share of it."""
-    if device == "cpu" and not fast_bf16(device):  # without torch, whose import takes seconds
+    if device == "cpu":  # without torch, whose import takes seconds
         a = np.ones((1024, 1024), dtype=np.float32)
-        return _TORCH_BY_NUMPY * efficiency(device) * _speed(lambda: a @ a, 1024)
+        fast = _AMX_BY_NUMPY if _has_amx() else _AVX512_BF16_BY_NUMPY
+        by_numpy = fast if fast_bf16(device) else _TORCH_BY_NUMPY
+        return by_numpy * efficiency(device) * _speed(lambda: a @ a, 1024)
     import torch
 
-    side = 4096 if device == "cuda" else 1024
-    b = torch.ones(side, side, dtype=torch.bfloat16 if fast_bf16(device) else torch.float32, device=device)
-    return efficiency(device) * _speed(lambda: b @ b, side, torch.cuda.synchronize if device == "cuda" else None)
+    b = torch.ones(4096, 4096, dtype=torch.bfloat16 if fast_bf16(device) else torch.float32, device=device)
+    return efficiency(device) * _speed(lambda: b @ b, 4096, torch.cuda.synchronize)
 
 
-def _speed(product: Callable[[], object], side: int, wait: Callable[[], None] | None = None) -> float:
+def _speed(product: Callable[[], object], side: int, wait: Callable[[], None] = lambda: None) -> float:
     """Return operations a second of a product of square matrices.
 
     Args:
@@ -158,8 +160,7 @@ def _speed(product: Callable[[], object], side: int, wait: Callable[[], None] | 
         started = time.perf_counter()
         for _ in range(times):
             product()
-        if wait:
-            wait()
+        wait()
         return time.perf_counter() - started
 
     run(3)
