@@ -161,7 +161,10 @@ def test_a_chat_is_refused_where_no_template_shows_the_document(chatty, gguf_pat
     shutil.copytree(chatty[0], tmp_path / "other")
     for template in ("{{ messages[0].content }}{{ messages[0].content }}", "{{ messages[0].content | upper }}:"):
         give_template(tmp_path / "other", template)
-        lm = HfModel(load_checkpoint(str(tmp_path / "other")))
-        assert prompt(lm, None)[0] == lm.tokenize(HEAD), "the paper's prompt, then"
-        with pytest.raises(OptionError, match="no chat template that shows"):
-            prompt(lm, "chat")
+        file = tmp_path / "other.gguf"
+        pi_gguf.convert(str(tmp_path / "other"), file, quant="F32", check="none", steps=0, overwrite=True)
+        for lm in (HfModel(load_checkpoint(str(tmp_path / "other"))), Model(str(file))):
+            assert prompt(lm, None)[0] == lm.tokenize(HEAD), "the paper's prompt, then"
+            with pytest.raises(OptionError, match="no chat template that shows"):
+                prompt(lm, "chat")
+            lm.close()
