@@ -47,7 +47,8 @@ def compiled_layers(model: Any) -> Iterator[int]:
 
     layers: list[Any] = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     layers = [layer for layer in layers if not any("Expert" in type(part).__name__ for part in layer.modules())]
-    say(f"compiling {len(layers)} layers takes half a minute, once for each length of sequences")
+    if layers:
+        say(f"compiling {len(layers)} layers takes half a minute, once for each length of sequences")
     with forgiving_compiler() as undo:
         for layer in layers:
             layer.compile()

@@ -136,9 +136,9 @@ def chatty(llama, tmp_path_factory):
     return folder, path
 
 
-def test_a_model_with_a_chat_template_is_told_in_a_chat(chatty, data):
+def test_a_model_with_a_chat_template_is_told_in_a_chat(chatty, data, tmp_path):
     folder, path = map(str, chatty)
-    options = {"data": str(data), "max_tokens": 12}
+    options = {"data": str(data), "max_tokens": 12, "keep": str(tmp_path / "kept.jsonl")}  # each form its own
     written = {}
     for form in (None, "chat", "plain"):
         of_file = pi_gguf.evaluate_summaries(path, form=form, **options).summaries[path]

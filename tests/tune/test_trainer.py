@@ -134,6 +134,16 @@ def test_on_a_cpu_the_head_is_read_few_times(tmp_path):
             assert sum(names.count(f"aten::{name}") for name in ("mm", "addmm", "addmm_")) == products, (size, names)
 
 
+def test_a_cpu_has_the_gradient_of_the_head_before_all_others(llama, monkeypatch):
+    monkeypatch.setattr("pi_gguf.common.machine.fast_bf16", lambda device: True)
+    monkeypatch.setattr(losses, "CPU_CHUNK", 0)  # chunks as on a GPU
+    checkpoint = load_checkpoint(str(llama))
+    cpu, gpu = (
+        memory_of_windows(checkpoint, 2**14, "full", 0, Machine(one), Spread(), KEPT) for one in ("cpu", "cuda")
+    )
+    assert cpu - gpu == 6 * checkpoint.vocab_size * checkpoint.hidden_size
+
+
 def test_a_frozen_head_has_no_gradient_and_a_product_less():
     hidden, head, targets = torch.randn(1, 96, 16), torch.nn.Linear(16, 500), torch.randint(0, 500, (1, 96))
     gradients = {}
