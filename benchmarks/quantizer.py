@@ -1,4 +1,4 @@
-"""Weights a second of the K-quants' two searches: ggml's own, and the same by numba, many blocks at a time.
+"""Weights a second of the two searches of K-quants and IQ4: ggml's own, and the same by numba, many blocks at a time.
 
 In: nothing; weights drawn as a trained model's lie. Out: `benchmarks/quantizer.json`: for each type, weighed by an
 importance matrix and not, millions of weights a second on all cores, in turn, and how many bytes differ; and the

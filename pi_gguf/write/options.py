@@ -31,8 +31,8 @@ class WriteOptions(Options):
         default=None,
     )
     quantizer: str = option(
-        "of Q4_K, Q5_K and Q6_K, which make the same bytes: numba (several times as fast, and compiled at its first "
-        "use; extra fast), ggml, or auto: numba where it is installed and the model large enough to be worth it.",
+        "of K-quants but Q3_K and of IQ4, which make the same bytes: numba (several times as fast, and compiled at its "
+        "first use; extra fast), ggml, or auto: numba where it is installed and the model large enough to be worth it.",
         default="auto",
         choices=("auto", "ggml", "numba"),
     )

@@ -50,7 +50,7 @@ _CHUNK_ELEMENTS = 2**18
 
 
 _WORTH_COMPILING = 2**28
-"""Weights of K-quants from which on numba's compiler, ten seconds once a machine, is worth its time."""
+"""Weights of K-quants and IQ4 from which on numba's compiler, ten seconds once a machine, is worth its time."""
 
 
 @stage("write {path}")
@@ -62,7 +62,7 @@ def write_file(plan: FilePlan, path: Path, *, overwrite: bool = False, quantizer
     Args:
         path: a name that is not the final one.
         overwrite: begin anew where the file there is of another plan or source.
-        quantizer: of K-quants: auto, ggml or numba; the bytes are the same.
+        quantizer: of K-quants and IQ4: auto, ggml or numba; the bytes are the same.
 
     Raises:
         CheckpointError: a weight is not a number, or beyond F16; or the source changed while it was read.
@@ -240,15 +240,15 @@ def _quantizers(plan: FilePlan, wanted: str) -> dict[str, RowQuantizer]:
     for output in plan.outputs:
         weights[output.type] += math.prod(output.shape)
     found: dict[str, RowQuantizer] = dict.fromkeys(weights, quantize_rows)
-    k_quants = [kind for kind in weights if kind.endswith("_K")]
-    if wanted == "numba" or (wanted == "auto" and sum(weights[kind] for kind in k_quants) >= _WORTH_COMPILING):
+    searched = [kind for kind in weights if kind.endswith("_K") or kind.startswith("IQ4")]
+    if wanted == "numba" or (wanted == "auto" and sum(weights[kind] for kind in searched) >= _WORTH_COMPILING):
         try:
             from pi_gguf.write import kquants
         except ImportError as error:
             if wanted == "numba":
                 raise OptionError("quantizer numba: numba is not installed", "pip install 'pi-gguf[fast]'") from error
         else:
-            kinds = [kind for kind in k_quants if kind in kquants.KINDS]
+            kinds = [kind for kind in searched if kind in kquants.KINDS]
             with progress_bar("compile the quantizer, unless it is kept from before", len(kinds), "types") as advance:
                 for kind in kinds:
                     if kquants.gives_ggml_bytes(kind):

@@ -1,4 +1,4 @@
-"""K-quants searched side by side: the bytes of ggml, for whatever weights and whatever they weigh."""
+"""K-quants and IQ4 searched side by side: the bytes of ggml, for whatever weights and whatever they weigh."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 import pi_gguf
 from pi_gguf.errors import OptionError
-from pi_gguf.gguf.file import tensor_nbytes
+from pi_gguf.gguf.file import read_gguf, tensor_nbytes
 from pi_gguf.llamacpp import quantizer as ggml
 from pi_gguf.write import kquants, writer
 
@@ -122,6 +122,13 @@ def test_a_file_is_the_same(tmp_path, monkeypatch):
     assert {*used} == {"Q6_K"}
 
 
+@pytest.mark.parametrize("quant", ["IQ4_XS", "IQ4_NL", "Q2_K"])
+def test_files_of_fewer_bits_are_the_same(tmp_path, quant):
+    plain = _convert(tmp_path / "ggml.gguf", quant=quant, quantizer="ggml")
+    assert _convert(tmp_path / "numba.gguf", quant=quant, quantizer="numba") == plain
+    assert quant in {tensor.type for tensor in read_gguf(tmp_path / "numba.gguf").tensors}
+
+
 def test_without_numba(tmp_path):
     """What asks for it says what to install; nothing else does."""
     code = """
@@ -145,7 +152,7 @@ def test_where_nothing_can_be_kept():
     code = """
 from pi_gguf.write import kquants
 assert kquants.gives_ggml_bytes("Q4_K")
-assert not kquants._search_q45.stats.cache_path
+assert not kquants._search_lines.stats.cache_path
 """
     nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": "/proc/none"}
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **nowhere}, check=True)
