@@ -50,7 +50,7 @@ def time_windows(path: Path, window: int, windows: int, rounds: int) -> dict[str
     """Return seconds of both on the same windows, medians over rounds (more of short windows), and their ratio."""
     text = max(bundled.novels("heldout").values(), key=len)
     found: dict[str, list[float]] = {"pi-gguf": [], "llama.cpp": []}
-    with Model(path, n_ctx=window) as model:
+    with Model(path, n_ctx=window, type_k="f16") as model:
         ids = model.tokenize(text)[: window + STRIDE * windows]
         jobs = [part for part, _ in sliding_windows(ids, window, STRIDE, model.bos)][1 : windows + 1]
         read_plainly(model, jobs[0][:_BATCH])
@@ -72,7 +72,7 @@ def memory(path: Path, window: int) -> dict[str, float]:
     """Return the peak memory in MB of a process that scores a whole window, Python and its libraries included."""
     code = (
         "import sys\nfrom pi_gguf.runtime.model import Model\nfrom pi_gguf.common.provenance import peak_memory\n"
-        "model = Model(sys.argv[1], n_ctx=int(sys.argv[2]))\n"
+        "model = Model(sys.argv[1], n_ctx=int(sys.argv[2]), type_k='f16')\n"
         "model.score([i % 900 + 3 for i in range(int(sys.argv[2]))], int(sys.argv[2]) - 1)\n"
         "print(peak_memory())"
     )

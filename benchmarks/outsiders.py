@@ -297,7 +297,7 @@ def choose(path: Path, window: int, beginnings: Sequence[str], ends: Sequence[st
     from pi_gguf.runtime.model import Model
 
     prompts, ids, texts, leads = [], [], [], []
-    with Model(path, n_ctx=window, device="cpu", n_threads=1) as model:
+    with Model(path, n_ctx=window, type_k="f16", device="cpu", n_threads=1) as model:
         for beginning in beginnings:
             best: tuple[list[int], list[float], str] = ([], [], "")
             for prompt in (f"{beginning} {end}".strip() for end in ends):
@@ -421,7 +421,7 @@ def _words(path: Path, words: Sequence[str], tokens: int) -> str:
     """Return words of so many tokens or a few more."""
     from pi_gguf.runtime.model import Model
 
-    with Model(path, n_ctx=256, device="cpu", n_threads=1) as model:
+    with Model(path, n_ctx=256, type_k="f16", device="cpu", n_threads=1) as model:
         count = next(n for n in range(tokens // 4, len(words), 8) if len(model.tokenize(" ".join(words[:n]))) >= tokens)
     return " ".join(words[:count])
 

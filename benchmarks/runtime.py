@@ -57,7 +57,7 @@ class Size:
     cpu: bool = False
 
     def open(self, path: Path, **options: Any) -> Model:
-        return Model(path, n_threads=1 if self.cpu else None, **options)
+        return Model(path, n_threads=1 if self.cpu else None, type_k="f16", **options)
 
 
 TOY = Size((64, 512), 4, 1)
@@ -172,7 +172,7 @@ def measure_loops(model: Model, length: int, size: Size) -> dict[str, Any]:
 def wait(path: Path, text: str, folder: Path, questions: int) -> dict[str, Any]:
     """Ask about a document; return seconds to the first token of each answer, and of what came before the first."""
     started = time.perf_counter()
-    with Model(path) as model:
+    with Model(path, type_k="f16") as model:
         opened = time.perf_counter()
         with Reading(model, Document("novel.txt", "txt", text), states=States(folder)) as book:
             begun = time.perf_counter() - opened
@@ -194,7 +194,7 @@ def restore(path: Path, folder: Path, times: int) -> dict[str, Any]:
     (kept,) = states.entries()
     found: dict[str, list[float]] = {"restore": [], "read the file": []}
     buffer = bytearray(2**22)
-    with Model(path) as model:
+    with Model(path, type_k="f16") as model:
         with states.longest(model.identity, wanted(kept.path), model.n_ctx) as state:
             ids = state.ids if state else []
         for _ in range(times):
@@ -227,7 +227,7 @@ def in_a_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def measure_document(path: Path, length: int, rounds: int) -> dict[str, Any]:
     """Return how long one waits for an answer about a document, medians, with what is kept of it between processes."""
-    with Model(path) as model:
+    with Model(path, type_k="f16") as model:
         ids = novel_ids(model, min(length, model.n_ctx - min(ROOM, model.n_ctx // 8) - 128))
         text = model.detokenize(ids[len(model.bos) :])
     runs: dict[str, list[dict[str, Any]]] = {"first": [], "restart": []}
@@ -249,7 +249,7 @@ def measure_document(path: Path, length: int, rounds: int) -> dict[str, Any]:
 
 def measure(path: Path, size: Size, parts: list[str], found: dict[str, Any]) -> dict[str, Any]:
     """Return what was found before with these parts made anew."""
-    with Model(path) as model:
+    with Model(path, type_k="f16") as model:
         lengths = [length for length in size.lengths if length <= model.n_ctx]
     found["window"] = model.n_ctx
     for length in lengths if "loops" in parts else ():  # a window that holds it, as the scores' buffers grow with it

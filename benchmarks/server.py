@@ -601,7 +601,7 @@ def measure(path: Path, args: argparse.Namespace, size: Size, found: dict[str, A
         servers = [stack.enter_context(our_server(path, n_ctx, size.slots, cache))]
         if args.peer != "none":
             servers.append(stack.enter_context(peer_server(args.peer, args.llama_server, path, n_ctx, size.slots)))
-        model = stack.enter_context(Model(path, n_ctx=n_ctx))
+        model = stack.enter_context(Model(path, n_ctx=n_ctx, type_k="f16"))
         trial = Trial(path, size, model, tuple(servers), Prose(model), cache)
         for part in args.parts.split(","):
             found[part] = _MEASURES[part](trial)

@@ -96,7 +96,7 @@ opening = with_options(
             help="adapter to apply, as --adapter-only writes it; repeatable",
         ),
         click.option("--n-ctx", type=int, help="window to open, in tokens; the file's own when left out"),
-        click.option("--type-k", default="f16", show_default=True, help="K cache: f32, f16, q8_0 or q4_0"),
+        click.option("--type-k", help="K cache: f32, f16, q8_0 or q4_0  [default: q8_0 on a CPU, f16 on a GPU]"),
         click.option("--type-v", default="f16", show_default=True, help="V cache: f32, f16, q8_0 or q4_0"),
         click.option(
             "--flash-attn/--no-flash-attn",
@@ -107,7 +107,7 @@ opening = with_options(
         click.option(
             "--kv",
             type=click.Choice(["auto"]),
-            help="auto: the most exact types of cache that fit free memory, in place of --type-k and --type-v",
+            help="auto: fewer bits where the default types of cache do not fit free memory",
         ),
         click.option(
             "--gpu-layers",

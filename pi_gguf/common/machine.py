@@ -23,9 +23,9 @@ _CPU_EFFICIENCY, _AMX_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.25, 0.35
 is done between the products does not keep up: 135 M parameters train at 0.37 of it at 2048 tokens and 0.24 at 8192
 (`benchmarks/training-cpu.json`)."""
 
-_TORCH_BY_NUMPY, _AVX512_BF16_BY_NUMPY, _AMX_BY_NUMPY = 0.88, 2.0, 3.7
+_TORCH_BY_NUMPY, _AVX512_BF16_BY_NUMPY, _AMX_BY_NUMPY = 0.88, 2.3, 3.7
 """Speed of torch's product by that of numpy's of 32-bit matrices: of such matrices on a CPU with AVX2, and of bf16 ones
-on a CPU with AMX (both measured, docs/log.md) or avx512_bf16 (twice, by its instructions)."""
+on a CPU with AMX or avx512_bf16 (measured, docs/log.md)."""
 
 
 @dataclass(frozen=True)

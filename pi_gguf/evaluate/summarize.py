@@ -17,7 +17,7 @@ from pi_gguf.common.files import writes
 from pi_gguf.common.options import flat, take
 from pi_gguf.common.progress import Advance, say
 from pi_gguf.common.provenance import sha256
-from pi_gguf.errors import OptionError
+from pi_gguf.errors import CheckpointError, GgufError, OptionError
 from pi_gguf.evaluate.options import SuiteOptions, SummariesKeywords
 from pi_gguf.evaluate.suite import Suite, check_counts
 from pi_gguf.measure.journal import Kept
@@ -111,8 +111,12 @@ def prompt(lm: LanguageModel, form: str | None) -> tuple[list[int], list[int]]:
 
     Raises:
         OptionError: a chat is asked of a model that has no template for it.
+        CheckpointError, GgufError: the template of a folder, of a file, is broken.
     """
-    chat = None if form == "plain" else lm.chat_around(f"{HEAD}{GAP}{TASK}")
+    try:
+        chat = None if form == "plain" else lm.chat_around(f"{HEAD}{GAP}{TASK}")
+    except (CheckpointError, GgufError) as error:
+        raise type(error)(str(error), "correct it, or give --form plain") from error
     if form == "chat" and chat is None:
         raise OptionError(f"{lm.name}: no chat template that shows a document", "give --form plain, or leave it out")
     return chat or (lm.tokenize(HEAD), lm.tokenize(CUE, add_special=False))

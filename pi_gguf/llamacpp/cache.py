@@ -7,9 +7,11 @@ from pi_gguf.gguf.file import GgufInfo
 CACHE_TYPES = {"f32": (0, 4.0), "f16": (1, 2.0), "q8_0": (8, 34 / 32), "q4_0": (2, 18 / 32)}
 """KV cache types: ggml's number and bytes an element."""
 
-
 QUANTIZED_CACHES = ("q8_0", "q4_0")
-"""Those in blocks of 32 elements of a head."""
+"""Those in blocks of a head's elements."""
+
+CACHE_BLOCK = 32
+"""Elements of a block."""
 
 
 def kv_cache_bytes(*, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx: int, type_k: str, type_v: str) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from pi_gguf.checkpoint.checkpoint import Checkpoint
 from pi_gguf.common.machine import torch_device
 from pi_gguf.common.products import fast_products
+from pi_gguf.errors import CheckpointError, GgufError
 from pi_gguf.measure.language_model import GAP, LanguageModel, common_prefix
 from pi_gguf.vocabulary.chats import chat_templates
 from pi_gguf.vocabulary.templates import render_chat
@@ -108,7 +109,10 @@ class HfModel(HfTokens):
         if template is None:
             return None
         messages = [{"role": "user", "content": message}]
-        text = render_chat(template, messages, self._tokenizer.special_tokens_map, self._folder)
+        try:
+            text = render_chat(template, messages, self._tokenizer.special_tokens_map, self._folder)
+        except GgufError as error:  # what a template of a file raises
+            raise CheckpointError(str(error)) from error
         before, _, behind = text.partition(GAP)
         if not behind or GAP in behind:
             return None

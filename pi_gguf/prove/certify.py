@@ -91,7 +91,7 @@ def measure(
         + (f"; about {_minutes(seconds_a_prompt)}" if seconds_a_prompt > 1 else "")
     )
     with phase(f"open {path.name} in llama.cpp"):
-        model = Model(path, n_ctx=window, device=device)
+        model = Model(path, n_ctx=window, type_k="f16", device=device)
     with model:
         perplexity = yardstick.perplexities(model, windows)
         try:
@@ -140,7 +140,7 @@ def _window_that_fits(path: Path, rope: RopeScaling, text: Sequence[str], device
     window = rope.max_position_embeddings
     least = min(window, rope.original_max_position_embeddings, _PROBE)
     yardstick = Yardstick.of(text, least, window)
-    with Model(path, n_ctx=max(512, least), device=device) as model:
+    with Model(path, n_ctx=max(512, least), type_k="f16", device=device) as model:
         ids = model.tokenize(yardstick.text)
         if len(ids) < least + Yardstick.SAMPLES * yardstick.stride:
             raise TextError(f"{yardstick.name}: {len(ids)} tokens, too few to measure at {least}", "give a longer text")
@@ -158,7 +158,7 @@ def _window_that_fits(path: Path, rope: RopeScaling, text: Sequence[str], device
             reason = f"it would take about {_minutes(seconds)}"
         elif window > least:
             try:
-                Model(path, n_ctx=window, device=device).close()
+                Model(path, n_ctx=window, type_k="f16", device=device).close()
             except ResourceError as error:
                 reason = str(error)
         if reason is None or window // 2 < least:

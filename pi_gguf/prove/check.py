@@ -162,7 +162,7 @@ def check_gguf(path: Path, reference: Reference) -> CheckReport:
     info, kl, top1 = read_gguf(path), None, None
     problems = [*check_consistent(info.rope, str(path)), *_wrong_divisors(path, reference.divisors)]
     with phase(f"open {path.name} in llama.cpp"):
-        model = Model(path, n_ctx=max(512, len(reference.ids)), device="cpu")
+        model = Model(path, n_ctx=max(512, len(reference.ids)), type_k="f16", device="cpu")
     with model:
         problems += _wrong_numbers(path, model, reference)
         prose, special = reference.texts.compare(model.tokenize)

@@ -24,7 +24,7 @@ from pi_gguf.documents.formats import Document, read_document
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.gguf.file import GgufInfo, read_gguf
 from pi_gguf.gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
-from pi_gguf.llamacpp.cache import CACHE_TYPES, QUANTIZED_CACHES, head_size, predict_kv_cache
+from pi_gguf.llamacpp.cache import CACHE_BLOCK, CACHE_TYPES, QUANTIZED_CACHES, head_size, predict_kv_cache
 from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library, log
 from pi_gguf.llamacpp.opening import apply_adapters, open_beside, open_llama
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED
@@ -32,7 +32,7 @@ from pi_gguf.llamacpp.trial import check_opens, fast_buffers_work, machine
 from pi_gguf.llamacpp.watch import Watch
 from pi_gguf.measure.language_model import GAP, LanguageModel
 from pi_gguf.runtime.batch import Batch
-from pi_gguf.runtime.offload import choose_kv, choose_layers, gpu_memory
+from pi_gguf.runtime.offload import choose_kv, choose_layers, gpu_memory, usual_k
 from pi_gguf.runtime.reading import Reading
 from pi_gguf.runtime.sampling import Sampling, SamplingKeywords
 from pi_gguf.runtime.sequence import CachedSequence
@@ -67,7 +67,8 @@ class Model(LanguageModel):
     Args:
         path: the GGUF file.
         n_ctx: window to open, in tokens; the file's own when None.
-        type_k: type of the K cache: f32, f16, q8_0 or q4_0.
+        type_k: type of the K cache: f32, f16, q8_0 or q4_0; when None q8_0 on a CPU, which reads and writes faster with
+            it, and f16 on a GPU, with flash attention or where heads are not of whole blocks of 32.
         type_v: type of the V cache.
         flash_attn: use flash attention; when None where every layer is on a GPU and with a quantized V cache, which
             needs it. On a CPU llama.cpp's adds up in 16 bits with an f16 cache, in which what thousands of tokens weigh
@@ -76,8 +77,8 @@ class Model(LanguageModel):
         gpu_layers: how many layers lie on the GPU with their part of the cache, counted from the last as llama.cpp
             does, the output matrix as one; all when None, with `auto` as many as fit its memory. With 0 it only helps
             to read batches.
-        kv: `auto` takes the most exact types of cache that fit free memory, and says so where these are not f16;
-            `type_k` and `type_v` when None.
+        kv: `auto` takes fewer bits, and says so, where the usual types of cache do not fit free memory; `type_k` and
+            `type_v` when None.
         n_threads: threads; all cores when None.
         lora: GGUF adapters to apply, of this model.
         sequences: how many texts the one cache can hold at a time; this class uses the first (`server.engine` all).
@@ -94,7 +95,7 @@ class Model(LanguageModel):
         path: str | Path,
         *,
         n_ctx: int | None = None,
-        type_k: str = "f16",
+        type_k: str | None = None,
         type_v: str = "f16",
         flash_attn: bool | None = None,
         device: str = "auto",
@@ -112,20 +113,14 @@ class Model(LanguageModel):
             check_adapter(adapter, info)
         self.info, self.path, self.name = info, Path(path), str(path)
         self._marks = [(path, file_mark(path)) for path in (self.path, *map(Path, lora))]
-        self._types, self.turns = (type_k, type_v), Turns()
+        self.turns = Turns()
         self.users: list[Callable[[], None]] = []
         """What ends those who compute with it in a thread of their own."""
         self._pieces = pieces_without_bytes(info.header)
         self.window = info.rope.max_position_embeddings
         self.n_ctx = self.window if n_ctx is None else n_ctx
         gpu = _use_gpu(device)
-        if kv not in (None, "auto"):
-            raise OptionError(f"kv must be auto, got {kv}", "or leave it out and give --type-k and --type-v")
-        if kv:
-            chosen = choose_kv(info, self.n_ctx, psutil.virtual_memory().available, flash_attn=flash_attn)
-            type_k, type_v = self._types = chosen.type_k, chosen.type_v
-            if chosen.why:
-                say(chosen.why)
+        type_k, type_v = self._types = _cache_types(info, self.n_ctx, (type_k, type_v), kv, gpu, flash_attn)
         _check_options(info, self.n_ctx, type_k, type_v, flash_attn)
         wanted = gpu_layers
         if gpu_layers == "auto":
@@ -519,6 +514,21 @@ def _open(path: str | Path, info: GgufInfo, lora: Sequence[str | Path], **option
     return llama
 
 
+def _cache_types(
+    info: GgufInfo, n_ctx: int, asked: tuple[str | None, str], kv: str | None, gpu: bool, flash_attn: bool | None
+) -> tuple[str, str]:
+    """Return the types of K and V: those asked for, the usual ones, or with `kv` those that fit."""
+    if kv not in (None, "auto"):
+        raise OptionError(f"kv must be auto, got {kv}", "or leave it out and give --type-k and --type-v")
+    if kv:
+        chosen = choose_kv(info, n_ctx, psutil.virtual_memory().available, gpu=gpu, flash_attn=flash_attn)
+        if chosen.why:
+            say(chosen.why)
+        return chosen.type_k, chosen.type_v
+    type_k, type_v = asked
+    return type_k or usual_k(info, plain=not (gpu or flash_attn or type_v in QUANTIZED_CACHES)), type_v
+
+
 def _check_options(info: GgufInfo, n_ctx: int, type_k: str, type_v: str, flash_attn: bool | None) -> None:
     """Check that llama.cpp can keep a file's keys and values in a cache of this size and these types."""
     if n_ctx < 1:
@@ -528,9 +538,10 @@ def _check_options(info: GgufInfo, n_ctx: int, type_k: str, type_v: str, flash_a
             raise OptionError(
                 f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}", "f16 is usual, q8_0 takes half of it"
             )
-        if value in QUANTIZED_CACHES and (size := head_size(info, length)) % 32:
+        if value in QUANTIZED_CACHES and (size := head_size(info, length)) % CACHE_BLOCK:
             raise OptionError(
-                f"{name} {value} needs heads of a multiple of 32, {info.path} has heads of {size}", "f16 has no blocks"
+                f"{name} {value} needs heads of a multiple of {CACHE_BLOCK}, {info.path} has heads of {size}",
+                "f16 has no blocks",
             )
     if type_v in QUANTIZED_CACHES and flash_attn is False:
         raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.private import ggml_devices
 from pi_gguf.gguf.file import GgufInfo
-from pi_gguf.llamacpp.cache import QUANTIZED_CACHES, head_size, predict_kv_cache
+from pi_gguf.llamacpp.cache import CACHE_BLOCK, QUANTIZED_CACHES, head_size, predict_kv_cache
 from pi_gguf.llamacpp.library import ggml_base
 
 KV_CHOICES = (("f16", "f16"), ("q8_0", "f16"), ("q8_0", "q8_0"))
-"""Types of K and V, from the exact to the small. K in q8_0 costs a CPU 2 to 6 % of its speed of reading; V in it
-needs flash attention, which more than halves that speed (benchmarks/runtime.json)."""
+"""Types of K and V, from the exact to the small. With K in q8_0 a CPU reads long texts and writes faster; V in it needs
+flash attention, which more than halves the speed of reading (benchmarks/kv_cache.json)."""
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _GPU = 1
@@ -43,31 +43,47 @@ class KvChoice:
     why: str = ""
 
 
-def choose_kv(info: GgufInfo, n_ctx: int, free_bytes: int, *, flash_attn: bool | None = None) -> KvChoice:
-    """Return the most exact types with which cache and weights fit; the smallest where none do.
+def usual_k(info: GgufInfo, *, plain: bool) -> str:
+    """Return the type of K where none is asked for.
+
+    Args:
+        info: of the file.
+        plain: whether a CPU computes attention, and not flash attention: scores of K in q8_0 are products of whole
+            numbers there. Heads must be of whole blocks.
+    """
+    return "q8_0" if plain and head_size(info, "key_length") % CACHE_BLOCK == 0 else "f16"
+
+
+def choose_kv(info: GgufInfo, n_ctx: int, free_bytes: int, *, gpu: bool, flash_attn: bool | None = None) -> KvChoice:
+    """Return the usual types, or the next with which cache and weights fit; the smallest where none do.
 
     Args:
         info: of the file.
         n_ctx: tokens to open it for.
         free_bytes: of memory.
+        gpu: whether a GPU computes.
         flash_attn: False leaves out a V in fewer bits, which needs it.
     """
     weights = sum(tensor.nbytes for tensor in info.tensors)
-    fits = all(head_size(info, name) % 32 == 0 for name in ("key_length", "value_length"))
-    choices = [pair for pair in KV_CHOICES if flash_attn is not False or pair[1] not in QUANTIZED_CACHES]
+    fits = all(head_size(info, name) % CACHE_BLOCK == 0 for name in ("key_length", "value_length"))
+    usual = usual_k(info, plain=not (gpu or flash_attn)), "f16"
+    choices = [
+        pair for pair in KV_CHOICES[KV_CHOICES.index(usual) :]
+        if flash_attn is not False or pair[1] not in QUANTIZED_CACHES
+    ]  # fmt: skip
     choices = choices if fits else choices[:1]
     type_k, type_v = next(
         (pair for pair in choices if predict_kv_cache(info, n_ctx, *pair) + weights <= free_bytes), choices[-1]
     )
-    if (type_k, type_v) == KV_CHOICES[0]:
+    if (type_k, type_v) == usual:
         return KvChoice(type_k, type_v)
-    exact, small = (predict_kv_cache(info, n_ctx, *pair) for pair in (KV_CHOICES[0], (type_k, type_v)))
+    large, small = (predict_kv_cache(info, n_ctx, *pair) for pair in (usual, (type_k, type_v)))
     slow = "; a CPU reads at half its speed with it" if type_v in QUANTIZED_CACHES else ""
     return KvChoice(
         type_k, type_v,
-        f"KV cache: K in {type_k}, V in {type_v}, {human_bytes(small)}, as {human_bytes(exact)} in f16 beside the "
-        f"weights do not fit the {human_bytes(free_bytes)} that are free{slow}; pi-gguf eval matrix measures what it "
-        "costs",
+        f"KV cache: K in {type_k}, V in {type_v}, {human_bytes(small)}, as {human_bytes(large)} with K in {usual[0]} "
+        f"and V in f16 beside the weights do not fit the {human_bytes(free_bytes)} that are free{slow}; pi-gguf eval "
+        "matrix measures what it costs",
     )  # fmt: skip
 
 

@@ -407,7 +407,7 @@ def text_windows(
 @contextmanager
 def _opened(path: Path, context: int, device: str, watch: ProductWatch) -> Iterator[Model]:
     try:
-        lm = Model(path, n_ctx=context, device=device, watch=watch)
+        lm = Model(path, n_ctx=context, type_k="f16", device=device, watch=watch)
     except ResourceError as error:
         raise ResourceError(str(error), "read smaller windows, for example --context 2048") from error
     with lm:

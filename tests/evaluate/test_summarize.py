@@ -168,3 +168,15 @@ def test_a_chat_is_refused_where_no_template_shows_the_document(chatty, gguf_pat
             with pytest.raises(OptionError, match="no chat template that shows"):
                 prompt(lm, "chat")
             lm.close()
+
+
+def test_a_template_that_refuses_leads_to_the_plain_form(chatty, data, tmp_path, cli):
+    folder = tmp_path / "other"
+    shutil.copytree(chatty[0], folder)
+    give_template(folder, "{{ raise_exception('no users here') }}")
+    pi_gguf.convert(str(folder), tmp_path / "other.gguf", quant="F32", check="none", context=WINDOW, steps=0)
+    for model, code in ((tmp_path / "other.gguf", 6), (folder, 3)):
+        asked = ["eval", "summarize", model, "--data", data, "--max-tokens", 5, "--documents", 1]
+        failed, _, err = cli(*asked, *(["--context", WINDOW] if model == folder else []))
+        assert failed == code and "no users here" in err and "give --form plain" in err
+    assert cli(*asked, "--context", WINDOW, "--form", "plain")[0] == 0

@@ -10,7 +10,7 @@ import pi_gguf
 from pi_gguf.errors import GgufError, OptionError, ResourceError
 from pi_gguf.gguf.file import read_gguf
 from pi_gguf.llamacpp import library as ggml
-from pi_gguf.llamacpp.cache import kv_cache_bytes, predict_kv_cache
+from pi_gguf.llamacpp.cache import CACHE_TYPES, kv_cache_bytes, predict_kv_cache
 from pi_gguf.llamacpp.library import compute
 from pi_gguf.llamacpp.quantizer import quantizations
 from pi_gguf.runtime.model import _scores_batch
@@ -92,18 +92,20 @@ def test_other_cache_types_give_close_scores(path, types):
         np.testing.assert_allclose(model.score(ids, 8)[0], other.score(ids, 8)[0], atol=0.3)
 
 
-def test_flash_attention_is_for_quantized_caches_and_gpus(path, monkeypatch):
+def test_flash_attention_is_for_quantized_caches_and_gpus_and_k_in_8_bits_for_plain_attention(path, monkeypatch):
     asked = {}
     monkeypatch.setattr("pi_gguf.runtime.model._use_gpu", lambda device: device == "cuda")
     monkeypatch.setattr("pi_gguf.runtime.model.open_llama", lambda *_, **options: asked.update(options) or 1 / 0)
-    for options, flash, at_once in (
-        ({}, False, 64), ({"type_k": "q8_0"}, False, 64), ({"type_v": "q8_0"}, True, 512),
-        ({"device": "cuda"}, True, 512), ({"flash_attn": True}, True, 512),
-        ({"device": "cuda", "flash_attn": False}, False, 512), ({"device": "cuda", "gpu_layers": 1}, False, 512),
+    f16, q8_0 = CACHE_TYPES["f16"][0], CACHE_TYPES["q8_0"][0]
+    for options, flash, at_once, k in (
+        ({}, False, 64, q8_0), ({"type_k": "f16"}, False, 64, f16), ({"type_v": "q8_0"}, True, 512, f16),
+        ({"device": "cuda"}, True, 512, f16), ({"flash_attn": True}, True, 512, f16),
+        ({"device": "cuda", "flash_attn": False}, False, 512, f16),
+        ({"device": "cuda", "gpu_layers": 1}, False, 512, f16), ({"flash_attn": False}, False, 64, q8_0),
     ):  # fmt: skip
         with pytest.raises(ZeroDivisionError):
             pi_gguf.open(path, n_ctx=32768, **options)
-        assert (asked["flash_attn"], asked["n_ubatch"]) == (flash, at_once), options
+        assert (asked["flash_attn"], asked["n_ubatch"], asked["type_k"]) == (flash, at_once, k), options
 
 
 def test_layers_on_the_gpu_are_counted_as_llama_cpp_does(path, monkeypatch):
@@ -129,7 +131,8 @@ def test_a_quantized_cache_needs_heads_of_whole_blocks(tmp_path):
     for name in ("type_k", "type_v"):
         with pytest.raises(OptionError, match=f"{name} q8_0 needs heads of a multiple of 32, .* has heads of 16"):
             pi_gguf.open(path, **{name: "q8_0"})
-    pi_gguf.open(path, type_k="f32").close()
+    with pi_gguf.open(path) as model:
+        assert model.identity["type_k"] == "f16"
 
 
 def test_scores_of_a_batch_take_little_memory(path):

@@ -32,25 +32,31 @@ def weights(info):
     return sum(tensor.nbytes for tensor in info.tensors)
 
 
-def test_the_cache_is_the_most_exact_that_fits(info):
+@pytest.mark.parametrize(
+    ("how", "usual"), [({"gpu": True}, 0), ({"gpu": False, "flash_attn": True}, 0), ({"gpu": False}, 1)]
+)
+def test_the_cache_is_the_usual_one_or_the_next_that_fits(info, how, usual):
     sizes = [weights(info) + predict_kv_cache(info, CONTEXT, *pair) for pair in KV_CHOICES]
     assert sizes[0] > sizes[1] > sizes[2]
-    for size, pair in zip(sizes, KV_CHOICES, strict=True):
-        chosen = choose_kv(info, CONTEXT, size)
+    for size, pair in [*zip(sizes, KV_CHOICES, strict=True)][usual:]:
+        chosen = choose_kv(info, CONTEXT, size, **how)
         assert (chosen.type_k, chosen.type_v) == pair
-        assert bool(chosen.why) == (pair != KV_CHOICES[0])
-    chosen = choose_kv(info, CONTEXT, sizes[1])
-    assert "K in q8_0, V in f16" in chosen.why and "half its speed" not in chosen.why
-    chosen = choose_kv(info, CONTEXT, 1000)
+        assert bool(chosen.why) == (pair != KV_CHOICES[usual])
+    chosen = choose_kv(info, CONTEXT, sizes[0], **how)
+    assert (chosen.type_k, chosen.type_v) == KV_CHOICES[usual]
+    if usual == 0:
+        chosen = choose_kv(info, CONTEXT, sizes[1], **how)
+        assert "K in q8_0, V in f16" in chosen.why and "half its speed" not in chosen.why
+    chosen = choose_kv(info, CONTEXT, 1000, **how)
     assert (chosen.type_k, chosen.type_v) == KV_CHOICES[-1] and "half its speed" in chosen.why
-    chosen = choose_kv(info, CONTEXT, 1000, flash_attn=False)
+    chosen = choose_kv(info, CONTEXT, 1000, **{**how, "flash_attn": False})
     assert (chosen.type_k, chosen.type_v) == KV_CHOICES[1]
 
 
 def test_heads_that_are_no_blocks_keep_the_exact_cache(tmp_path):
     folder = make_llama(tmp_path / "model", head_dim=24)
     pi_gguf.convert(str(folder), tmp_path / "m.gguf", quant="F32", check="none")
-    chosen = choose_kv(read_gguf(tmp_path / "m.gguf"), 64, 1000)
+    chosen = choose_kv(read_gguf(tmp_path / "m.gguf"), 64, 1000, gpu=False)
     assert (chosen.type_k, chosen.type_v, chosen.why) == ("f16", "f16", "")
 
 
@@ -67,13 +73,13 @@ def test_as_many_layers_as_fit(info):
 
 
 def test_a_smaller_cache_is_opened_and_said(path, info, capfd, monkeypatch):
-    free = weights(info) + predict_kv_cache(info, CONTEXT, "q8_0", "f16")
+    free = weights(info) + predict_kv_cache(info, CONTEXT, "q8_0", "q8_0")
     real = module.choose_kv
     monkeypatch.setattr(module, "choose_kv", lambda info, n_ctx, _, **more: real(info, n_ctx, free, **more))
     with pi_gguf.open(path, kv="auto") as model:
-        assert model.kv_cache_bytes == predict_kv_cache(info, CONTEXT, "q8_0", "f16")
+        assert model.kv_cache_bytes == predict_kv_cache(info, CONTEXT, "q8_0", "q8_0")
         small = "".join(model.complete("It was", max_tokens=3))
-    assert "K in q8_0, V in f16" in capfd.readouterr().err
+    assert "K in q8_0, V in q8_0" in capfd.readouterr().err
     monkeypatch.undo()
     with pi_gguf.open(path, kv="auto") as model, pi_gguf.open(path) as plain:
         assert model.kv_cache_bytes == plain.kv_cache_bytes and small

@@ -289,7 +289,7 @@ def test_another_model_of_the_same_name_has_its_own(tiny_gguf, states, fresh, tm
 @pytest.mark.parametrize(
     "options",
     [
-        {"type_k": "q8_0"},
+        {"type_k": "f16"},
         {"type_k": "f32"},
         {"type_v": "f32"},
         {"flash_attn": True},
