@@ -32,7 +32,7 @@ _TINY = np.float32(1e-15)
 _MAGIC = np.float32(12582912)  # 1.5 * 2**23: what is added to it is rounded to a whole number
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
-_IQ4 = np.float32([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 """What the levels of IQ4 stand for."""
 
 _STEPS = np.diff(_IQ4)
@@ -422,7 +422,7 @@ def _try_symmetric(x: Array, w: Array, lanes: Array) -> None:
 
 
 @_jit
-def _quantize_weighed(values: Array, weights: Array, top: int, levels: Array, largest: Array) -> None:
+def _quantize_weighed(values: Array, weights: Array, top: Value, levels: Array, largest: Array) -> None:
     """Quantize each row of values (n, groups), scales or minima, to 0 to `top` of one scale; `make_qp_quants`."""
     for row in range(len(values)):
         x, w, out = values[row], weights[row], levels[row]

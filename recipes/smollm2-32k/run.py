@@ -95,12 +95,12 @@ SCALES = {
     ),
     "cpu": Scale(
         {
-            "steps": 132, "train_window": "2048x120,8192x12", "batch_tokens": 2048, "learning_rate": 1e-4,
+            "steps": 132, "train_window": "512x80,2048x40,8192x12", "batch_tokens": 2048, "learning_rate": 1e-4,
             "recall": 0.5,
         },
-        ("yarn",), 0, {"perplexity": (16, 4, 1), "needle": (2,), "ruler": (8,)},
-        {"samples": 1, "documents": 1}, {"distances": 16, "keys": 1}, {"depths": 5}, {"items": 1},
-        {"documents": 5, "max_tokens": 300}, {"limit": 200}, certify=False,
+        ("yarn",), 0, {"perplexity": (16, 4, 1), "needle": (4, 2), "ruler": (8, 4)},
+        {"samples": 1, "documents": 1}, {"distances": 16, "keys": 1}, {"depths": 5}, {"items": 2},
+        {"documents": 3, "max_tokens": 200}, {"limit": 100}, certify=False,
     ),
     "toy": Scale(
         {"steps": 2, "train_window": 128, "batch_tokens": 256, "learning_rate": 1e-4, "recall": 0.3},
