@@ -196,12 +196,11 @@ def _quantize_iq4(blocks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> N
         out[:, :2] = scale.astype(np.float16).view(np.uint8)
     else:
         largest = np.take_along_axis(scale, np.abs(scale).argmax(1)[:, None], 1)
-        unit = -np.where(largest == 0, _ZERO, largest) / np.float32(32)
+        unit = -largest / np.float32(32)
         out[:, :2] = unit.astype(np.float16).view(np.uint8)
-        tried = np.where(unit != 0, _ONE / unit, _ZERO) * scale + _MAGIC
-        levels = np.clip((tried.view(np.int32) & 0x7FFFFF) - 0x400000, -32, 31)
-        scale = unit * levels.astype(np.float32)
-        low, high = (levels + 32) & 15, (levels + 32) >> 4
+        levels = np.clip(np.rint(np.where(unit != 0, _ONE / unit, _ZERO) * scale), -32, 31)
+        scale = unit * levels
+        high, low = np.divmod(levels.astype(np.int64) + 32, 16)
         out[:, 2:4] = np.bitwise_or.reduce(high << np.arange(0, 16, 2), 1).astype(np.uint16)[:, None].view(np.uint8)
         out[:, 4:8] = low[:, ::2] | low[:, 1::2] << 4
     weights = np.empty(blocks.shape, np.uint8)

@@ -59,6 +59,20 @@ def _as_small_as_can_be(rng, shape):
     return rng.standard_normal(shape) * np.exp2(rng.uniform(-149, -100, (shape[0], 1)))
 
 
+def _next_to_nothing(rng, shape):
+    """Around 1e-15, where a group counts as empty."""
+    return rng.standard_normal(shape) * np.exp2(rng.uniform(-62, -44, (shape[0], 1)))
+
+
+def _on_the_levels_of_iq4(rng, shape):
+    """And two of each 32 halfway between two, on either side of 0: met there where -128 is largest."""
+    rows = rng.choice(kquants._IQ4, shape)
+    groups = rows.reshape(-1, 32)
+    groups[:, 7], groups[:, 9] = (rng.choice(part, len(groups)) for part in np.split(kquants._BETWEEN, [8]))
+    groups[:, 5] = rng.choice([-127, -128], len(groups))
+    return rows
+
+
 WEIGHTS = [
     _normal,
     _heavy,
@@ -69,6 +83,8 @@ WEIGHTS = [
     _nearly_one_value,
     _half_gone,
     _as_small_as_can_be,
+    _next_to_nothing,
+    _on_the_levels_of_iq4,
 ]
 
 
