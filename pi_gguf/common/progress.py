@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import Any, ParamSpec, TextIO, TypeVar
@@ -50,19 +51,20 @@ def output(progress: str | None = None, quiet: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
+def progress_bar(title: str, total: float | None, unit: str, costs: Sequence[float] = ()) -> Iterator[Advance]:
     """Show how work of `total` units goes on, with time left: in a bar or in lines.
 
     Args:
         title: what is being done.
         total: amount of work; None where it is not known.
         unit: `bytes`, or the plural of what is counted; empty where nothing is.
+        costs: of each unit in its order, where they differ; the time left follows them.
     """
     kind = "none" if process_rank() > 0 else _progress or ("bar" if sys.stderr.isatty() else "plain")
     if kind == "none":
         yield lambda amount=1, text=None, earlier=False: None
     else:
-        with (_bar if kind == "bar" else _plain)(title, total, unit) as advance:
+        with (_bar if kind == "bar" else _plain)(Work(title, total, unit, time.monotonic(), costs)) as advance:
             yield advance
 
 
@@ -74,12 +76,11 @@ def phase(title: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
+def _bar(work: Work) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        MofNCompleteColumn,
         Progress,
         SpinnerColumn,
         TextColumn,
@@ -88,19 +89,22 @@ def _bar(title: str, total: float | None, unit: str) -> Iterator[Advance]:
         TransferSpeedColumn,
     )
 
-    amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+    amount: list[Any] = [TextColumn("{task.fields[amount]}")]
+    if work.unit == "bytes":
+        amount = [DownloadColumn(), TransferSpeedColumn()]
     columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TextColumn("left")]
     columns += [TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
-    if not unit:
+    if not work.unit:
         columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
     asked = True if _progress == "bar" else None  # for, whatever standard error is
     console = Console(stderr=True, force_terminal=asked)
-    with aside(), Progress(*columns, console=console, transient=not unit) as bar:
-        task = bar.add_task(title, total=total, text="")
+    with aside(), Progress(*columns, console=console, transient=not work.unit) as bar:
+        total = None if work.total is None else work.cost(work.total)
+        task = bar.add_task(work.title, total=total, text="", amount=work.amount())
 
         def advance(amount: float = 1, text: str | None = None, earlier: bool = False) -> None:
-            fields: dict[str, Any] = {} if text is None else {"text": text}
-            bar.update(task, advance=amount, **fields)
+            work.advance(time.monotonic(), amount, text, earlier)
+            bar.update(task, completed=work.cost(work.done), text=work.text, amount=work.amount())
 
         _drawn.append(bar)
         try:
@@ -123,10 +127,9 @@ def aside() -> Iterator[None]:
 
 
 @contextmanager
-def _plain(title: str, total: float | None, unit: str) -> Iterator[Advance]:
+def _plain(work: Work) -> Iterator[Advance]:
     """Print lines from a thread, as a single step may take many times as long as there is between two of them."""
     lines, stream, stop = _lines, sys.stderr, threading.Event()
-    work = Work(title, total, unit, time.monotonic())
     lines.begin(work)
 
     def speak() -> None:
@@ -146,7 +149,7 @@ def _plain(title: str, total: float | None, unit: str) -> Iterator[Advance]:
         lines.end(work)
         stop.set()
         speaker.join(1)  # it may wait for a pipe that is full
-    if work.spoken and unit:  # the next line says that a phase is over
+    if work.spoken and work.unit:  # the next line says that a phase is over
         _print(work.last_line(time.monotonic()), stream)
 
 
@@ -158,26 +161,28 @@ class Work:
         total: amount of work; None where it is not known.
         unit: `bytes`, or the plural of what is counted; empty where nothing is.
         now: when it begins.
+        costs: of each unit in its order, where they differ.
     """
 
-    def __init__(self, title: str, total: float | None, unit: str, now: float) -> None:
+    def __init__(self, title: str, total: float | None, unit: str, now: float, costs: Sequence[float] = ()) -> None:
         self.title, self.total, self.unit, self.text = title, total, unit, ""
+        self._sums = [0.0, *itertools.accumulate(costs)]
         self.spoken = False
         self.begun = self._at = now
-        self._done = 0.0
+        self.done = 0.0
         self._samples = deque([(now, 0.0)], maxlen=60)  # at least a second apart
         self._lock = threading.Lock()
 
     def advance(self, now: float, amount: float = 1, text: str | None = None, earlier: bool = False) -> None:
         """Count work that was done; of `earlier` work nothing follows for the time left."""
         with self._lock:
-            self._done += amount
+            self.done += amount
             self._at = now
             self.text = self.text if text is None else text
             if earlier:
                 self._samples.clear()
             if not self._samples or now - self._samples[-1][0] >= 1:
-                self._samples.append((now, self._done))
+                self._samples.append((now, self.cost(self.done)))
 
     def line(self, now: float) -> str:
         """Return what is done, and about how long the rest takes; how long it took so far where that is not known."""
@@ -192,18 +197,26 @@ class Work:
     def _seconds_left(self, now: float) -> float:
         """Return the time left at the speed of the last minute or the last 60 steps, whichever is longer; or 0."""
         begun, before = self._samples[0]
-        if self.total is None or self._done <= before or self._at <= begun:
+        spent = self.cost(self.done)
+        if self.total is None or spent <= before or self._at <= begun:
             return 0.0
-        return (self.total - self._done) * (self._at - begun) / (self._done - before) - (now - self._at)
+        return (self.cost(self.total) - spent) * (self._at - begun) / (spent - before) - (now - self._at)
 
-    def _said(self, times: str) -> str:
+    def cost(self, done: float) -> float:
+        """Return what so many units cost: each the same, unless it is known."""
+        return self._sums[min(int(done), len(self._sums) - 1)] if len(self._sums) > 1 else done
+
+    def amount(self) -> str:
+        """Return how much is done, of how much, with the unit."""
         size, unit = 1, self.unit
         if unit == "bytes":
-            largest = self._done if self.total is None else self.total
+            largest = self.done if self.total is None else self.total
             size, unit = next(((n, name) for n, name in _SIZES if largest >= n), (1, unit))
-        numbers = [self._done] if self.total is None else [self._done, self.total]
-        amount = "/".join(f"{number / size:.{0 if size == 1 else 1}f}" for number in numbers)
-        what = f"{self.title} {amount} {unit}" if unit else self.title
+        numbers = [self.done] if self.total is None else [self.done, self.total]
+        return f"{'/'.join(f'{number / size:.{0 if size == 1 else 1}f}' for number in numbers)} {unit}"
+
+    def _said(self, times: str) -> str:
+        what = f"{self.title} {self.amount()}" if self.unit else self.title
         return ", ".join(part for part in (what, self.text, times) if part)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,15 +76,15 @@ class TrainingPlan:
     def tokens_by_window(self) -> dict[int, int]:
         """Return the tokens of the run by the length of their sequences."""
         tokens: dict[int, int] = {}
-        if not self.mix:
-            for s in self.stages:
-                tokens[s.window] = tokens.get(s.window, 0) + s.steps * self.accumulation * s.micro_batch * s.window
-            return tokens
-        shorts = (stage for stage in self.stages for _ in range(stage.steps * self.accumulation))
-        for stage, whole in zip(shorts, self.full_length, strict=True):
-            window, n = (self.full_window, self.full_micro_batch) if whole else (stage.window, stage.micro_batch)
+        for window, n in self.micro_batches():
             tokens[window] = tokens.get(window, 0) + n * window
         return tokens
+
+    def micro_batches(self) -> Iterator[tuple[int, int]]:
+        """Yield the length of the sequences of each micro-batch of the run, and how many these are."""
+        shorts = (stage for stage in self.stages for _ in range(stage.steps * self.accumulation))
+        for stage, whole in zip(shorts, self.full_length, strict=True):
+            yield (self.full_window, self.full_micro_batch) if whole else (stage.window, stage.micro_batch)
 
     def attended(self, window: int) -> int:
         """Return over how many tokens the last one of a sequence or a group attends."""

@@ -33,10 +33,17 @@ def training_seconds(checkpoint: Checkpoint, training: TrainingPlan, machine: Ma
 
 def training_operations(checkpoint: Checkpoint, training: TrainingPlan) -> float:
     """Return the floating-point operations of a run, without those that are done again to save memory."""
-    return sum(
-        tokens * train_operations(checkpoint, training.attended(window), training.train)
-        for window, tokens in training.tokens_by_window().items()
-    )
+    return sum(step_operations(checkpoint, training))
+
+
+def step_operations(checkpoint: Checkpoint, training: TrainingPlan) -> list[float]:
+    """Return the same of each step."""
+    windows = training.tokens_by_window()
+    each = {w: w * train_operations(checkpoint, training.attended(w), training.train) for w in windows}
+    steps = [0.0] * training.steps
+    for i, (window, n) in enumerate(training.micro_batches()):
+        steps[i // training.accumulation] += n * each[window]
+    return steps
 
 
 def _slowest_link(machine: Machine, card: Card) -> float:

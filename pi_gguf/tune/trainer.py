@@ -36,6 +36,7 @@ from pi_gguf.tune.memory import Activations, fit_activations
 from pi_gguf.tune.plan import TrainingPlan
 from pi_gguf.tune.processes import Spread, agree, is_first_process, set_precision, shard_on_cpu
 from pi_gguf.tune.sparse import sparse_attention
+from pi_gguf.tune.speed import step_operations
 from pi_gguf.tune.validation import Validation
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def run_training(run: Run) -> Trained:
     model = _open_model(run.checkpoint, training, run.seed, "cpu" if spread.fsdp or spread.deepspeed else device)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     stop = _StopOnInterrupt(spread.processes)
-    with fast_products(device), progress_bar("fine-tune", training.steps, "steps") as advance, stop:
+    costs = step_operations(run.checkpoint, training)
+    with fast_products(device), progress_bar("fine-tune", training.steps, "steps", costs) as advance, stop:
         trainer = _trainer(run, model, arguments)
         progress = Progress(
             trainer, advance, run.validation, device=device, accumulation=training.accumulation,

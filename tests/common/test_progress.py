@@ -178,6 +178,20 @@ def test_the_time_left_follows_the_speed_of_late():
     assert work.line(1100) == "fine-tune 200/300 steps, 17 min left"  # at the mean of all it would be 9
 
 
+def test_the_time_left_knows_of_what_costs_more():
+    work = Work("fine-tune", 30, "steps", 0, [1] * 20 + [10] * 10)
+    for step in range(1, 11):
+        work.advance(step)
+    assert work.line(10) == "fine-tune 10/30 steps, 110 s left"  # ten seconds, and ten times as many
+    for step in range(1, 11):
+        work.advance(10 + step)
+    work.advance(30)
+    assert work.line(30) == "fine-tune 21/30 steps, 90 s left"
+    for step in range(1, 10):
+        work.advance(30 + 10 * step)
+    assert work.last_line(120) == "fine-tune 30/30 steps, in 2 min"
+
+
 def test_what_an_earlier_run_did_says_nothing_of_the_speed():
     work = Work("fine-tune", 690, "steps", 0)
     work.advance(2, 300, earlier=True)

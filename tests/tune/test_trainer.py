@@ -29,6 +29,7 @@ from pi_gguf.checkpoint.tensors import open_files
 from pi_gguf.common import machine
 from pi_gguf.common import products as fast
 from pi_gguf.common.machine import Machine, fast_bf16
+from pi_gguf.common.progress import progress_bar
 from pi_gguf.errors import OptionError, PiGgufError, ResourceError
 from pi_gguf.families import FAMILIES
 from pi_gguf.tune import losses
@@ -38,6 +39,7 @@ from pi_gguf.tune.losses import chunked_loss
 from pi_gguf.tune.memory import ACTIVATIONS, _weights, estimate_training_memory, fit_activations, memory_of_windows
 from pi_gguf.tune.options import SpreadOptions, TuneOptions
 from pi_gguf.tune.processes import Spread, check_spread
+from pi_gguf.tune.speed import train_operations
 from pi_gguf.tune.tiles import tiled_mlps
 from pi_gguf.tune.trainer import _as_known, check_reports
 
@@ -209,6 +211,22 @@ def test_a_run_computes_its_loss_in_chunks(llama, tmp_path, text, any_torch):
         pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], **{**OPTIONS, "steps": 1})
     assert (4 * WINDOW, 96) in widths, "the inner width of the feed-forward is seen, of 4 rows"
     assert (4 * WINDOW, 410) not in widths
+
+
+def test_the_time_left_follows_the_lengths_of_the_sequences(llama, tmp_path, text, monkeypatch):
+    told = []
+
+    def shown(*given):
+        told.append(given)
+        return progress_bar(*given)
+
+    monkeypatch.setattr("pi_gguf.tune.trainer.progress_bar", shown)
+    lengths = {"train_window": f"{WINDOW}x2,{2 * WINDOW}", "steps": 3, "batch_tokens": 2 * WINDOW}
+    pi_gguf.extend(str(llama), tmp_path / "out", data=[str(text)], **{**OPTIONS, **lengths})
+    ((title, total, unit, costs),) = told
+    assert (title, total, unit, len(costs)) == ("fine-tune", 3, "steps", 3)
+    short, long = (train_operations(load_checkpoint(str(llama)), n) for n in (WINDOW, 2 * WINDOW))
+    assert costs == pytest.approx([2 * WINDOW * short] * 2 + [2 * WINDOW * long])
 
 
 # Which weights
