@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,11 @@ def passkeys(path: Path, length: int, cache: Cache, keys: int) -> float:
     return sum(cell.found for cell in cells) / sum(cell.keys for cell in cells)
 
 
-def measure(path: Path, length: int, rounds: int, keys: int) -> dict[str, dict[str, Any]]:
+def measure(path: Path, length: int, caches: Sequence[Cache], rounds: int, keys: int) -> dict[str, dict[str, Any]]:
     """Return by type of the cache what it costs, each in its turn in each round."""
-    runs: dict[Cache, list[dict[str, float]]] = {cache: [] for cache in CACHES}
+    runs: dict[Cache, list[dict[str, float]]] = {cache: [] for cache in caches}
     for turn in range(rounds):
-        for cache in CACHES if turn % 2 else reversed(CACHES):
+        for cache in caches if turn % 2 else reversed(caches):
             runs[cache].append(run_once(path, length, cache))
     found: dict[str, dict[str, Any]] = {}
     for cache, each in runs.items():
@@ -111,10 +112,14 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.gguf")
     parser.add_argument("--toy", action="store_true", help="512 tokens, once")
     parser.add_argument("--lengths", default="4096,32768", help="tokens that the cache holds, separated by commas")
+    parser.add_argument("--plain", action="store_true", help="leave out flash attention, by which a CPU reads slowly")
+    parser.add_argument("--types", default="", help="of K that are measured, e.g. f16,q8_0; all when left out")
     parser.add_argument("--rounds", type=int, default=2, help="times that each is measured")
     parser.add_argument("--keys", type=int, default=2, help="passkeys at each of four distances; 0 asks for none")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "kv_cache.json")
     args = parser.parse_args()
+    types = args.types.split(",") if args.types else [cache[0] for cache in CACHES]
+    caches = [cache for cache in CACHES if cache[0] in types and not (args.plain and cache[2])]
     lengths, rounds, keys = ([512], 1, 1) if args.toy else (map(int, args.lengths.split(",")), args.rounds, args.keys)
     found: dict[str, Any] = json.loads(args.out.read_text())["files"] if args.out.exists() else {}
     for length in lengths:
@@ -122,7 +127,7 @@ def main() -> None:
             window = read_gguf(path).rope.max_position_embeddings
             if length <= window:
                 tokens = min(length, window - WRITTEN)
-                found.setdefault(path.name, {})[str(length)] = measure(path, tokens, rounds, keys)
+                found.setdefault(path.name, {})[str(length)] = measure(path, tokens, caches, rounds, keys)
             args.out.write_text(json.dumps({"files": found, **provenance(seed=0, device="cpu")}, indent=1) + "\n")
 
 

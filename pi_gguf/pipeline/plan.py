@@ -25,6 +25,7 @@ from pi_gguf.tune.choose import plan_run
 from pi_gguf.tune.memory import ACTIVATIONS, fit_activations, training_disk_bytes
 from pi_gguf.tune.options import ExtendKeywords, SpreadOptions, TuneOptions
 from pi_gguf.tune.plan import TrainingPlan
+from pi_gguf.tune.processes import Spread
 from pi_gguf.tune.speed import train_operations, training_seconds
 
 BITS_PER_WEIGHT = {
@@ -37,10 +38,13 @@ BITS_PER_WEIGHT = {
 
 _A_DAY = 86400.0
 
-_START_WINDOW, _START_RATE, _START_RECALL = 512, 1e-4, 0.5
-"""What a CPU trains in an hour: short sequences, few tokens a step, half of them recall tasks. By YaRN SmolLM2 finds a
-key at 32,768 tokens after half an hour (`recipes/smollm2-32k`)."""
+_START_STEPS = {512: 80, 2048: 40, 8192: 12}
+"""What a CPU trains in about an hour, steps by tokens of a sequence: short ones for what is far apart, long ones for
+what long texts are. By YaRN SmolLM2 finds keys to 32,768 tokens then, and its perplexity is lowest there
+(`recipes/smollm2-32k`)."""
 
+_START_BATCH, _START_RATE, _START_RECALL = 2048, 1e-4, 0.5
+"""Tokens a step, unless a sequence has more; the rate; and the share of the tokens that are recall tasks."""
 
 _START_TOKENS = 100_000
 """An hour in which fewer tokens are trained is no start."""
@@ -168,19 +172,30 @@ def plan(
 
 def _start(model: str, context: int, checkpoint: Checkpoint, tune: TuneOptions, machine: Machine) -> str:
     """Return the command of what this machine trains in an hour; nothing where that is too little to be a start."""
-    window = min(_START_WINDOW, checkpoint.rope.original_max_position_embeddings)
+    original = checkpoint.rope.original_max_position_embeddings
     mixed = model == bundled.TINY and not tune.data  # its own mixture has recall tasks
     yarn = tune.method == "linear" and takes_yarn(checkpoint.original.rope, context)
-    tune = replace(
-        tune, method="yarn" if yarn else tune.method, steps=1, train_window=window, batch_tokens=2 * window,
-        learning_rate=_START_RATE, mix=None, schedule="decay", factor_warmup=0, attention=TuneOptions.attention,
+    start = replace(
+        tune, method="yarn" if yarn else tune.method, batch_tokens=_START_BATCH, learning_rate=_START_RATE, mix=None,
+        schedule="decay", factor_warmup=0, attention=TuneOptions.attention,
         recall=tune.recall or (0 if mixed else _START_RECALL),
     )  # fmt: skip
-    training, spread = plan_run(checkpoint, tune, SpreadOptions(), machine)
-    steps = int(3600 / training_seconds(checkpoint, training, machine, spread))
-    if steps * training.tokens < _START_TOKENS:
+
+    def of(steps: Mapping[int, int], share: float) -> tuple[TuneOptions, TrainingPlan, Spread]:
+        each = {window: max(1, int(n * share)) for window, n in steps.items()}
+        words = ",".join(f"{window}x{n}" for window, n in each.items())
+        so = replace(start, steps=sum(each.values()), train_window=words)
+        return so, *plan_run(checkpoint, so, SpreadOptions(), machine)
+
+    steps = {w: n for w, n in _START_STEPS.items() if w <= original} or {original: sum(_START_STEPS.values())}
+    _, training, spread = of(steps, 1)
+    while len(steps) > 1 and fit_activations(checkpoint, training, machine, spread)[1] > machine.free_bytes:
+        del steps[max(steps)]
+        _, training, spread = of(steps, 1)
+    chosen, training, spread = of(steps, 3600 / training_seconds(checkpoint, training, machine, spread))
+    if training.tokens < _START_TOKENS:
         return ""
-    return start_command(model, context, replace(tune, steps=steps), SpreadOptions(), training, spread, machine)
+    return start_command(model, context, chosen, SpreadOptions(), training, spread, machine)
 
 
 def _cache_sizes(checkpoint: Checkpoint) -> dict[str, int]:

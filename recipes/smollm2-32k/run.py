@@ -11,7 +11,7 @@ card that is large for the model has room for; the first model is trained alone.
 
 Each way to reach the window is trained on equally many tokens: Position Interpolation, NTK and YaRN, at factor 4.
 That is `--scale full`, meant for a card. `--scale cpu` trains YaRN alone, which loses least before it learns, for half
-an hour of two cores with AMX (longer on others), and measures less of each.
+an hour of two cores with AMX, an hour of others, and measures less of each.
 
     python recipes/smollm2-32k/run.py OUT --scale cpu --suites perplexity,passkey --rows "YaRN trained"
     python recipes/smollm2-32k/run.py OUT --device cuda --jobs 8 --squality SQUALITY/data --record
@@ -99,8 +99,8 @@ SCALES = {
             "recall": 0.5,
         },
         ("yarn",), 0, {"perplexity": (16, 4, 1), "needle": (4, 2), "ruler": (8, 4)},
-        {"samples": 1, "documents": 1}, {"distances": 16, "keys": 1}, {"depths": 5}, {"items": 2},
-        {"documents": 3, "max_tokens": 200}, {"limit": 100}, certify=False,
+        {"samples": 1, "documents": 1}, {"distances": 16, "keys": 1}, {"depths": 5}, {"items": 1},
+        {"documents": 5, "max_tokens": 300}, {"limit": 200}, certify=False,
     ),
     "toy": Scale(
         {"steps": 2, "train_window": 128, "batch_tokens": 256, "learning_rate": 1e-4, "recall": 0.3},

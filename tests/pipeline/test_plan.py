@@ -134,10 +134,19 @@ def test_what_takes_days_here_has_a_start_of_an_hour_or_a_card(tmp_path, monkeyp
     assert "--method yarn" in tiny.start and "recall" not in tiny.start, "the bundled mixture has such tasks"
     assert "--method ntk" in planned(tmp_path / "small", SMALL, method="ntk").start, "as it was asked for"
     again = planned(
-        tmp_path / "small", SMALL, steps=int(options.pop("steps")), train_window=int(options.pop("train_window")),
-        batch_tokens=int(options.pop("batch_tokens")), learning_rate=float(options.pop("learning_rate")), **options,
+        tmp_path / "small", SMALL, steps=int(options.pop("steps")), batch_tokens=int(options.pop("batch_tokens")),
+        learning_rate=float(options.pop("learning_rate")), **options,
     )  # fmt: skip
     assert 3400 < again.training_seconds <= 3600 and not again.start
+    lengths = [stage.window for stage in again.training.stages]
+    tokens = [again.training.tokens_by_window()[window] / again.training.tokens for window in lengths]
+    assert lengths == [512, 2048, 8192] and tokens == pytest.approx([10 / 21, 5 / 21, 6 / 21], abs=0.04)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 2.8e9)
+    assert "--train-window 512x" in (little := planned(tmp_path / "small", SMALL).start)
+    assert "8192x" not in little, "for which the memory is too small"
+    monkeypatch.setattr(machine, "free_memory", lambda device: 20e9)
+    short = planned(tmp_path / "short", {**SMALL, "max_position_embeddings": 2048}).start
+    assert "2048x" in short and "8192" not in short
     assert plan.start in show_plan(plan) and "--on 4090" in show_plan(plan)
     assert show_plan(again).endswith(f"\nnext: {again.command}")
     assert planned(tmp_path / "large", LARGE).start == "", "too slow for an hour to be a start"
