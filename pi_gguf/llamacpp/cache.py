@@ -41,3 +41,8 @@ def head_size(info: GgufInfo, name: str) -> int:
     if f"{info.arch}.attention.{name}" in info.header.entries:
         return info.hyperparameter(f"attention.{name}")
     return info.hyperparameter("embedding_length") // info.hyperparameter("attention.head_count")
+
+
+def is_one_tensor(info: GgufInfo) -> bool:
+    """Tell whether keys and values are one, as in DeepSeek's latent attention: llama.cpp keeps them in one type."""
+    return f"{info.arch}.attention.key_length_mla" in info.metadata or info.arch == "deepseek4"

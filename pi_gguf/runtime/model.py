@@ -24,7 +24,14 @@ from pi_gguf.documents.formats import Document, read_document
 from pi_gguf.errors import GgufError, OptionError, ResourceError, TextError
 from pi_gguf.gguf.file import GgufInfo, read_gguf
 from pi_gguf.gguf.loadable import check_adapter, check_loadable, pieces_without_bytes, unreadable
-from pi_gguf.llamacpp.cache import CACHE_BLOCK, CACHE_TYPES, QUANTIZED_CACHES, head_size, predict_kv_cache
+from pi_gguf.llamacpp.cache import (
+    CACHE_BLOCK,
+    CACHE_TYPES,
+    QUANTIZED_CACHES,
+    head_size,
+    is_one_tensor,
+    predict_kv_cache,
+)
 from pi_gguf.llamacpp.library import compute, last_error, llama_cpp_library, log
 from pi_gguf.llamacpp.opening import apply_adapters, open_beside, open_llama
 from pi_gguf.llamacpp.quantizer import UNQUANTIZED
@@ -543,6 +550,11 @@ def _check_options(info: GgufInfo, n_ctx: int, type_k: str, type_v: str, flash_a
                 f"{name} {value} needs heads of a multiple of {CACHE_BLOCK}, {info.path} has heads of {size}",
                 "f16 has no blocks",
             )
+    if type_k != type_v and is_one_tensor(info):
+        raise OptionError(
+            f"type_k {type_k} and type_v {type_v} must be the same for {info.path}, whose keys and values are one",
+            "leave both out",
+        )
     if type_v in QUANTIZED_CACHES and flash_attn is False:
         raise OptionError(f"type_v {type_v} needs flash attention", "leave flash attention on")
 

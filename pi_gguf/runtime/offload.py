@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pi_gguf.common.files import human_bytes
 from pi_gguf.common.private import ggml_devices
 from pi_gguf.gguf.file import GgufInfo
-from pi_gguf.llamacpp.cache import CACHE_BLOCK, QUANTIZED_CACHES, head_size, predict_kv_cache
+from pi_gguf.llamacpp.cache import CACHE_BLOCK, QUANTIZED_CACHES, head_size, is_one_tensor, predict_kv_cache
 from pi_gguf.llamacpp.library import ggml_base
 
 KV_CHOICES = (("f16", "f16"), ("q8_0", "f16"), ("q8_0", "q8_0"))
@@ -44,14 +44,15 @@ class KvChoice:
 
 
 def usual_k(info: GgufInfo, *, plain: bool) -> str:
-    """Return the type of K where none is asked for.
+    """Return the type of K where none is asked for, and V is of f16.
 
     Args:
         info: of the file.
         plain: whether a CPU computes attention, and not flash attention: scores of K in q8_0 are products of whole
             numbers there. Heads must be of whole blocks.
     """
-    return "q8_0" if plain and head_size(info, "key_length") % CACHE_BLOCK == 0 else "f16"
+    whole = head_size(info, "key_length") % CACHE_BLOCK == 0
+    return "q8_0" if plain and whole and not is_one_tensor(info) else "f16"
 
 
 def choose_kv(info: GgufInfo, n_ctx: int, free_bytes: int, *, gpu: bool, flash_attn: bool | None = None) -> KvChoice:
@@ -69,7 +70,8 @@ def choose_kv(info: GgufInfo, n_ctx: int, free_bytes: int, *, gpu: bool, flash_a
     usual = usual_k(info, plain=not (gpu or flash_attn)), "f16"
     choices = [
         pair for pair in KV_CHOICES[KV_CHOICES.index(usual) :]
-        if flash_attn is not False or pair[1] not in QUANTIZED_CACHES
+        if (flash_attn is not False or pair[1] not in QUANTIZED_CACHES)
+        and (pair[0] == pair[1] or not is_one_tensor(info))
     ]  # fmt: skip
     choices = choices if fits else choices[:1]
     type_k, type_v = next(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from helpers import make_llama
 
@@ -58,6 +60,19 @@ def test_heads_that_are_no_blocks_keep_the_exact_cache(tmp_path):
     pi_gguf.convert(str(folder), tmp_path / "m.gguf", quant="F32", check="none")
     chosen = choose_kv(read_gguf(tmp_path / "m.gguf"), 64, 1000, gpu=False)
     assert (chosen.type_k, chosen.type_v, chosen.why) == ("f16", "f16", "")
+
+
+def test_keys_and_values_that_are_one_are_of_one_type(info, path, monkeypatch):
+    """As llama.cpp wants it of DeepSeek's latent attention."""
+    latent = replace(info, metadata={**info.metadata, f"{info.arch}.attention.key_length_mla": 192})
+    for size, types in ((2**40, "f16"), (1000, "q8_0")):
+        chosen = choose_kv(latent, CONTEXT, size, gpu=False)
+        assert (chosen.type_k, chosen.type_v) == (types, types)
+    monkeypatch.setattr(module, "read_gguf", lambda _: latent)
+    with pi_gguf.open(path) as model:
+        assert model.identity["type_k"] == "f16"
+    with pytest.raises(OptionError, match="type_k q8_0 and type_v f16 must be the same"):
+        pi_gguf.open(path, type_k="q8_0")
 
 
 def test_as_many_layers_as_fit(info):
