@@ -256,6 +256,7 @@ def answer(
 
 def our_server(path: Path, n_ctx: int, slots: int, cache: Path) -> Server:
     words = ["-m", "pi_gguf", "serve", str(path), "--port", "PORT", "--n-ctx", str(n_ctx), "--slots", "SLOTS"]
+    words += ["--type-k", "f16"]  # as the peer has
     return Server(OURS, [sys.executable, *words], slots, PI_GGUF_CACHE=str(cache), PYTHONPATH=str(ROOT))
 
 
