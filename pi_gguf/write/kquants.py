@@ -103,7 +103,7 @@ def _quantize_q2(blocks: np.ndarray, columns: np.ndarray, out: np.ndarray) -> No
     weighed = len(columns) > 0
     found = np.empty((5, len(blocks), 16), np.float32)
     tried = (-0.9, 0.05, 36) if weighed else (-0.5, 0.1, 15)
-    _search_lines(blocks, columns, 3, _ONE, not weighed, *_trials(*tried), found.reshape(5, -1))
+    _search_lines(blocks, columns, 3, _ONE, not weighed, _trials(*tried), found.reshape(5, -1))
     (scales, minima), halves = _quantize_scales(found, 15, weighed)
     both = scales | minima << 4
     out[:, :16] = both
@@ -120,7 +120,7 @@ def _quantize_q45(kind: str, blocks: np.ndarray, columns: np.ndarray, out: np.nd
     weighed, top = len(columns) > 0, 15 if kind == "Q4_K" else 31
     tried = (-0.9, 0.05, 36) if weighed else (-1.0, 0.1, 20) if kind == "Q4_K" else (-0.5, 0.1, 15)
     found = np.empty((5, len(blocks), 8), np.float32)
-    _search_lines(blocks, columns, top, np.float32(2), False, *_trials(*tried), found.reshape(5, -1))
+    _search_lines(blocks, columns, top, np.float32(2), False, _trials(*tried), found.reshape(5, -1))
     levels, halves = _quantize_scales(found, 63, weighed)
     if kind == "Q5_K" or not weighed:
         levels = np.minimum(levels, 63)
@@ -237,22 +237,15 @@ def _weigh(blocks: Array, columns: Array, first: int, share: Value, x: Array, w:
 
 @_jit
 def _search_lines(
-    blocks: Array,
-    columns: Array,
-    top: int,
-    share: Value,
-    mad: bool,
-    begin: Value,
-    step: Value,
-    steps: int,
-    found: Array,
+    blocks: Array, columns: Array, top: int, share: Value, mad: bool, trials: tuple[Value, Value, int], found: Array
 ) -> None:
     """Find scale and minimum of each group of weights of blocks (n, 256), for levels 0 to `top`.
 
     Args:
         share: of the block's mean square, that weights are weighed by beside their own, where columns weigh.
         mad: whether errors count by their size instead of its square, and weights by their own alone.
-        begin: the first number of levels that is tried is that much more than `top`, each next one `step` more.
+        trials: the first number of levels that is tried is the first of these more than `top`, each next one the second
+            more, as often as the third says.
         found: by group, row by row: scale, minimum (positive), the scale's inverse that gave it with the least weight
             (for blocks whose scale is rounded to nothing), and the sum of what the weights weigh.
     """
@@ -276,7 +269,7 @@ def _search_lines(
             for i in range(each):
                 for v in range(_LANES):
                     w[i, v] = mean[v] + abs(x[i, v])
-        _try_scales(x, w, levels, lanes, np.float32(top), mad, begin, step, steps)
+        _try_scales(x, w, levels, lanes, np.float32(top), mad, trials)
         for v in range(min(_LANES, (len(blocks) - first) * groups)):
             for of in range(5):
                 found[of, first * groups + v] = lanes[of, v]
@@ -284,7 +277,7 @@ def _search_lines(
 
 @_jit
 def _try_scales(
-    x: Array, w: Array, levels: Array, lanes: Array, top: Value, mad: bool, begin: Value, step: Value, steps: int
+    x: Array, w: Array, levels: Array, lanes: Array, top: Value, mad: bool, trials: tuple[Value, Value, int]
 ) -> None:
     """Find scale and minimum of each lane of x (each, lanes), the error of each weight weighed by w.
 
@@ -312,6 +305,7 @@ def _try_scales(
             level = min(top, max(_ZERO, np.rint(inverse[v] * (x[i, v] - low[v]))))
             off = scale[v] * level + low[v] - x[i, v]
             best[v] += w[i, v] * (abs(off) if mad else off * off)
+    begin, step, steps = trials
     for trial in range(steps + 1):
         _try_scale(x, w, levels, lanes, top, mad, begin + step * np.float32(trial) + top)
     for v in range(_LANES):

@@ -196,7 +196,7 @@ def test_an_error_while_a_job_gets_its_place_is_that_jobs_alone(model, tmp_path)
 
 
 def test_a_scored_prompt_that_is_put_back_is_scored_from_its_start(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=2 + BESIDE) as model, Engine(model) as engine:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16", sequences=2 + BESIDE) as model, Engine(model) as engine:
         bias = Sampling(logit_bias={model.info.metadata["tokenizer.ggml.eos_token_id"]: -np.inf})
         ids = model.tokenize(NOVEL[:5500])
         expected = [c.logprob for c in scored_of(done(engine, Job(ids, 1, prompt_top=0))[0]) if c]
