@@ -204,7 +204,7 @@ def test_experts_of_an_adapter_saved_by_older_releases_are_merged(models, tmp_pa
 
 
 def logits(path: Path, **options: Any) -> np.ndarray:
-    with pi_gguf.open(path, n_ctx=64, device="cpu", **options) as model:
+    with pi_gguf.open(path, n_ctx=64, type_k="f16", device="cpu", **options) as model:
         return np.concatenate(list(model.logits_chunks(list(range(5, 55)), 50)))
 
 

@@ -318,7 +318,7 @@ def far_from(model: Any, path: Path) -> float:
     ids = [5 + (37 * i) % 300 for i in range(40)]
     with torch.inference_mode():
         theirs = model(torch.tensor([ids])).logits[0].float().numpy()
-    with pi_gguf.open(path, n_ctx=64, device="cpu") as opened:
+    with pi_gguf.open(path, n_ctx=64, type_k="f16", device="cpu") as opened:
         ours = np.concatenate(list(opened.logits_chunks(ids, len(ids))))
     return float(kl_divergence(theirs, ours)[0].mean())
 

@@ -60,7 +60,7 @@ def theirs(model: Any) -> np.ndarray:
 
 def distance(gguf: Path, reference: np.ndarray) -> float:
     """Mean KL divergence of llama.cpp from logits, in nats."""
-    with pi_gguf.open(gguf, n_ctx=512, device="cpu") as model:
+    with pi_gguf.open(gguf, n_ctx=512, type_k="f16", device="cpu") as model:
         logits = np.concatenate(list(model.logits_chunks(IDS, len(IDS))))
     return float(kl_divergence(reference, logits)[0].mean())
 

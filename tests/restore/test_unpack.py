@@ -198,7 +198,7 @@ def test_a_quantized_file_gives_the_numbers_that_llama_cpp_computes_with(quant, 
     half, whole = weights(tmp_path / "half"), weights(tmp_path / "back")
     assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
     ids = [5 + i % 400 for i in range(200)]
-    with Model(file, n_ctx=256, device="cpu") as model:
+    with Model(file, n_ctx=256, type_k="f16", device="cpu") as model:
         theirs = np.concatenate(list(model.logits_chunks(ids, 100)))
     ours = np.concatenate(list(HfModel(load_checkpoint(str(tmp_path / "back")), device="cpu").logits_chunks(ids, 100)))
     plain = np.concatenate(list(HfModel(load_checkpoint(str(wide)), device="cpu").logits_chunks(ids, 100)))
@@ -282,7 +282,7 @@ def test_a_sentencepiece_tokenizer_comes_back(kind, tmp_path):
     texts = [text for text in sample_texts() if text.isprintable()]
     assert len(texts) > 20
     if kind.startswith("BPE"):
-        with Model(file, n_ctx=64, device="cpu") as model:
+        with Model(file, n_ctx=64, type_k="f16", device="cpu") as model:
             assert all(tokenizer(text)["input_ids"] == model.tokenize(text) for text in texts)
     assert (tmp_path / "back" / "tokenizer.model").exists()
     for name in ("tokenizer.json", "tokenizer_config.json"):  # as bare as it was
