@@ -543,7 +543,8 @@ def _check_options(info: GgufInfo, n_ctx: int, type_k: str, type_v: str, flash_a
     for name, value, length in (("type_k", type_k, "key_length"), ("type_v", type_v, "value_length")):
         if value not in CACHE_TYPES:
             raise OptionError(
-                f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}", "f16 is usual, q8_0 takes half of it"
+                f"{name} must be one of {', '.join(CACHE_TYPES)}, got {value}",
+                "leave it out, or q8_0, which takes half of f16",
             )
         if value in QUANTIZED_CACHES and (size := head_size(info, length)) % CACHE_BLOCK:
             raise OptionError(
