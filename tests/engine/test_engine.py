@@ -27,7 +27,7 @@ WINDOW = 2048
 
 @pytest.fixture(scope="module")
 def model(tiny_gguf) -> Iterator[Model]:
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=4 + BESIDE) as model:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16", sequences=4 + BESIDE) as model:
         yield model
 
 
@@ -65,7 +65,7 @@ def job(model: Model, prompt: str, limit: int = 24, **options: object) -> Job:
 @pytest.fixture(scope="module")
 def alone(tiny_gguf) -> list[str]:
     """What the model writes after each text, by `Model.complete`."""
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW) as model:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16") as model:
         return ["".join(model.complete(prompt, max_tokens=24)) for prompt in TEXTS]
 
 
@@ -261,7 +261,7 @@ def test_what_waits_in_the_background_stops_nobody_behind_it(engine, model):
 
 
 def test_no_more_are_worked_on_than_there_are_slots(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model, Engine(model) as engine:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16", sequences=1 + BESIDE) as model, Engine(model) as engine:
         assert engine.slots == engine.figures().slots == 1
         told = asyncio.run(together(engine, a=job(model, TEXTS[0], 8), b=job(model, TEXTS[1], 8)))
         assert [name for name, _ in told].index("b") > told.index(("a", Ended))
@@ -432,7 +432,7 @@ def test_background_waits_for_all_others(engine, model):
 
 
 def test_a_job_in_the_background_takes_nobodys_slot(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model, Engine(model) as engine:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16", sequences=1 + BESIDE) as model, Engine(model) as engine:
 
         async def both() -> list[str]:
             ended: list[str] = []
@@ -460,7 +460,7 @@ def test_log_probabilities_are_those_of_a_plain_reading(engine, model, tiny_gguf
     (scored,) = [event for event in told if isinstance(event, PromptScored)]
     written: list[Choice] = [choice for event in told if isinstance(event, Written) for choice in event.choices]
     whole = [*ids, *(choice.token for choice in written)]
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW) as plain:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16") as plain:
         expected, first = plain.score(whole, len(whole) - 1)
     found = [choice.logprob for choice in [*scored.choices[1:], *written] if choice]
     np.testing.assert_allclose(found, expected, atol=5e-3)  # batches of other sizes round otherwise
@@ -508,7 +508,7 @@ def test_what_was_read_is_saved_and_brought_back(model, tmp_path):
 
 
 def test_a_model_that_is_closed_ends_its_engine_first(tiny_gguf):
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=1 + BESIDE) as model, Engine(model) as engine:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16", sequences=1 + BESIDE) as model, Engine(model) as engine:
 
         async def close_in_between() -> list:
             task = asyncio.create_task(events(engine, job(model, TEXTS[0], 1000)))

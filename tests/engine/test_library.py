@@ -31,7 +31,7 @@ QUESTION = [{"role": "user", "content": "What did the captain say?"}]
 
 @pytest.fixture(scope="module")
 def model(tiny_gguf) -> Iterator[Model]:
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, sequences=5) as model:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16", sequences=5) as model:
         yield model
 
 
@@ -63,7 +63,7 @@ def answer(told: list[Event]) -> tuple[str, Ended]:
 
 
 def alone(tiny_gguf: Path, text: str, question: str, limit: int = 12) -> str:
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW) as model:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16") as model:
         return "".join(Reading(model, Document("book.txt", "txt", text)).ask(question, max_tokens=limit))
 
 
@@ -435,7 +435,7 @@ def test_where_it_looked_is_what_a_reading_sees(model, tiny_gguf, tmp_path):
             return text, looked
 
     text, looked = asyncio.run(all_of_it())
-    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW) as plain:
+    with pi_gguf.open(tiny_gguf, n_ctx=WINDOW, type_k="f16") as plain:
         book, asking = Reading(plain, Document("book.txt", "txt", BOOK)), QUESTION[0]["content"]
         parts = book.ask(asking, max_tokens=12)
         while True:
@@ -453,7 +453,7 @@ def test_where_it_looked_is_what_a_reading_sees(model, tiny_gguf, tmp_path):
 def test_conversations_by_a_template_keep_the_document_in_front(tiny_gguf, tmp_path):
     """Whatever the system says, and however long the conversation is, the document is not read again."""
     path = with_template(tiny_gguf, tmp_path / "chat.gguf", CHATML)
-    with pi_gguf.open(path, n_ctx=WINDOW, sequences=4) as model:
+    with pi_gguf.open(path, n_ctx=WINDOW, type_k="f16", sequences=4) as model:
 
         async def all_of_it() -> None:
             async with library(model, tmp_path) as books:
