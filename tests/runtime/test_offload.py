@@ -65,7 +65,8 @@ def test_heads_that_are_no_blocks_keep_the_exact_cache(tmp_path):
 def test_keys_and_values_that_are_one_are_of_one_type(info, path, monkeypatch):
     """As llama.cpp wants it of DeepSeek's latent attention."""
     latent = replace(info, metadata={**info.metadata, f"{info.arch}.attention.key_length_mla": 192})
-    for size, types in ((2**40, "f16"), (1000, "q8_0")):
+    between = weights(info) + predict_kv_cache(info, CONTEXT, "q8_0", "f16")
+    for size, types in ((2**40, "f16"), (between, "q8_0"), (1000, "q8_0")):
         chosen = choose_kv(latent, CONTEXT, size, gpu=False)
         assert (chosen.type_k, chosen.type_v) == (types, types)
     monkeypatch.setattr(module, "read_gguf", lambda _: latent)
